@@ -1,0 +1,43 @@
+# Two commands do everything: `make check` and `make test`. Each target makes .venv by itself, once,
+# and again when pyproject.toml or constraints.txt change. It needs Python 3.11 or newer, nothing else.
+# Plain rules only: macOS ships GNU make 3.81.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+INSTALLED = .venv/.installed
+
+.PHONY: help demo test test-slow check format clean
+.DEFAULT_GOAL = help
+
+help: ## list these targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1	\2/p' Makefile
+
+demo: $(INSTALLED) ## train a tiny model on the bundled samples, without network
+	.venv/bin/python recipes/demo.py
+
+test: $(INSTALLED) ## the fast tests, in minutes on two cores
+	.venv/bin/pytest
+
+test-slow: $(INSTALLED) ## the slow tests
+	.venv/bin/pytest -m slow
+
+check: $(INSTALLED) ## lint, format, types and import directions, changing nothing
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/pyright
+	.venv/bin/lint-imports --no-logo
+
+format: $(INSTALLED) ## apply the formatter and the safe fixes
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+
+clean: ## remove caches and build folders; keeps .venv and your runs
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find gemma_tuner tests recipes benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; say where: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@test -x .venv/bin/python || { echo "making .venv with $(PYTHON): a few minutes, once"; "$(PYTHON)" -m venv .venv; }
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+		--constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,82 @@
+"""Fine-tune Gemma 4 and Gemma 3n with LoRA on your own machine.
+
+Importing this package does nothing but name its parts: each public name is imported when first
+used (PEP 562), so ``import gemma_tuner`` needs neither torch nor a second.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gemma_tuner import testing as testing
+    from gemma_tuner.collators.audio import AudioCollator as AudioCollator
+    from gemma_tuner.collators.batch import Batch as Batch
+    from gemma_tuner.collators.image import ImageCollator as ImageCollator
+    from gemma_tuner.collators.multimodal import MultimodalCollator as MultimodalCollator
+    from gemma_tuner.collators.text import TextCollator as TextCollator
+    from gemma_tuner.errors import CheckpointError as CheckpointError
+    from gemma_tuner.errors import ConfigError as ConfigError
+    from gemma_tuner.errors import DataError as DataError
+    from gemma_tuner.errors import DivergedError as DivergedError
+    from gemma_tuner.errors import GemmaTunerError as GemmaTunerError
+    from gemma_tuner.errors import MemoryPlanError as MemoryPlanError
+    from gemma_tuner.errors import ResumeError as ResumeError
+    from gemma_tuner.errors import SourceError as SourceError
+    from gemma_tuner.models.loading import load_model as load_model
+    from gemma_tuner.models.lora import LoraConfig as LoraConfig
+    from gemma_tuner.models.lora import add_lora as add_lora
+    from gemma_tuner.records import Audio as Audio
+    from gemma_tuner.records import Example as Example
+    from gemma_tuner.records import Image as Image
+    from gemma_tuner.records import Text as Text
+    from gemma_tuner.records import Turn as Turn
+    from gemma_tuner.streaming.stream import ExampleStream as ExampleStream
+    from gemma_tuner.streaming.stream import stream_local as stream_local
+    from gemma_tuner.training.config import TrainConfig as TrainConfig
+    from gemma_tuner.training.trainer import Trainer as Trainer
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Audio": "records",
+    "AudioCollator": "collators.audio",
+    "Batch": "collators.batch",
+    "CheckpointError": "errors",
+    "ConfigError": "errors",
+    "DataError": "errors",
+    "DivergedError": "errors",
+    "Example": "records",
+    "ExampleStream": "streaming.stream",
+    "GemmaTunerError": "errors",
+    "Image": "records",
+    "ImageCollator": "collators.image",
+    "LoraConfig": "models.lora",
+    "MemoryPlanError": "errors",
+    "MultimodalCollator": "collators.multimodal",
+    "ResumeError": "errors",
+    "SourceError": "errors",
+    "Text": "records",
+    "TextCollator": "collators.text",
+    "TrainConfig": "training.config",
+    "Trainer": "training.trainer",
+    "Turn": "records",
+    "add_lora": "models.lora",
+    "load_model": "models.loading",
+    "stream_local": "streaming.stream",
+}
+
+__all__ = [*sorted(_HOME), "testing"]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "testing":
+        return importlib.import_module("gemma_tuner.testing")
+    if name not in _HOME:
+        raise AttributeError(f"module 'gemma_tuner' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"gemma_tuner.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,1 @@
+"""Lists of examples to padded, labelled batches of tensors."""

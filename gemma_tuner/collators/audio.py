@@ -1,0 +1,78 @@
+"""Text with sounds to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import numpy as np
+
+from gemma_tuner.collators.text import TextCollator
+from gemma_tuner.errors import ConfigError, DataError
+from gemma_tuner.media.audio import SAMPLE_RATE_HZ
+from gemma_tuner.records import Audio, Example, Part
+
+LongAudio = Literal["error", "split"]
+
+
+@dataclass
+class AudioCollator(TextCollator):
+    """Make batches of examples with sounds (rows without one are welcome).
+
+    Args:
+        processor, max_tokens, too_long, train_on, enable_thinking: As in ``TextCollator``.
+        max_seconds: The longest clip; the model hears at most 30 seconds of one clip, and its
+            processor would drop the rest without a word.
+        long_audio: What happens to a longer clip. ``error`` raises; ``split`` cuts it into equal
+            consecutive clips, all of which stay in the prompt before the whole answer, and counts
+            them in ``Batch.counts``.
+
+    Raises:
+        ConfigError: ``max_seconds`` beyond what the model hears.
+    """
+
+    max_seconds: float = 30.0
+    long_audio: LongAudio = "error"
+    media_types: ClassVar[tuple[type, ...]] = (Audio,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.long_audio not in {"error", "split"}:
+            raise ConfigError(f"long_audio is {self.long_audio!r}; it may be 'error' or 'split'")
+        hears = self.family.max_audio_seconds(self.processor)
+        if not 0 < self.max_seconds <= hears:
+            raise ConfigError(
+                f"max_seconds is {self.max_seconds}; it must be above 0 and at most {hears}, the "
+                f"longest clip that {self.family.name} hears"
+            )
+
+    def prepare_media(self, example: Example) -> tuple[Example, Mapping[str, int]]:
+        """Check the clips' lengths; split what is configured to be split."""
+        example, counts = super().prepare_media(example)
+        max_frames = round(self.max_seconds * SAMPLE_RATE_HZ)
+        split_clips = 0
+
+        def fit(part: Part) -> tuple[Part, ...]:
+            nonlocal split_clips
+            if not isinstance(part, Audio) or len(part.source) <= max_frames:
+                return (part,)
+            if self.long_audio == "error":
+                raise DataError(
+                    f"a clip of {len(part.source) / SAMPLE_RATE_HZ:.1f} seconds is longer than "
+                    f"max_seconds={self.max_seconds}; cut the recording together with its "
+                    "transcript, or set long_audio='split'",
+                    key=example.key,
+                )
+            split_clips += 1
+            num_pieces = -(-len(part.source) // max_frames)
+            pieces = np.array_split(np.asarray(part.source), num_pieces)
+            return tuple(replace(part, source=piece) for piece in pieces)
+
+        turns = tuple(
+            replace(turn, parts=tuple(piece for part in turn.parts for piece in fit(part)))
+            for turn in example.turns
+        )
+        if not split_clips:
+            return example, counts
+        return replace(example, turns=turns), {**counts, "split_clips": split_clips}

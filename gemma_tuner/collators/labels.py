@@ -1,0 +1,163 @@
+"""Which tokens are trained on: a pure function of the token ids and the family's turn markers.
+
+Axis: ``T`` tokens of one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from gemma_tuner.models.families import Family
+
+TrainOn = Literal["assistant", "last", "all"]
+TRAIN_ON: tuple[TrainOn, ...] = ("assistant", "last", "all")
+
+
+@dataclass(frozen=True, slots=True)
+class TurnMarkers:
+    r"""The token ids that delimit what the model says.
+
+    Args:
+        header: What opens a model turn: ``<|turn>``, ``model``, newline.
+        close: What ends a turn (``<turn|>``), which is also the stop token.
+        empty_thought: ``<|channel>thought\n<channel|>``, the stub that some templates put before
+            an answer; empty where the family knows none.
+        tool_call_close, tool_response_open, tool_response_close: Tool markers, None likewise.
+        special: Every control token.
+        untrained: ``<bos>``, ``<pad>`` and what stands for media: never a target.
+    """
+
+    header: tuple[int, ...]
+    close: int
+    empty_thought: tuple[int, ...]
+    tool_call_close: int | None
+    tool_response_open: int | None
+    tool_response_close: int | None
+    special: frozenset[int]
+    untrained: frozenset[int]
+
+    @classmethod
+    def of(cls, tokenizer: Any, family: Family) -> TurnMarkers:
+        """Read the markers' ids from a tokenizer."""
+
+        def ids(text: str) -> tuple[int, ...]:
+            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        def one(token: str) -> int | None:
+            return tokenizer.convert_tokens_to_ids(token) if family.has_tools else None
+
+        return cls(
+            header=ids(f"{family.turn_open}model\n"),
+            close=tokenizer.convert_tokens_to_ids(family.turn_close),
+            empty_thought=ids("<|channel>thought\n<channel|>") if family.has_thinking else (),
+            tool_call_close=one("<tool_call|>"),
+            tool_response_open=one("<|tool_response>"),
+            tool_response_close=one("<tool_response|>"),
+            special=frozenset(tokenizer.all_special_ids),
+            untrained=frozenset(
+                tokenizer.convert_tokens_to_ids(
+                    [tokenizer.bos_token, tokenizer.pad_token, *family.media_tokens]
+                )
+            ),
+        )
+
+
+def mark_targets(ids: Sequence[int], markers: TurnMarkers, train_on: TrainOn) -> list[bool]:
+    r"""Mark the tokens of a rendered conversation that carry loss.
+
+    ::
+
+        <bos> <|turn> user \n 2 + 2 ? <turn|> \\n <|turn> model \n 4 <turn|> \n
+          .      .     .   .  . . . .    .    .     .      .   .  x    x     .
+
+    Args:
+        ids: Token ids ``[T]``, media placeholders already expanded.
+        markers: The family's turn markers.
+        train_on: ``assistant``: every model turn with its closing token; ``last``: the last one;
+            ``all``: every token that can be trained.
+
+    Returns:
+        ``[T]`` booleans. A tool's response is not the model's, save the ``<|tool_response>``
+        right after a call: there generation stops (it is among the checkpoint's eos ids).
+    """
+    if train_on == "all":
+        return [token not in markers.untrained for token in ids]
+    spans = list(_model_turns(ids, markers))
+    targets = [False] * len(ids)
+    for start, end in spans[-1:] if train_on == "last" else spans:
+        for position in _spoken_positions(ids, start, end, markers):
+            targets[position] = True
+    return targets
+
+
+def mark_removable(
+    ids: Sequence[int], targets: Sequence[bool], markers: TurnMarkers
+) -> list[bool]:
+    """Mark the prompt tokens that a cut may take: plain text, never structure, media or targets.
+
+    Args:
+        ids: Token ids ``[T]``.
+        targets: What :func:`mark_targets` returned for them.
+        markers: The family's turn markers.
+
+    Returns:
+        ``[T]`` booleans.
+    """
+    removable = [
+        not target and token not in markers.special
+        for token, target in zip(ids, targets, strict=True)
+    ]
+
+    def protect(start: int, width: int) -> None:
+        for position in range(start, min(start + width, len(ids))):
+            removable[position] = False
+
+    opener, stub = markers.header[0], markers.empty_thought
+    for position, token in enumerate(ids):
+        if token == opener:  # the role, the newline after it, and the stub after those
+            body = position + len(markers.header)
+            protect(position, len(markers.header))
+            if stub and tuple(ids[body : body + len(stub)]) == stub:
+                protect(body, len(stub))
+        elif token == markers.close:  # the newline between turns
+            protect(position + 1, 1)
+    return removable
+
+
+def _model_turns(ids: Sequence[int], markers: TurnMarkers) -> Iterator[tuple[int, int]]:
+    """Yield ``(start, end)`` of each model turn, from after its header through its close."""
+    header, width = list(markers.header), len(markers.header)
+    position = 0
+    while position < len(ids):
+        if list(ids[position : position + width]) != header:
+            position += 1
+            continue
+        start = position + width
+        stub = len(markers.empty_thought)
+        if stub and tuple(ids[start : start + stub]) == markers.empty_thought:
+            start += stub
+        end = start
+        while end < len(ids) and ids[end] != markers.close:
+            end += 1
+        yield start, min(end + 1, len(ids))
+        position = end
+
+
+def _spoken_positions(
+    ids: Sequence[int], start: int, end: int, markers: TurnMarkers
+) -> Iterator[int]:
+    """Yield the positions of a model turn that the model wrote: all but the tools' responses."""
+    inside_response = False
+    for position in range(start, end):
+        token = ids[position]
+        if token == markers.tool_response_open:
+            inside_response = True
+            if ids[position - 1] == markers.tool_call_close:
+                yield position
+        elif not inside_response and token not in markers.untrained:
+            yield position
+        if token == markers.tool_response_close:
+            inside_response = False

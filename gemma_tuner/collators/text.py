@@ -1,0 +1,219 @@
+"""Conversations and documents to batches; the other collators add media to this one."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from gemma_tuner.collators.batch import Batch, Row, pad_rows
+from gemma_tuner.collators.labels import (
+    TRAIN_ON,
+    TrainOn,
+    TurnMarkers,
+    mark_removable,
+    mark_targets,
+)
+from gemma_tuner.collators.prompt import render_prompt
+from gemma_tuner.errors import ConfigError, DataError
+from gemma_tuner.media.load import load_media
+from gemma_tuner.models.families import Family, family_of_processor
+from gemma_tuner.records import Audio, Example, Image
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+TooLong = Literal["error", "cut"]
+
+
+@dataclass
+class TextCollator:
+    """Make batches of text examples.
+
+    Args:
+        processor: The checkpoint's processor, from ``load_model``.
+        max_tokens: The longest row, media placeholders included.
+        too_long: What happens to a longer one. ``error`` raises; ``cut`` takes the oldest plain
+            text out of the prompt (the end of a document) and counts it in ``Batch.counts``. An
+            answer is never cut: a row whose answer alone is too long always raises.
+        train_on: ``assistant`` trains every assistant turn, ``last`` the last one, ``all`` every
+            token. Documents are trained whole in any case.
+        enable_thinking: Passed to the chat template.
+
+    Raises:
+        ConfigError: A setting outside its range.
+    """
+
+    processor: ProcessorMixin
+    _: KW_ONLY
+    max_tokens: int = 2048
+    too_long: TooLong = "error"
+    train_on: TrainOn = "assistant"
+    enable_thinking: bool = False
+
+    family: Family = field(init=False, repr=False)
+    media_types: ClassVar[tuple[type, ...]] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 16:
+            raise ConfigError(f"max_tokens is {self.max_tokens}; it must be at least 16")
+        if self.too_long not in {"error", "cut"}:
+            raise ConfigError(f"too_long is {self.too_long!r}; it may be 'error' or 'cut'")
+        if self.train_on not in TRAIN_ON:
+            raise ConfigError(f"train_on is {self.train_on!r}; it may be one of {TRAIN_ON}")
+        self.family = family_of_processor(self.processor)
+        self._markers = TurnMarkers.of(self.processor.tokenizer, self.family)
+
+    def __call__(self, examples: Sequence[Example]) -> Batch:
+        """Collate examples.
+
+        Args:
+            examples: At least one.
+
+        Returns:
+            A batch on the CPU, padded to a bucketed length.
+
+        Raises:
+            DataError: An example that cannot be used, with its key.
+        """
+        return pad_rows(
+            [self.encode(example) for example in examples],
+            max_tokens=self.max_tokens,
+            pad_token_id=self.processor.tokenizer.pad_token_id,
+            token_type_name=self.family.token_type_name,
+        )
+
+    def encode(self, example: Example) -> Row:
+        """Turn one example into token ids, targets and media tensors."""
+        self._check_media_types(example)
+        example, counts = self.prepare_media(load_media(example))
+        text = render_prompt(
+            self.processor, self.family, example, enable_thinking=self.enable_thinking
+        )
+        features = self._process(example, text)
+        ids = features.pop("input_ids")[0]
+        token_types = features.pop(self.family.token_type_name)[0]
+        features.pop("attention_mask")
+        self._check_row(example, ids, features)
+
+        train_on = "all" if example.document is not None else self.train_on
+        targets = mark_targets(ids.tolist(), self._markers, train_on)
+        if not any(targets):
+            raise DataError("no token of this row would be trained on", key=example.key)
+        keep = self._fit(example, ids.tolist(), targets)
+        if not all(keep):
+            counts = {**counts, "cut_tokens": keep.count(False), "cut_rows": 1}
+        kept = torch.tensor(keep)
+        return Row(
+            key=example.key,
+            input_ids=ids[kept],
+            token_types=token_types[kept],
+            targets=torch.tensor(targets)[kept],
+            media=features,
+            counts=counts,
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """What decides how an example becomes a row, as JSON has it; a resumed run compares it."""
+        own = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "processor"
+        }
+        template = self.processor.chat_template or ""
+        return {
+            "class": type(self).__name__,
+            **own,
+            "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest(),
+        }
+
+    def prepare_media(self, example: Example) -> tuple[Example, Mapping[str, int]]:
+        """Check decoded media against what the model takes; return what to count as well."""
+        return example, {}
+
+    def processor_options(self) -> dict[str, Any]:
+        """Options of the processor's media parts."""
+        return {}
+
+    def _check_media_types(self, example: Example) -> None:
+        for part in example.media:
+            if not isinstance(part, self.media_types):
+                kind = "image" if isinstance(part, Image) else "audio"
+                raise DataError(
+                    f"it holds {kind}, which {type(self).__name__} does not take; use "
+                    f"{'ImageCollator' if kind == 'image' else 'AudioCollator'} or "
+                    "MultimodalCollator, and load the model with that modality",
+                    key=example.key,
+                )
+
+    def _process(self, example: Example, text: str) -> dict[str, Tensor]:
+        images = [part.source for part in example.media if isinstance(part, Image)]
+        clips = [part.source for part in example.media if isinstance(part, Audio)]
+        try:
+            features = self.processor(
+                text=[text],
+                images=[images] if images else None,
+                audio=clips or None,
+                add_special_tokens=False,  # the template has written <bos>
+                return_tensors="pt",
+                **self.processor_options(),
+            )
+        except ValueError as error:
+            raise DataError(
+                f"the checkpoint's processor refuses its media: {error}", key=example.key
+            ) from error
+        return dict(features)
+
+    def _check_row(self, example: Example, ids: Tensor, media: Mapping[str, Tensor]) -> None:
+        """One ``<bos>``, and as many placeholders as the towers will return features."""
+        tokenizer = self.processor.tokenizer
+        num_bos = int((ids == tokenizer.bos_token_id).sum())
+        if num_bos != 1 or ids[0] != tokenizer.bos_token_id:
+            raise DataError(
+                f"the row has {num_bos} <bos> tokens and must begin with exactly one; check the "
+                "checkpoint's chat template",
+                key=example.key,
+            )
+        family = self.family
+        for kind, token, returned in (
+            ("image", family.image_token, family.count_image_tokens(media)),
+            ("audio", family.audio_token, family.count_audio_tokens(media)),
+        ):
+            placeholders = int((ids == tokenizer.convert_tokens_to_ids(token)).sum())
+            if placeholders != sum(returned) or 0 in returned:
+                raise DataError(
+                    f"{placeholders} {kind} placeholders in the prompt, but the {kind} tower will "
+                    f"return {returned} features; every item needs at least one and as many "
+                    "placeholders as features",
+                    key=example.key,
+                )
+
+    def _fit(self, example: Example, ids: Sequence[int], targets: Sequence[bool]) -> list[bool]:
+        """Choose the tokens to keep so that the row has at most ``max_tokens``."""
+        excess = len(ids) - self.max_tokens
+        keep = [True] * len(ids)
+        if excess <= 0:
+            return keep
+        if self.too_long == "error":
+            raise DataError(
+                f"{len(ids)} tokens, {excess} more than max_tokens={self.max_tokens}; raise "
+                "max_tokens, shorten the example, or set too_long='cut'",
+                key=example.key,
+            )
+        if example.document is not None:
+            return [position < self.max_tokens for position in range(len(ids))]
+        removable = mark_removable(ids, targets, self._markers)
+        if sum(removable) < excess:
+            raise DataError(
+                f"{len(ids)} tokens, of which {sum(targets)} are the answer and "
+                f"{sum(removable)} can be cut, do not fit max_tokens={self.max_tokens}; raise "
+                "max_tokens or shorten the answer",
+                key=example.key,
+            )
+        for position, can_go in enumerate(removable):
+            if can_go and excess:
+                keep[position] = False
+                excess -= 1
+        return keep

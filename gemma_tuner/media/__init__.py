@@ -1,0 +1,1 @@
+"""Encoded bytes to RGB images and 16 kHz mono waveforms."""

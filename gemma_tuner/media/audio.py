@@ -1,0 +1,277 @@
+"""Encoded sound of any rate and channel count to 16 kHz mono float samples."""
+
+from __future__ import annotations
+
+import functools
+import io
+import operator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
+
+import numpy as np
+import soundfile
+
+from gemma_tuner.errors import DataError
+from gemma_tuner.media.encoded import describe_source, open_encoded
+
+if TYPE_CHECKING:
+    from torchaudio.transforms import Resample
+
+SAMPLE_RATE_HZ = 16_000
+"""The rate that Gemma's audio towers hear.
+
+Source: Gemma4AudioFeatureExtractor and Gemma3nAudioFeatureExtractor, sampling_rate.
+"""
+
+MAX_SECONDS = 3600.0
+"""The longest sound decoded: an hour, though the models hear only 30 seconds of it."""
+
+MAX_FRAMES = 3600 * 48_000
+"""The most frames decoded, 0.7 GB of mono float32: an hour at 48 kHz, half of one at 96 kHz."""
+
+# Rates outside these are damaged headers, not recordings.
+_MIN_RATE_HZ, _MAX_RATE_HZ = 1_000, 768_000
+
+# Samples may pass ±1 (a loud mix, a lossy coder's overshoot). 40 dB above full scale they are
+# integers that nobody divided, which would shift every log-mel feature.
+_MAX_PEAK = 100.0
+
+_BLOCK_SAMPLES = 1 << 20  # decoded at once, all channels together: 4 MB
+
+_UNKNOWN_FRAMES = 2**63 - 1  # what libsndfile says of a FLAC stream without a length
+
+# Rates that share no factor with 16,000 (44,099) would need a kernel of gigabytes, with one phase
+# for each sample of a second. They are resampled by the nearest ratio of this many phases: the
+# common rates exactly, the worst (a few Hz beside a round ratio) 0.24 ms off in each second.
+_MAX_PHASES = 2048
+
+
+def decode_audio(
+    source: str | Path | bytes | np.ndarray,
+    *,
+    key: str,
+    sample_rate_hz: int | None = None,
+) -> np.ndarray:
+    """Decode a sound to 16 kHz mono, the mean of its channels.
+
+    WAV, FLAC, MP3 and OGG (Vorbis, Opus) among others, as libsndfile reads them. Samples beyond
+    ±1 in float data are kept: clipping them would distort. A sound cut short is refused where its
+    container says how long it is: WAV, AIFF, FLAC, OGG, and MP3 with a Xing or Info header; other
+    MP3s are read to the end that libsndfile estimates, which only a constant bit rate makes exact.
+
+    Args:
+        source: A local path, encoded bytes, or samples ``[frames]`` or ``[frames, channels]``:
+            float, or integers of 8, 16 or 32 bits, which are scaled from full range to ±1.
+        key: The example that it belongs to.
+        sample_rate_hz: The rate of samples, needed for an array. Encoded sound says it itself;
+            where it is given as well, the two must agree.
+
+    Returns:
+        Samples ``[frames]`` float32 at 16 kHz, contiguous; ``source`` itself where it is that.
+
+    Raises:
+        DataError: No such file, not a sound, truncated, empty, longer than :data:`MAX_SECONDS` or
+            :data:`MAX_FRAMES`, not finite, without a usable rate, or an array of another shape.
+    """
+    name = describe_source(source, "audio")
+    if isinstance(source, np.ndarray):
+        rate_hz = _check_rate(sample_rate_hz, name, key)
+        mono = _mix_array(source, rate_hz, name, key)
+    else:
+        with open_encoded(source, key=key, kind="audio") as stream:
+            _check_whole(stream, name, key)
+            mono, rate_hz = _read_stream(stream, name, key)
+        if sample_rate_hz not in (None, rate_hz):
+            raise DataError(
+                f"{name} is recorded at {rate_hz} Hz, and {sample_rate_hz} Hz is given beside "
+                "it; leave sample_rate_hz out for encoded sound",
+                key=key,
+            )
+    _check_samples(mono, rate_hz, name, key)
+    return mono if rate_hz == SAMPLE_RATE_HZ else _resample(mono, rate_hz)
+
+
+def _read_stream(stream: BinaryIO, name: str, key: str) -> tuple[np.ndarray, int]:
+    """Decode a stream to mono samples ``[frames]`` float32 and their rate."""
+    try:
+        with soundfile.SoundFile(stream, mode="r") as sound:
+            rate_hz = _check_rate(sound.samplerate, name, key)
+            num_frames = sound.frames
+            _check_length(num_frames, rate_hz, sound.channels, name, key)
+            mono = np.empty(num_frames, dtype=np.float32)
+            num_read = 0
+            # In blocks, so that many channels are never in memory at full length. SoundFile.blocks
+            # would hand out uninitialised memory where a file ends before its header says.
+            block_frames = max(1, _BLOCK_SAMPLES // sound.channels)
+            while len(block := sound.read(block_frames, dtype="float32", always_2d=True)):
+                mono[num_read : num_read + len(block)] = block.mean(axis=1)
+                num_read += len(block)
+    except DataError:
+        raise
+    except (soundfile.SoundFileError, TypeError, ValueError) as error:
+        # TypeError: soundfile takes a file named *.raw for samples without a header.
+        is_reason = isinstance(error, soundfile.LibsndfileError)
+        reason = error.error_string if is_reason else "no header"
+        raise DataError(
+            f"{name} cannot be decoded ({reason}); if it plays elsewhere, convert it to WAV, "
+            "FLAC, MP3 or OGG, for example through: ffmpeg -i INPUT -ac 1 -ar 16000 OUTPUT.flac",
+            key=key,
+        ) from error
+    if num_read < num_frames:
+        _refuse_truncated(
+            f"{num_read:,} of its {num_frames:,} frames at {rate_hz} Hz can be read", name, key
+        )
+    return mono, rate_hz
+
+
+def _mix_array(samples: np.ndarray, rate_hz: int, name: str, key: str) -> np.ndarray:
+    """Return samples ``[frames]`` or ``[frames, channels]`` as mono float32 ``[frames]``."""
+    shape = samples.shape
+    if samples.ndim not in (1, 2) or (samples.ndim == 2 and shape[1] > shape[0] > 0):
+        raise DataError(
+            f"{name} has shape {shape}; give [frames] or [frames, channels] (transpose "
+            "[channels, frames])",
+            key=key,
+        )
+    _check_length(shape[0], rate_hz, shape[1] if samples.ndim == 2 else 1, name, key)
+    kind, size = samples.dtype.kind, samples.dtype.itemsize
+    if kind == "f":
+        floats = samples.astype(np.float32, copy=False)
+    elif kind in "iu" and size in (1, 2, 4):
+        half_range = 2.0 ** (8 * size - 1)
+        # Unsigned samples are centred on half their range.
+        offset = half_range if kind == "u" else 0.0
+        floats = ((samples - np.float64(offset)) / half_range).astype(np.float32)
+    else:
+        raise DataError(
+            f"{name} has {samples.dtype} samples; give float samples within ±1, or integers of "
+            "8, 16 or 32 bits",
+            key=key,
+        )
+    return np.ascontiguousarray(floats if floats.ndim == 1 else floats.mean(axis=1))
+
+
+def _resample(mono: np.ndarray, rate_hz: int) -> np.ndarray:
+    """Resample ``[frames]`` float32 to ``[ceil(frames * 16000 / rate_hz)]``."""
+    # Imported here because streaming, which never imports torch, imports this module.
+    import torch
+
+    ratio = Fraction(SAMPLE_RATE_HZ, rate_hz).limit_denominator(_MAX_PHASES)
+    waveform = torch.from_numpy(np.require(mono, requirements="W"))  # torch warns of read-only
+    resampled = _build_resampler(ratio)(waveform)
+    return np.ascontiguousarray(resampled.numpy())
+
+
+@functools.lru_cache(maxsize=8)
+def _build_resampler(ratio: Fraction) -> Resample:
+    """Build the filter of one ratio of rates, kept because it costs more than a short clip.
+
+    Source: "kaiser_best" in torchaudio's resampling tutorial. torchaudio's own defaults let a
+    9 kHz tone alias to 7 kHz at -17 dB; these at -118 dB and below (both measured).
+
+    Returns:
+        A module from ``[frames]`` to ``[ceil(frames * ratio)]`` float32.
+    """
+    from torchaudio.transforms import Resample
+
+    return Resample(
+        ratio.denominator,
+        ratio.numerator,
+        resampling_method="sinc_interp_kaiser",
+        lowpass_filter_width=64,
+        rolloff=0.9475937167399596,
+        beta=14.769656459379492,
+    )
+
+
+def _check_whole(stream: BinaryIO, name: str, key: str) -> None:
+    """Refuse WAV, AIFF and OGG that are cut short, which libsndfile decodes without a word.
+
+    Source: RIFF and EA IFF 85 chunk sizes (8 bytes of header not counted); RFC 3533 section 6.
+    """
+    num_bytes = stream.seek(0, io.SEEK_END)
+    stream.seek(0)
+    head = stream.read(8)
+    if head[:4] in (b"RIFF", b"RIFX", b"FORM"):
+        declared = int.from_bytes(head[4:], "little" if head[:4] == b"RIFF" else "big")
+        # Writers to a pipe leave 0 or the maximum. One byte of padding may be missing.
+        if declared != 0xFFFFFFFF and declared + 8 > num_bytes + 1:
+            _refuse_truncated(f"{num_bytes:,} of its {declared + 8:,} bytes are there", name, key)
+    elif head[:4] == b"OggS":
+        stream.seek(max(0, num_bytes - 65_307))  # the largest page
+        tail = stream.read()
+        page = tail[max(0, tail.rfind(b"OggS")) :]
+        lengths = page[27 : 27 + page[26]] if len(page) > 26 else b""
+        is_complete = bool(lengths) and len(page) >= 27 + len(lengths) + sum(lengths)
+        is_last = len(page) > 5 and bool(page[5] & 4)
+        if not (is_complete and is_last):
+            _refuse_truncated("its end of stream is missing", name, key)
+    stream.seek(0)
+
+
+def _check_rate(rate_hz: int | None, name: str, key: str) -> int:
+    """Return a plausible whole rate."""
+    if rate_hz is None:
+        raise DataError(
+            f"{name} has no sample rate; give sample_rate_hz beside the samples", key=key
+        )
+    try:
+        whole_hz = operator.index(rate_hz)
+    except TypeError:
+        whole_hz = 0
+    if not _MIN_RATE_HZ <= whole_hz <= _MAX_RATE_HZ:
+        raise DataError(
+            f"{name} has a sample rate of {rate_hz!r} Hz; it must be a whole number from "
+            f"{_MIN_RATE_HZ:,} to {_MAX_RATE_HZ:,}",
+            key=key,
+        )
+    return whole_hz
+
+
+def _check_length(num_frames: int, rate_hz: int, num_channels: int, name: str, key: str) -> None:
+    """Refuse no frames, an unknown number, and more than fit, before any is decoded."""
+    if num_frames == _UNKNOWN_FRAMES:
+        raise DataError(
+            f"{name} does not say how long it is; write it to a file anew, for example through: "
+            "ffmpeg -i INPUT -c:a flac OUTPUT.flac",
+            key=key,
+        )
+    if num_frames == 0:
+        raise DataError(
+            f"{name} is empty: 0.0 seconds, {num_channels} channels at {rate_hz} Hz; drop it",
+            key=key,
+        )
+    if num_frames > MAX_FRAMES or num_frames > MAX_SECONDS * rate_hz:
+        raise DataError(
+            f"{name} is {num_frames / rate_hz:,.1f} seconds of {num_channels} channels at "
+            f"{rate_hz} Hz; the limits are {MAX_SECONDS:,.0f} seconds and {MAX_FRAMES:,} frames: "
+            "cut it into clips",
+            key=key,
+        )
+
+
+def _check_samples(mono: np.ndarray, rate_hz: int, name: str, key: str) -> None:
+    """Refuse what no recording holds: NaN, infinity, or integers that nobody scaled."""
+    low, high = float(mono.min()), float(mono.max())  # NaN anywhere makes both NaN
+    about = f"{len(mono) / rate_hz:.2f} seconds at {rate_hz} Hz"
+    if not (np.isfinite(low) and np.isfinite(high)):
+        num_bad = int(np.count_nonzero(~np.isfinite(mono)))
+        raise DataError(
+            f"{name} has {num_bad:,} samples that are not finite numbers in its {about}; "
+            "record or convert it anew",
+            key=key,
+        )
+    peak = max(-low, high)
+    if peak > _MAX_PEAK:
+        raise DataError(
+            f"{name} peaks at {peak:,.0f} times full scale in its {about}: integer samples kept "
+            "as floats; divide them by their full range (32,768 for 16 bits)",
+            key=key,
+        )
+
+
+def _refuse_truncated(evidence: str, name: str, key: str) -> NoReturn:
+    raise DataError(
+        f"{name} is truncated or damaged: {evidence}; fetch it again or drop it", key=key
+    )

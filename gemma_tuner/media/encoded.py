@@ -1,0 +1,96 @@
+"""Where encoded media comes from: a local file or bytes.
+
+Only a file's name gets into a message, never its folder, and nothing of a URI but its scheme:
+paths tell about the user's machine, and signed URLs carry their signature.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from gemma_tuner.errors import DataError
+
+MediaKind = Literal["image", "audio"]
+
+# A longer "name" is no name: a column of base64 text, say, which no message may repeat.
+_MAX_NAME_CHARACTERS = 100
+
+# Two letters at least, so that a Windows drive (C:\...) is a path.
+_URI = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://|^(data):", re.ASCII)
+
+
+def read_uri_scheme(source: object) -> str | None:
+    """Return the scheme of a URI (``gs``, ``https``, ``data``), or None for anything else."""
+    match = _URI.match(source) if isinstance(source, str) else None
+    return (match[1] or match[2]).lower() if match else None
+
+
+def describe_source(source: object, kind: MediaKind) -> str:
+    """Name a source in an error message: a file's name without its folder, or the sort of data."""
+    if isinstance(source, str | Path):
+        name = Path(source).name
+        if len(name) > _MAX_NAME_CHARACTERS:
+            return f"{kind} with a name of {len(name):,} characters"
+        return f"{kind} {name!r}"
+    if isinstance(source, bytes):
+        return f"{kind} of {len(source):,} encoded bytes"
+    return f"{kind} given as {type(source).__name__}"
+
+
+def open_encoded(source: str | Path | bytes, *, key: str, kind: MediaKind) -> BinaryIO:
+    """Open encoded media for reading from its first byte.
+
+    Args:
+        source: A local path, or the encoded bytes.
+        key: The example that it belongs to.
+        kind: What it should hold, for messages.
+
+    Returns:
+        A seekable binary stream, to be closed by the caller.
+
+    Raises:
+        DataError: A URI, no such file, no permission, zero bytes, or another type of source.
+    """
+    name = describe_source(source, kind)
+    scheme = read_uri_scheme(source)
+    if scheme is not None:
+        raise DataError(
+            f"its {kind} is a {scheme}: URI, and decoding fetches nothing; read the example "
+            "through a stream, which fetches its media first, or give a local path or the bytes",
+            key=key,
+        )
+    if isinstance(source, bytes):
+        stream: BinaryIO = io.BytesIO(source)
+    elif isinstance(source, str | Path):
+        try:
+            stream = Path(source).open("rb")  # noqa: SIM115 (the caller closes it)
+        except FileNotFoundError as error:
+            raise DataError(
+                f"{name} does not exist; check the column that names it and the folder that "
+                "relative paths start from",
+                key=key,
+            ) from error
+        except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+            raise DataError(
+                f"{name} cannot be opened ({_name_reason(error)}); it must be a readable file",
+                key=key,
+            ) from error
+    else:
+        raise DataError(
+            f"its {kind} is a {type(source).__name__}; give a local path, the encoded bytes or "
+            "the decoded form",
+            key=key,
+        )
+    if stream.seek(0, io.SEEK_END) == 0:
+        stream.close()
+        raise DataError(f"{name} is empty (0 bytes); fetch it again or drop it", key=key)
+    stream.seek(0)
+    return stream
+
+
+def _name_reason(error: OSError | ValueError) -> str:
+    """Say why without the path that the system's own message ends with."""
+    return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__

@@ -1,0 +1,193 @@
+"""Encoded pictures of any kind to upright 8-bit RGB.
+
+Colours are taken as they are stored: embedded ICC profiles are not applied, as the models' own
+processors do not apply them either. The first frame of an animation is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import PIL.ImageFile
+
+from gemma_tuner.errors import DataError
+from gemma_tuner.media.encoded import describe_source, open_encoded
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_PIXELS = 89_478_485
+"""The largest picture decoded unless told otherwise: 268 MB of RGB, above any phone's camera.
+
+Source: Pillow's own warning limit, PIL.Image.MAX_IMAGE_PIXELS (a quarter GiB at 3 bytes a pixel).
+"""
+
+# Formats that Pillow recognises by a signature and decodes by itself. Left out: EPS and WMF, which
+# run other programs, and formats without a signature, which take any bytes for a picture.
+# A phone's MPO opens as JPEG; HEIF counts once pillow-heif has registered it.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "HEIF")
+
+# What Pillow's decoders raise on damaged input; Warning, where the user has made them errors.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    ArithmeticError,
+    RuntimeError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Warning,
+)
+_BOMBS = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
+
+# EXIF orientation -> what turns the stored pixels upright; 1 is upright.
+# Source: CIPA DC-008 (EXIF 2.32), tag 0x0112.
+_ORIENTATION_TAG = 0x0112
+_TRANSPOSITIONS = {
+    2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
+    3: PIL.Image.Transpose.ROTATE_180,
+    4: PIL.Image.Transpose.FLIP_TOP_BOTTOM,
+    5: PIL.Image.Transpose.TRANSPOSE,
+    6: PIL.Image.Transpose.ROTATE_270,
+    7: PIL.Image.Transpose.TRANSVERSE,
+    8: PIL.Image.Transpose.ROTATE_90,
+}
+
+
+def decode_image(
+    source: str | Path | bytes | PIL.Image.Image,
+    *,
+    key: str,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> PIL.Image.Image:
+    """Decode a picture to upright RGB.
+
+    Transparency is laid on white. Greyscale of more than 8 bits is scaled, not clipped: 16-bit
+    pictures over their whole range; 32-bit and float pictures, whose files do not say what white
+    is, to the least of 1 (float only), 255, 65,535 and 2³¹-1 that none of their pixels exceeds.
+    A damaged EXIF block is logged and the picture taken as upright.
+
+    Args:
+        source: A local path, encoded bytes, or a picture in memory (any mode, current frame).
+        key: The example that it belongs to.
+        max_pixels: Width times height that is refused beyond, from the header, before any pixel
+            is decoded. Pillow itself refuses above twice ``PIL.Image.MAX_IMAGE_PIXELS``.
+
+    Returns:
+        A picture in mode ``RGB`` without EXIF data; ``source`` itself where it is one already.
+
+    Raises:
+        DataError: No such file, not a picture, truncated or damaged, too large, of zero size, or
+            with pixels that have no place between black and white.
+    """
+    name = describe_source(source, "image")
+    try:
+        if isinstance(source, PIL.Image.Image):
+            return _finish(source, name, key, max_pixels)
+        with open_encoded(source, key=key, kind="image") as stream:
+            # Pillow imports its format plugins on demand: all of them must be known to choose.
+            PIL.Image.init()
+            formats = [known for known in _FORMATS if known in PIL.Image.OPEN]
+            with PIL.Image.open(stream, formats=formats) as image:
+                return _finish(image, name, key, max_pixels)
+    except DataError:
+        raise
+    except PIL.UnidentifiedImageError as error:
+        raise DataError(
+            f"{name} is not a picture of a known format; give JPEG, PNG, WebP, GIF, TIFF, BMP or "
+            "AVIF (HEIC needs the pillow-heif package, registered before)",
+            key=key,
+        ) from error
+    except _BOMBS as error:
+        raise DataError(
+            f"{name} exceeds Pillow's own limit against decompression bombs; make it smaller",
+            key=key,
+        ) from error
+    except _DECODER_ERRORS as error:
+        raise DataError(
+            f"{name} is truncated or damaged ({type(error).__name__}: {error}); fetch it again "
+            "or drop it",
+            key=key,
+        ) from error
+
+
+def _finish(image: PIL.Image.Image, name: str, key: str, max_pixels: int) -> PIL.Image.Image:
+    """Check the size in the header, then load, turn upright and convert."""
+    width, height = image.size
+    if width * height == 0:
+        raise DataError(f"{name} is {width}x{height} pixels; drop it", key=key)
+    if width * height > max_pixels:
+        raise DataError(
+            f"{name} is {width}x{height}, {width * height:,} pixels, and the limit is "
+            f"{max_pixels:,}; make it smaller",
+            key=key,
+        )
+    image.load()  # TIFF turns itself upright here, and PNG may carry EXIF after its pixels
+    transposition = _TRANSPOSITIONS.get(_read_orientation(image, key))
+    is_file = isinstance(image, PIL.ImageFile.ImageFile)
+    if image.mode == "RGB" and transposition is None and not is_file:
+        return image
+    upright = _convert_to_rgb(image, name, key)
+    if transposition is not None:
+        upright = upright.transpose(transposition)
+    # Pixels that are upright must not carry the tag that would turn them once more.
+    upright.info = {}
+    return upright
+
+
+def _read_orientation(image: PIL.Image.Image, key: str) -> int:
+    """Return the EXIF orientation, 1 (upright) where there is none or it cannot be read."""
+    try:
+        exif = image.getexif()
+        orientation = exif.get(_ORIENTATION_TAG, 1)
+    except _DECODER_ERRORS:
+        exif, orientation = None, 1
+    # Pillow may have met the damage on opening, and shows an empty block from then on.
+    if not exif and image.info.get("exif"):
+        logger.warning(
+            "example %r: no tag in its EXIF block can be read; the picture is taken as upright",
+            key,
+        )
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _convert_to_rgb(image: PIL.Image.Image, name: str, key: str) -> PIL.Image.Image:
+    """Convert any mode to a new picture in RGB."""
+    if image.mode.startswith("I;16"):
+        wide = np.asarray(image).astype(np.uint32)
+        return _make_grey((wide + 128) // 257)  # 65,535 = 255 x 257
+    if image.mode in ("I", "F"):
+        return _make_grey(_scale_to_white(np.asarray(image), name, key))
+    if image.has_transparency_data:
+        if image.mode == "La":  # premultiplied grey, which has no direct way to RGBA
+            image = image.convert("LA")
+        canvas = PIL.Image.new("RGBA", image.size, "white")
+        return PIL.Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_to_white(values: np.ndarray, name: str, key: str) -> np.ndarray:
+    """Scale 32-bit grey ``[height, width]`` to 0..255 by the white level that holds it."""
+    whites = (255, 65_535, 2**31 - 1) if values.dtype.kind == "i" else (1, 255, 65_535)
+    low, high = float(values.min()), float(values.max())  # NaN anywhere makes both NaN
+    white = next((level for level in whites if low >= 0 and high <= level), None)
+    if white is None:
+        raise DataError(
+            f"{name} has {values.dtype} pixels from {low:g} to {high:g}, and no white level is "
+            f"known for them; rescale them to 0..{whites[0]}",
+            key=key,
+        )
+    return np.rint(values * (255.0 / white))
+
+
+def _make_grey(levels: np.ndarray) -> PIL.Image.Image:
+    """Make an RGB picture of grey levels 0..255 ``[height, width]``."""
+    return PIL.Image.fromarray(levels.astype(np.uint8)).convert("RGB")

@@ -1,0 +1,1 @@
+"""Gemma families, loading them completely, and wrapping them with LoRA."""

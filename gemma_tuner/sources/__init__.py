@@ -1,0 +1,1 @@
+"""Rows from somewhere, and what makes them examples."""

@@ -1,0 +1,1 @@
+"""A resumable, shuffled stream of examples over a local manifest of rows."""

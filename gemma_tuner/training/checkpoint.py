@@ -1,0 +1,436 @@
+"""Training checkpoints that are either whole or not there, and that resume bit for bit.
+
+::
+
+    output_dir/checkpoints/step-00000010/
+        adapter_config.json        the adapter as PEFT writes it: PeftModel.from_pretrained
+        adapter_model.safetensors  loads this folder
+        optimizer.safetensors      "<parameter>.exp_avg", ".exp_avg_sq", ".step"
+        rng.safetensors            torch generators; the library uses no other randomness
+        trainer_state.json         step, stream, settings, totals, identity, versions
+
+A checkpoint is written beside its place under a hidden name, forced to the disk and renamed, so a
+killed or failed save leaves what was there before. One run owns its ``output_dir``: hidden
+leftovers of a killed save are removed by the next one.
+
+Tensors are safetensors, the rest is JSON, nothing is pickled: loading runs no code. No file holds
+training data or a path of the user's machine.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import Parameter
+
+from gemma_tuner.errors import CheckpointError, ResumeError
+from gemma_tuner.training.identity import describe_model, list_differences, portable_name
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_OPTIMIZER = "optimizer.safetensors"
+_RNG = "rng.safetensors"
+_STATE = "trainer_state.json"
+_FORMAT = 1
+_FOLDER = re.compile(r"step-(\d{8,})")
+# File headers, JSON and the file system's own blocks, on top of the tensors.
+_DISK_MARGIN_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """What a run needs to continue, beside tensors. All of it is JSON.
+
+    Args:
+        step: Optimizer steps done.
+        stream: The training stream's state after this step.
+        config: The settings of the run, ``TrainConfig.to_dict()``; ``output_dir`` is not kept.
+        totals: Running sums, such as tokens seen and steps skipped.
+    """
+
+    step: int
+    stream: Mapping[str, Any]
+    config: Mapping[str, Any]
+    totals: Mapping[str, Any]
+
+
+def save_checkpoint(
+    output_dir: str | Path,
+    state: TrainerState,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    generators: Mapping[str, torch.Generator],
+    *,
+    keep: int,
+) -> Path:
+    """Write a checkpoint, then delete the oldest beyond ``keep``.
+
+    Args:
+        output_dir: The run's folder.
+        state: Where the run is.
+        model: Its adapter is saved.
+        optimizer: Its moments are saved.
+        generators: Device names ("cpu", "mps") to the random generators that training draws
+            from.
+        keep: How many checkpoints to keep, this one included.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        CheckpointError: No room or no permission, or a state that JSON cannot hold. Earlier
+            checkpoints are as they were.
+    """
+    folder = Path(output_dir) / "checkpoints" / f"step-{state.step:08d}"
+    moments = _optimizer_tensors(model, optimizer)
+    rng = {name: generator.get_state() for name, generator in generators.items()}
+    document = _encode_state(state, model)
+    tensors = [*_adapter_tensors(model).values(), *moments.values(), *rng.values()]
+    with _errors_explained("save a checkpoint", folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(".step-*"):
+            shutil.rmtree(leftover)
+        _check_disk_space(folder.parent, tensors)
+        with _replaced_folder(folder) as temporary:
+            _write_adapter(model, temporary)
+            save_file(moments, temporary / _OPTIMIZER)
+            save_file(rng, temporary / _RNG)
+            (temporary / _STATE).write_text(document, encoding="utf-8")
+    with _errors_explained("delete old checkpoints", folder.parent):
+        for old in _list_checkpoints(folder.parent)[:-keep]:
+            shutil.rmtree(_hide(old))
+    return folder
+
+
+def save_adapter(model: PeftModel, path: str | Path) -> Path:
+    """Write the adapter as a standard PEFT folder.
+
+    An existing folder keeps its other files; its adapter is replaced once the new one is
+    complete.
+
+    Args:
+        model: From ``add_lora``.
+        path: The folder; made if it is missing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: No room or no permission; an adapter that was there is as it was.
+    """
+    folder = Path(path)
+    with _errors_explained("save an adapter", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_disk_space(folder, list(_adapter_tensors(model).values()))
+        temporary = folder / ".adapter.tmp"
+        with _new_folder(temporary):
+            _write_adapter(model, temporary)
+            _sync_folder(temporary)
+            for name in (_ADAPTER_WEIGHTS, _ADAPTER_CONFIG):
+                (temporary / name).replace(folder / name)
+            temporary.rmdir()
+            _sync(folder)
+    return folder
+
+
+def latest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest whole checkpoint of a run.
+
+    Args:
+        output_dir: The run's folder; it need not exist.
+
+    Returns:
+        The checkpoint's folder, or None if there is none.
+    """
+    checkpoints = _list_checkpoints(Path(output_dir) / "checkpoints")
+    return checkpoints[-1] if checkpoints else None
+
+
+def load_checkpoint(
+    path: str | Path,
+    model: PeftModel,
+    optimizer: torch.optim.Optimizer,
+    generators: Mapping[str, torch.Generator],
+) -> TrainerState:
+    """Put a run back to where it was saved: adapter, moments and generators, bit for bit.
+
+    Everything is read and compared before anything is changed.
+
+    Args:
+        path: A checkpoint's folder, such as :func:`latest_checkpoint` gives.
+        model: The same base with the same LoRA config; its adapter is overwritten.
+        optimizer: From ``build_optimizer`` over this model; its moments are overwritten.
+        generators: The generators named when it was saved; their states are overwritten.
+
+    Returns:
+        The rest of the state.
+
+    Raises:
+        CheckpointError: A file is missing or damaged.
+        ResumeError: The checkpoint is of another model, LoRA config, base or device.
+    """
+    folder = Path(path)
+    document = _read_state(folder)
+    adapter = _read_tensors(folder / _ADAPTER_WEIGHTS)
+    moments = _read_tensors(folder / _OPTIMIZER)
+    rng = _read_tensors(folder / _RNG)
+
+    here = _adapter_tensors(model)
+    differences = (
+        list_differences(document["identity"], describe_model(model))
+        or _compare_tensors("adapter", adapter, here)
+        or _compare_tensors("optimizer", moments, _expected_moments(model, moments))
+        or list_differences(
+            {"random generators": sorted(rng)}, {"random generators": sorted(generators)}
+        )
+    )
+    if differences:
+        raise ResumeError(
+            f"{folder} does not continue this run; saved there against here: "
+            f"{_shorten(differences)}. Load the model and add the adapter as that run did, on "
+            "the same kind of device, or start a new run in another output_dir"
+        )
+
+    with torch.no_grad():
+        for name, tensor in adapter.items():
+            here[name].copy_(tensor)
+    _load_moments(model, optimizer, moments)
+    for name, generator in generators.items():
+        generator.set_state(rng[name])
+    return TrainerState(
+        **{name: document[name] for name in ("step", "stream", "config", "totals")}
+    )
+
+
+# --- what is saved ---------------------------------------------------------------------------
+
+
+def _adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter under PEFT's file names; the tensors share the parameters' memory."""
+    # "auto" would ask the Hub whether the base's vocabulary was resized.
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def _trainable(model: PeftModel) -> dict[str, Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _optimizer_tensors(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Moments and step counters; parameters without a step yet have none."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in _trainable(model).items()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _expected_moments(model: PeftModel, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint must hold: all of a parameter's state, or none before its first step."""
+    return {
+        f"{name}.{key}": value
+        for name, parameter in _trainable(model).items()
+        if any(f"{name}.{key}" in saved for key in ("exp_avg", "exp_avg_sq", "step"))
+        for key, value in (
+            ("exp_avg", parameter),
+            ("exp_avg_sq", parameter),
+            ("step", torch.zeros(())),
+        )
+    }
+
+
+def _load_moments(
+    model: PeftModel, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
+) -> None:
+    names = {parameter: name for name, parameter in _trainable(model).items()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # AdamW's own loader knows on which device each tensor belongs.
+    optimizer.load_state_dict(
+        {
+            "param_groups": optimizer.state_dict()["param_groups"],
+            "state": {
+                index: {
+                    # A copy: load_file maps the file, and keeps its disk space once deleted.
+                    key: moments[f"{names[parameter]}.{key}"].clone()
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+                for index, parameter in enumerate(parameters)
+                if f"{names[parameter]}.step" in moments
+            },
+        }
+    )
+
+
+def _encode_state(state: TrainerState, model: PeftModel) -> str:
+    document = {
+        "format": _FORMAT,
+        "step": state.step,
+        "stream": state.stream,
+        "config": {k: v for k, v in state.config.items() if k != "output_dir"},
+        "totals": state.totals,
+        "identity": describe_model(model),
+        "versions": {
+            package: metadata.version(package)
+            for package in ("torch", "transformers", "peft", "safetensors")
+        },
+    }
+    try:
+        return json.dumps(document, indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the state of step {state.step} cannot be written as JSON: {error}"
+        ) from error
+
+
+def _write_adapter(model: PeftModel, folder: Path) -> None:
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    # The model card that PEFT adds names the base by its local path.
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / _ADAPTER_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = portable_name(config["base_model_name_or_path"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+# --- reading back ----------------------------------------------------------------------------
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    path = folder / _STATE
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        found = document["format"]
+        missing = {"step", "stream", "config", "totals", "identity"} - document.keys()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from error
+    if found != _FORMAT:
+        raise CheckpointError(
+            f"{path} has format {found!r}, this version of gemma_tuner reads {_FORMAT}: resume "
+            "with the version that wrote it"
+        )
+    if missing:
+        raise _damaged(path, KeyError(*sorted(missing)))
+    return document
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is missing or damaged ({type(error).__name__}: {error}): delete the folder "
+        f"{path.parent}; the next resume then uses the checkpoint before it"
+    )
+
+
+def _compare_tensors(
+    kind: str, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> list[str]:
+    def describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        return {f"{kind} {name}": f"{t.dtype} {list(t.shape)}" for name, t in tensors.items()}
+
+    return list_differences(describe(saved), describe(expected))
+
+
+def _shorten(differences: list[str], limit: int = 8) -> str:
+    more = [f"and {len(differences) - limit} more"] if len(differences) > limit else []
+    return "; ".join(differences[:limit] + more)
+
+
+# --- the file system -------------------------------------------------------------------------
+
+
+def _list_checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first; hidden folders are unfinished ones."""
+    if not folder.is_dir():
+        return []
+    steps = {
+        path: int(match[1])
+        for path in folder.iterdir()
+        if (match := _FOLDER.fullmatch(path.name)) and path.is_dir()
+    }
+    return sorted(steps, key=steps.__getitem__)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """Make an empty folder; if the block fails, remove it with all that is in it."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _replaced_folder(folder: Path) -> Iterator[Path]:
+    """Yield a hidden sibling that takes ``folder``'s place once the block has filled it."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with _new_folder(temporary):
+        yield temporary
+        _sync_folder(temporary)
+        old = _hide(folder) if folder.exists() else None
+        temporary.rename(folder)
+        _sync(folder.parent)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def _hide(folder: Path) -> Path:
+    """Rename a checkpoint, so that a kill while it is deleted leaves no half of one."""
+    return folder.rename(folder.with_name(f".{folder.name}.old"))
+
+
+def _sync_folder(folder: Path) -> None:
+    for path in folder.iterdir():
+        _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_disk_space(folder: Path, tensors: list[Tensor]) -> None:
+    needed = sum(tensor.nbytes for tensor in tensors) + _DISK_MARGIN_BYTES
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free")
+
+
+@contextmanager
+def _errors_explained(what: str, folder: Path) -> Iterator[None]:
+    """Turn what can go wrong with a disk into a CheckpointError with a remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"cannot {what} in {folder}: {error}. What was saved before is untouched. Free disk "
+            "space there, or choose another folder, and resume"
+        ) from error

@@ -1,0 +1,188 @@
+"""TrainConfig: every setting of a training run, checked when it is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from gemma_tuner.errors import ConfigError
+
+Schedule = Literal["constant", "cosine", "linear"]
+SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine", "linear")
+
+# The smallest value of each whole-numbered setting.
+_SMALLEST = {
+    "max_steps": 1,
+    "epochs": 1,
+    "batch_size": 1,
+    "gradient_accumulation": 1,
+    "warmup_steps": 0,
+    "seed": 0,
+    "loss_chunk_tokens": 1,
+    "log_every_steps": 1,
+    "eval_every_steps": 1,
+    "save_every_steps": 1,
+    "keep_checkpoints": 1,
+    "max_nonfinite_steps": 1,
+}
+_MAY_BE_NONE = ("max_steps", "epochs", "eval_every_steps", "save_every_steps")
+_POSITIVE = ("learning_rate", "epsilon", "max_grad_norm")
+_SWITCHES = ("gradient_checkpointing", "progress")
+# The largest seed that torch.Generator.manual_seed takes on every device.
+_LARGEST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """The settings of a training run. Values are checked, never converted.
+
+    Args:
+        max_steps: Optimizer steps to train for. Give either this or ``epochs``.
+        epochs: Passes over the training stream. Give either this or ``max_steps``.
+        batch_size: Examples in a micro-batch, what is on the device at one time.
+        gradient_accumulation: Micro-batches in an optimizer step. ``batch_size *
+            gradient_accumulation`` examples make one step; how they are cut does not change it.
+        learning_rate: The peak, reached at the end of the warm-up.
+        schedule: How the rate goes on after the warm-up: "cosine" or "linear" down to 0, or
+            "constant".
+        warmup_steps: Optimizer steps over which the rate rises linearly to its peak.
+        weight_decay: AdamW's decoupled decay, as a fraction of the learning rate.
+        betas: AdamW's decay rates of the first and second moment.
+        epsilon: AdamW's term in the denominator.
+        max_grad_norm: Gradients longer than this (L2, all parameters together) are scaled
+            down to it.
+        seed: Seeds dropout and the order of nothing else: streams carry their own seed.
+        gradient_checkpointing: Keep only each layer's input and compute the rest again in the
+            backward pass: much less memory, about a third more time.
+        loss_chunk_tokens: Target tokens whose logits exist at one time.
+        log_every_steps: Optimizer steps between two log records; each costs one device sync.
+        eval_every_steps: Optimizer steps between two measurements of the held-out loss; None
+            measures it at the end only.
+        save_every_steps: Optimizer steps between two checkpoints; None saves at the end only.
+        keep_checkpoints: The newest so many checkpoints are kept.
+        max_nonfinite_steps: Consecutive steps with an infinite or undefined gradient, each of
+            which is skipped, before the run stops.
+        output_dir: Folder of this run's checkpoints and log; one run, one folder.
+        progress: Whether to show progress on stderr.
+
+    Raises:
+        ConfigError: A value out of its range or of another type.
+    """
+
+    max_steps: int | None = None
+    epochs: int | None = None
+    batch_size: int = 1
+    gradient_accumulation: int = 8
+    learning_rate: float = 2e-4
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    gradient_checkpointing: bool = True
+    loss_chunk_tokens: int = 256
+    log_every_steps: int = 10
+    eval_every_steps: int | None = None
+    save_every_steps: int | None = None
+    keep_checkpoints: int = 2
+    max_nonfinite_steps: int = 5
+    output_dir: str | Path = "runs/default"
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, smallest in _SMALLEST.items():
+            _check_whole_number(name, getattr(self, name), smallest)
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 < value < math.inf):
+                raise _out_of_range(name, value, "a finite number above 0")
+        if not (_is_number(self.weight_decay) and 0 <= self.weight_decay < math.inf):
+            raise _out_of_range("weight_decay", self.weight_decay, "a finite number from 0 up")
+        for name in _SWITCHES:
+            if not isinstance(getattr(self, name), bool):
+                raise _out_of_range(name, getattr(self, name), "True or False")
+        _check_betas(self.betas)
+        if self.schedule not in SCHEDULES:
+            raise _out_of_range("schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")
+        if self.seed > _LARGEST_SEED:
+            raise _out_of_range("seed", self.seed, f"a whole number from 0 to {_LARGEST_SEED}")
+        if not isinstance(self.output_dir, str | Path) or not str(self.output_dir):
+            raise _out_of_range("output_dir", self.output_dir, "a folder's path, str or Path")
+        self._check_length()
+
+    def _check_length(self) -> None:
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ConfigError(
+                "a run needs an end: give either max_steps=... (optimizer steps) or epochs=... "
+                f"(passes over the data); got max_steps={self.max_steps}, epochs={self.epochs}"
+            )
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
+            raise _out_of_range(
+                "warmup_steps", self.warmup_steps, f"below max_steps={self.max_steps}"
+            )
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """Make a config from plain settings, such as a parsed JSON or TOML file.
+
+        Args:
+            settings: Field names to values; ``betas`` may be a list.
+
+        Returns:
+            The config; fields that are not given keep their defaults.
+
+        Raises:
+            ConfigError: An unknown name, or a value that the field cannot have.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+                hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(known)}"
+                raise ConfigError(f"TrainConfig has no setting {name!r}; {hint}")
+        values = dict(settings)
+        if isinstance(values.get("betas"), list):
+            values["betas"] = tuple(values["betas"])
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON has them; ``from_dict`` takes them back.
+
+        Returns:
+            Field names to values: ``betas`` a list, ``output_dir`` a string.
+        """
+        settings = dataclasses.asdict(self)
+        return settings | {"betas": list(self.betas), "output_dir": str(self.output_dir)}
+
+
+def _check_whole_number(name: str, value: object, smallest: int) -> None:
+    if value is None and name in _MAY_BE_NONE:
+        return
+    # bool is a subclass of int: True would count as 1.
+    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+        none = " or None" if name in _MAY_BE_NONE else ""
+        raise _out_of_range(name, value, f"a whole number from {smallest} up{none}")
+
+
+def _check_betas(betas: object) -> None:
+    if not (
+        isinstance(betas, tuple)
+        and len(betas) == 2
+        and all(_is_number(beta) and 0 <= beta < 1 for beta in betas)
+    ):
+        raise _out_of_range("betas", betas, "a tuple of two numbers from 0 up and below 1")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _out_of_range(name: str, value: object, allowed: str) -> ConfigError:
+    return ConfigError(f"{name} must be {allowed}; got {value!r} ({type(value).__name__})")

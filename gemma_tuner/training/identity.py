@@ -1,0 +1,129 @@
+"""What makes two models the same to a saved run, and what differs when they are not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+# Who wrote a config, where it came from and how the model is run, rather than what it is. Keys
+# that begin with an underscore are of the same kind.
+_NOT_STRUCTURE = {
+    "auto_mapping",
+    "base_model_name_or_path",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def describe_model(model: PeftModel) -> dict[str, Any]:
+    """Everything that must be equal for a saved run to continue on a model.
+
+    Args:
+        model: From ``add_lora``.
+
+    Returns:
+        JSON: the base's configuration, a hash of its norms (an instruction-tuned release has
+        the configuration of the one it was tuned from), the LoRA config, and the shapes of the
+        parameters that train. Names of paths are left out.
+    """
+    base = cast(PreTrainedModel, model.get_base_model())
+    base_config = json.loads(base.config.to_json_string(use_diff=False))
+    lora = {
+        name: sorted(value) if isinstance(value, set) else value
+        for name, value in model.peft_config["default"].to_dict().items()
+    }
+    return {
+        "base": _structure(base_config),
+        "base_norms_sha256": _hash_norms(model),
+        "lora": _structure(json.loads(json.dumps(lora))),
+        "trainable": {
+            name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad
+        },
+    }
+
+
+def list_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Name every value in which two nested mappings differ.
+
+    Args:
+        saved: As a checkpoint has it.
+        here: As this run has it.
+
+    Returns:
+        Lines such as ``lora.r: 16 against 8``; none if they are equal.
+
+    Example:
+        >>> list_differences({"lora": {"r": 16}}, {"lora": {"r": 8, "bias": "none"}})
+        ['lora.bias: nothing against none', 'lora.r: 16 against 8']
+    """
+    left, right = _flatten(saved), _flatten(here)
+    return [
+        f"{name}: {left.get(name, 'nothing')} against {right.get(name, 'nothing')}"
+        for name in sorted(left.keys() | right.keys())
+        if name not in left or name not in right or left[name] != right[name]
+    ]
+
+
+def portable_name(name: str | None) -> str | None:
+    """A model's name without the user's folders.
+
+    Args:
+        name: A Hub name or a local path.
+
+    Returns:
+        The Hub name, also where the path lies in the Hub's cache; else the last folder's name.
+
+    Example:
+        >>> portable_name("google/gemma-4-E2B-it")
+        'google/gemma-4-E2B-it'
+        >>> portable_name("/home/ada/.cache/hub/models--google--gemma-4-E2B-it/snapshots/8f3")
+        'google/gemma-4-E2B-it'
+        >>> portable_name("/home/ada/secret-project/my-gemma")
+        'my-gemma'
+    """
+    if not name:
+        return name
+    if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", name):
+        return f"{cached[1]}/{cached[2]}"
+    if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) and not Path(name).exists():
+        return name
+    return Path(name).resolve().name
+
+
+def _structure(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _structure(value) if isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name not in _NOT_STRUCTURE and not name.startswith("_")
+    }
+
+
+def _hash_norms(model: PeftModel) -> str:
+    """SHA-256 of the frozen vectors: small, and in memory whatever the plan for the matrices."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.ndim <= 1 and not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().to("cpu", torch.float32).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat

@@ -1,0 +1,274 @@
+"""What a run tells about itself: records, a log of JSON lines, progress on stderr."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Column
+
+from gemma_tuner.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """The state of training after one optimizer step.
+
+    Args:
+        step: Optimizer steps done, this one included; the first has 1.
+        loss: Mean cross-entropy over the step's target tokens, in nats.
+        learning_rate: The rate that the step used.
+        grad_norm: L2 norm of the gradient before clipping.
+        tokens: Tokens read since the run began: prompts, media and targets, no padding.
+        target_tokens: Tokens trained on since the run began.
+        tokens_per_second: Tokens read per second since the last record.
+        target_tokens_per_second: Tokens trained on per second since the last record.
+        data_wait_seconds: Time spent waiting for data since the last record.
+        memory_bytes: Device memory in use.
+        skipped_steps: Steps skipped since the run began because of a non-finite gradient.
+        epoch: Passes over the data, fractions included.
+    """
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    target_tokens: int
+    tokens_per_second: float
+    target_tokens_per_second: float
+    data_wait_seconds: float
+    memory_bytes: int
+    skipped_steps: int
+    epoch: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRecord:
+    """The loss on held-out examples.
+
+    Args:
+        step: Optimizer steps done when it was measured.
+        loss: Mean cross-entropy over all their target tokens, in nats.
+        perplexity: ``exp(loss)``.
+        target_tokens: How many tokens the mean is over.
+        examples: How many examples there were.
+    """
+
+    step: int
+    loss: float
+    perplexity: float
+    target_tokens: int
+    examples: int
+
+
+class JsonlLog:
+    """A log with one JSON object a line, flushed as it is written.
+
+    Each line has ``kind`` ("step", "eval" or "event") and ``step``. JSON has no NaN and no
+    infinity: such a value becomes null, and ``nonfinite`` says which it was::
+
+        {"kind": "step", "step": 7, "loss": null, "nonfinite": {"loss": "nan"}, ...}
+
+    Use as a context manager, or call :meth:`close`.
+
+    Args:
+        path: The file; its folder is made, and lines are appended.
+        resume_step: Drop what was logged beyond this step, so that the log of a resumed run
+            is the log of one that never stopped. None keeps every line.
+
+    Raises:
+        CheckpointError: A line of the existing log, other than its last, is not JSON.
+    """
+
+    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step is not None and self.path.exists():
+            _drop_lines_after(self.path, resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def step(self, record: StepRecord) -> None:
+        """Append a step's record."""
+        self._append("step", dataclasses.asdict(record))
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Append a held-out loss."""
+        self._append("eval", dataclasses.asdict(record))
+
+    def event(self, step: int, name: str, **details: Any) -> None:
+        """Append something that happened.
+
+        Args:
+            step: Optimizer steps done when it did.
+            name: What it was, such as "saved" or "resumed".
+            **details: JSON values that describe it.
+        """
+        self._append("event", {"step": step, "name": name, **details})
+
+    def close(self) -> None:
+        """Close the file; closing twice is fine."""
+        self._file.close()
+
+    def _append(self, kind: str, fields: Mapping[str, Any]) -> None:
+        nonfinite = {
+            name: str(value)
+            for name, value in fields.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        }
+        line = {"kind": kind, **fields} | dict.fromkeys(nonfinite)
+        if nonfinite:
+            line["nonfinite"] = nonfinite
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def _drop_lines_after(path: Path, step: int) -> None:
+    """Rewrite a log without the lines beyond a step; the old file stands until the new does."""
+    kept = [line for line, line_step in _read_lines(path) if line_step <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield each finished line of a log and its step."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            # A run killed while it wrote leaves its last line unfinished.
+            if not line.endswith("\n"):
+                return
+            try:
+                step = int(json.loads(line)["step"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise CheckpointError(
+                    f"line {number} of the log {path} is not one of its records "
+                    f"({type(error).__name__}): move the file away to start a new log"
+                ) from error
+            yield line, step
+
+
+class _Stderr(Console):
+    """A console on stderr that falls silent when nobody reads it any more.
+
+    rich would end the process; a run of hours must not end because ``| head`` did.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(stderr=True)
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+class Progress:
+    """Show a run on stderr: a live bar on a terminal or in a notebook, else a line a record.
+
+    Use as a context manager.
+
+    Args:
+        total_steps: Optimizer steps of the whole run.
+        enabled: False shows nothing.
+        done_steps: Steps that an earlier run has done, where this one resumes it.
+        console: Where to show it; stderr unless a test gives another.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        enabled: bool = True,  # noqa: FBT001, FBT002 - Progress(total_steps, enabled)
+        done_steps: int = 0,
+        console: Console | None = None,
+    ) -> None:
+        self._total_steps = total_steps
+        self._enabled = enabled
+        self._console = console or _Stderr()
+        self._held_out_loss = ""
+        self._bar: RichProgress | None = None
+        if enabled and (self._console.is_terminal or self._console.is_jupyter):
+            self._bar = RichProgress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=20),
+                TimeRemainingColumn(),
+                # Wrapped where the terminal is narrow, so that no figure is cut off.
+                TextColumn("{task.description}", markup=False, table_column=Column(ratio=1)),
+                console=self._console,
+                expand=True,
+            )
+            self._task = self._bar.add_task("", total=total_steps, completed=done_steps)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, record: StepRecord) -> None:
+        """Show a step's record."""
+        text = _describe(record)
+        if self._bar is not None:
+            text += self._held_out_loss
+            self._bar.update(self._task, completed=record.step, description=text)
+        else:
+            self._print(f"step {record.step}/{self._total_steps}  {text}")
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Show a held-out loss; a live bar keeps showing the last one."""
+        self._held_out_loss = f"  held-out {record.loss:.4f}"
+        self._print(
+            f"step {record.step}/{self._total_steps}  held-out loss {record.loss:.4f}  "
+            f"perplexity {record.perplexity:.2f}  ({record.target_tokens} target tokens, "
+            f"{record.examples} examples)"
+        )
+
+    def message(self, text: str) -> None:
+        """Show a line of text, above the bar where there is one."""
+        self._print(text)
+
+    def _print(self, text: str) -> None:
+        if self._enabled:
+            # No markup: a path may hold square brackets. No wrapping: a line is a record.
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _describe(record: StepRecord) -> str:
+    """What a reader watches, in one line and in units fit for reading."""
+    text = (
+        f"loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
+        f"{record.tokens_per_second:.0f} tokens/s  {record.memory_bytes / 2**30:.2f} GiB  "
+        f"data wait {record.data_wait_seconds:.1f} s"
+    )
+    return text + (f"  skipped {record.skipped_steps}" if record.skipped_steps else "")

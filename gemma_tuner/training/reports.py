@@ -1,0 +1,115 @@
+"""Where a run's records go: the log, the display, and the clock that they share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from gemma_tuner.training.metrics import EvalRecord, JsonlLog, Progress, StepRecord
+
+T = TypeVar("T")
+
+
+class Reports:
+    """Send records to ``log.jsonl`` and to the display; time what happens between two of them.
+
+    Use as a context manager. In processes other than the main one it only keeps time.
+
+    Args:
+        output_dir: The run's folder.
+        total_steps: Optimizer steps of the whole run.
+        step: Steps done before; lines of the log beyond it are dropped.
+        show: Whether to show progress on stderr.
+        is_main_process: Whether this process writes.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path,
+        *,
+        total_steps: int,
+        step: int,
+        show: bool,
+        is_main_process: bool,
+    ) -> None:
+        self._log = (
+            JsonlLog(Path(output_dir) / "log.jsonl", resume_step=step) if is_main_process else None
+        )
+        self._progress = Progress(total_steps, enabled=show and is_main_process)
+        self._stack = ExitStack()
+        self._wait_seconds = 0.0
+        self._started = time.perf_counter()
+        self._counts = (0, 0)
+
+    def __enter__(self) -> Self:
+        if self._log is not None:
+            self._stack.enter_context(self._log)
+        self._stack.enter_context(self._progress)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+
+    def step(self, record: StepRecord) -> None:
+        """Report an optimizer step."""
+        if self._log is not None:
+            self._log.step(record)
+        self._progress.step(record)
+
+    def evaluation(self, record: EvalRecord) -> None:
+        """Report a held-out loss."""
+        if self._log is not None:
+            self._log.evaluation(record)
+        self._progress.evaluation(record)
+
+    def event(self, step: int, name: str, message: str) -> None:
+        """Report something that happened, by a name for the log and a sentence to show."""
+        if self._log is not None:
+            self._log.event(step, name)
+        self._progress.message(message)
+
+    def time_waits(self, values: Iterable[T]) -> Iterator[T]:
+        """Pass values on and count the time spent waiting for them."""
+        iterator = iter(values)
+        while True:
+            started = time.perf_counter()
+            try:
+                value = next(iterator)
+            except StopIteration:
+                return
+            self._wait_seconds += time.perf_counter() - started
+            yield value
+
+    def restart_clock(self, num_tokens: int, num_target_tokens: int) -> None:
+        """Begin an interval, so that what came before (evaluation, saving) is not counted."""
+        self._counts = (num_tokens, num_target_tokens)
+        self._wait_seconds = 0.0
+        self._started = time.perf_counter()
+
+    def read_clock(self, num_tokens: int, num_target_tokens: int) -> tuple[float, float, float]:
+        """End an interval and begin the next.
+
+        Args:
+            num_tokens: Tokens seen since the run began.
+            num_target_tokens: Tokens trained on since the run began.
+
+        Returns:
+            Tokens per second, target tokens per second, and seconds spent waiting for data.
+        """
+        seconds = time.perf_counter() - self._started
+        waited = self._wait_seconds
+        speeds = (
+            (num_tokens - self._counts[0]) / seconds,
+            (num_target_tokens - self._counts[1]) / seconds,
+        )
+        self.restart_clock(num_tokens, num_target_tokens)
+        return (*speeds, waited)

@@ -1,0 +1,463 @@
+"""The training loop: optimizer steps in which every target token weighs the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from gemma_tuner.collators.preview import Preview, preview_row
+from gemma_tuner.device import memory_used_bytes, random_generators
+from gemma_tuner.errors import ConfigError, DataError, DivergedError, ResumeError, SourceError
+from gemma_tuner.training.checkpoint import (
+    TrainerState,
+    latest_checkpoint,
+    load_checkpoint,
+    save_adapter,
+    save_checkpoint,
+)
+from gemma_tuner.training.config import TrainConfig
+from gemma_tuner.training.feed import Prefetch, StepInput, Stream, read_steps
+from gemma_tuner.training.identity import list_differences
+from gemma_tuner.training.interrupt import StopRequest
+from gemma_tuner.training.loss import target_loss_sum, unwrap_peft
+from gemma_tuner.training.metrics import EvalRecord, StepRecord
+from gemma_tuner.training.optim import (
+    NonfiniteGuard,
+    build_optimizer,
+    clip_gradients,
+    guarded_step,
+    learning_rate_at,
+    set_learning_rate,
+)
+from gemma_tuner.training.reports import Reports
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from gemma_tuner.collators.text import TextCollator
+
+FREE_ON_RESUME = (
+    "max_steps",
+    "epochs",
+    "gradient_checkpointing",
+    "loss_chunk_tokens",
+    "log_every_steps",
+    "eval_every_steps",
+    "save_every_steps",
+    "keep_checkpoints",
+    "max_nonfinite_steps",
+    "output_dir",
+    "progress",
+)
+"""Settings that a resumed run may change: its length, what it reports, and what costs memory but
+changes no gradient. A new length moves the rest of a decaying schedule."""
+
+
+@dataclass(frozen=True, slots=True)
+class FitResult:
+    """How a run ended.
+
+    Args:
+        step: Optimizer steps done in all, those before a resume included.
+        stopped_by: The signal that stopped it early, or None.
+        held_out: The held-out losses measured by this call, in order.
+    """
+
+    step: int
+    stopped_by: str | None
+    held_out: tuple[EvalRecord, ...]
+
+
+class Trainer:
+    """Fine-tune a LoRA-wrapped Gemma on a stream of examples.
+
+    Args:
+        model: From ``add_lora``; it is trained where it lies.
+        stream: What to train on; an ``ExampleStream`` or anything that iterates, counts and
+            resumes as one does.
+        collator: What makes batches of its examples.
+        config: The settings.
+        eval_stream: Held-out examples, whose loss is measured as ``config`` says.
+
+    Raises:
+        ConfigError: A model without trainable parameters.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel,
+        stream: Stream,
+        collator: TextCollator,
+        config: TrainConfig,
+        eval_stream: Stream | None = None,
+    ) -> None:
+        self.model = model
+        self.stream = stream
+        self.collator = collator
+        self.config = config
+        self.eval_stream = eval_stream
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        if not self.trainable:
+            raise ConfigError(
+                "no parameter of the model is trainable; wrap it with add_lora(model) first"
+            )
+        self.device = self.trainable[0].device
+        self.accelerator = Accelerator(cpu=self.device.type == "cpu")
+        self.optimizer = build_optimizer(model.named_parameters(), config, self.device)
+        self.guard = NonfiniteGuard(self.device)
+        self.step = 0
+        self.num_tokens = 0
+        self.num_target_tokens = 0
+        self._stream_state = stream.state_dict()
+        self._saved_step: int | None = None
+
+    @property
+    def examples_per_step(self) -> int:
+        """Examples of one optimizer step over all processes."""
+        config = self.config
+        return config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
+
+    @property
+    def total_examples(self) -> int:
+        """Examples of the whole run."""
+        if self.config.max_steps is not None:
+            return self.config.max_steps * self.examples_per_step
+        return (self.config.epochs or 0) * len(self.stream)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; the last may have fewer examples."""
+        return math.ceil(self.total_examples / self.examples_per_step)
+
+    def preview(self, index: int = 0) -> Preview:
+        """Show one collated example of the stream with its trained tokens marked.
+
+        Args:
+            index: The example's place in the data.
+
+        Returns:
+            What a person reads; ``print`` it.
+        """
+        batch = self.collator([self.stream[index]])
+        return preview_row(batch, self.collator.processor.tokenizer)
+
+    def fit(self, *, resume: bool = False) -> FitResult:
+        """Train until the configured end, or until SIGINT or SIGTERM.
+
+        A signal lets the step finish, saves a checkpoint and returns; so does the end. An error
+        in the data saves the steps before it and is raised.
+
+        Args:
+            resume: Continue from the newest checkpoint in ``output_dir``, exactly; begin if there
+                is none.
+
+        Returns:
+            The number of steps done and what stopped them.
+
+        Raises:
+            ConfigError: ``output_dir`` holds a run and ``resume`` is False.
+            ResumeError: The checkpoint is of another model, data or configuration.
+            DataError: An example that cannot be used.
+            SourceError: Data that cannot be read any more.
+            DivergedError: Too many consecutive steps with non-finite gradients.
+        """
+        self._begin(resume=resume)
+        held_out: list[EvalRecord] = []
+        with (
+            StopRequest() as stop,
+            Reports(
+                self.config.output_dir,
+                total_steps=self.total_steps,
+                step=self.step,
+                show=self.config.progress,
+                is_main_process=self.accelerator.is_main_process,
+            ) as reports,
+            Prefetch(self._read_steps()) as feed,
+        ):
+            try:
+                self._run(feed, stop, reports, held_out)
+            except (DataError, SourceError, DivergedError):
+                self._save_checkpoint(reports)
+                raise
+            self._save_checkpoint(reports)
+        return FitResult(self.step, stop.reason, tuple(held_out))
+
+    def _run(
+        self,
+        feed: Iterable[StepInput],
+        stop: StopRequest,
+        reports: Reports,
+        held_out: list[EvalRecord],
+    ) -> None:
+        """Train, and do between steps what is due."""
+        if self.step == 0:
+            self._measure_held_out(reports, held_out)
+        reports.restart_clock(self.num_tokens, self.num_target_tokens)
+        for step_input in reports.time_waits(feed):
+            loss, grad_norm = self.train_step(step_input)
+            if self._is_due(self.config.log_every_steps):
+                self._log_step(loss, grad_norm, reports)
+            is_last = self.step == self.total_steps
+            if is_last or self._is_due(self.config.eval_every_steps):
+                self._measure_held_out(reports, held_out)
+            if self._is_due(self.config.save_every_steps):
+                self._save_checkpoint(reports)
+            if stop.reason:
+                reports.event(self.step, "stopped", f"{stop.reason}: stopped by request")
+                return
+
+    def train_step(self, step_input: StepInput) -> tuple[Tensor, Tensor]:
+        """Take one optimizer step in which every target token weighs the same.
+
+        Args:
+            step_input: Its micro-batches, on the CPU.
+
+        Returns:
+            The mean loss over the step's target tokens and the gradient's norm before clipping,
+            float32 scalars on the device. Nothing here waits for the device.
+        """
+        target_tokens = self._sum_over_processes(
+            sum(batch.num_target_tokens for batch in step_input.micro_batches)
+        )
+        loss = torch.zeros((), device=self.device)
+        for batch in step_input.micro_batches:
+            loss_sum = target_loss_sum(
+                self.model, batch.to(self.device), chunk_tokens=self.config.loss_chunk_tokens
+            )
+            micro_loss = loss_sum / target_tokens
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        self._add_gradients_of_processes(loss)
+        grad_norm = clip_gradients(self.trainable, self.config.max_grad_norm)
+        set_learning_rate(self.optimizer, self.learning_rate)
+        self.guard.count(guarded_step(self.optimizer, grad_norm))
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.num_target_tokens += target_tokens
+        self.num_tokens += self._sum_over_processes(
+            sum(batch.num_tokens for batch in step_input.micro_batches)
+        )
+        self._stream_state = step_input.stream_state
+        return loss, grad_norm
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate of the next optimizer step."""
+        return learning_rate_at(self.step, self.config, self.total_steps)
+
+    def evaluate(self) -> EvalRecord:
+        """Measure the mean loss over every target token of the held-out stream.
+
+        Returns:
+            The loss in nats and its perplexity; the same however examples are batched.
+
+        Raises:
+            ConfigError: The trainer was made without ``eval_stream``.
+            DataError: An example that cannot be used.
+        """
+        if self.eval_stream is None:
+            raise ConfigError("there is nothing to evaluate on; give Trainer an eval_stream")
+        indices = range(
+            self.accelerator.process_index, len(self.eval_stream), self.accelerator.num_processes
+        )
+        loss_sum = torch.zeros((), device=self.device)
+        target_tokens = 0
+        self.model.eval()
+        with torch.no_grad():
+            for start in range(0, len(indices), self.config.batch_size):
+                rows = indices[start : start + self.config.batch_size]
+                batch = self.collator([self.eval_stream[index] for index in rows])
+                target_tokens += batch.num_target_tokens
+                loss_sum += target_loss_sum(
+                    self.model, batch.to(self.device), chunk_tokens=self.config.loss_chunk_tokens
+                )
+        self._set_train_mode()
+        target_tokens = self._sum_over_processes(target_tokens)
+        loss = float(self.accelerator.reduce(loss_sum)) / target_tokens
+        return EvalRecord(
+            step=self.step,
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            target_tokens=target_tokens,
+            examples=len(self.eval_stream),
+        )
+
+    def save(self, path: str | Path) -> Path:
+        """Save the adapter as a standard PEFT folder.
+
+        Args:
+            path: The folder; made if it is missing.
+
+        Returns:
+            The folder, which ``peft.PeftModel.from_pretrained`` opens.
+
+        Raises:
+            CheckpointError: No room or no permission.
+        """
+        return save_adapter(self.model, path)
+
+    # --- beginning, saving, logging ----------------------------------------------------------
+
+    def _begin(self, *, resume: bool) -> None:
+        checkpoint = latest_checkpoint(self.config.output_dir)
+        if checkpoint is not None and not resume:
+            raise ConfigError(
+                f"output_dir {str(self.config.output_dir)!r} already holds a run "
+                f"({checkpoint.name}); continue it with fit(resume=True), or choose another folder"
+            )
+        torch.manual_seed(self.config.seed)
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        gemma = unwrap_peft(self.model)
+        if self.config.gradient_checkpointing:
+            # Reentrant checkpointing loses the gradients of shared keys and values, silently.
+            gemma.activation_checkpointing_enable({"use_reentrant": False})
+        else:
+            gemma.activation_checkpointing_disable()
+        self._set_train_mode()
+
+    def _set_train_mode(self) -> None:
+        """Dropout and checkpointing where something trains; frozen towers stay as they are."""
+        self.model.train()
+        for child in unwrap_peft(self.model).model.children():
+            if not any(parameter.requires_grad for parameter in child.parameters()):
+                child.eval()
+
+    def _resume(self, checkpoint: Path) -> None:
+        state = load_checkpoint(
+            checkpoint, self.model, self.optimizer, random_generators(self.device)
+        )
+        here = self._continuity()
+        if differences := list_differences(dict(state.config), here):
+            raise ResumeError(
+                f"{checkpoint.name} was saved with other settings; saved there against here: "
+                f"{'; '.join(differences)}. Use the same settings, or start a new run in another "
+                "output_dir"
+            )
+        self.stream.load_state_dict(dict(state.stream))
+        self._stream_state = dict(state.stream)
+        self.step = self._saved_step = state.step
+        self.num_tokens = state.totals["tokens"]
+        self.num_target_tokens = state.totals["target_tokens"]
+        self.guard = NonfiniteGuard(
+            self.device, state.totals["skipped_steps"], state.totals["consecutive_skipped_steps"]
+        )
+
+    def _continuity(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with the run that it continues."""
+        config = self.config.to_dict()
+        for name in FREE_ON_RESUME:
+            del config[name]
+        return {
+            **config,
+            "num_processes": self.accelerator.num_processes,
+            "collator": self.collator.settings(),
+        }
+
+    def _read_steps(self) -> Iterable[StepInput]:
+        """The steps that are left."""
+        return read_steps(
+            self.stream,
+            self.collator,
+            batch_size=self.config.batch_size,
+            num_micro_batches=self.config.gradient_accumulation,
+            num_examples=max(0, self.total_examples - self.step * self.examples_per_step),
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+
+    def _measure_held_out(self, reports: Reports, held_out: list[EvalRecord]) -> None:
+        if self.eval_stream is not None:
+            record = self.evaluate()
+            held_out.append(record)
+            reports.evaluation(record)
+            reports.restart_clock(self.num_tokens, self.num_target_tokens)
+
+    def _save_checkpoint(self, reports: Reports) -> None:
+        if self.step == self._saved_step:
+            return
+        if self.accelerator.is_main_process:
+            skipped, consecutive = torch.stack([self.guard.total, self.guard.consecutive]).tolist()
+            state = TrainerState(
+                step=self.step,
+                stream=self._stream_state,
+                config=self._continuity(),
+                totals={
+                    "tokens": self.num_tokens,
+                    "target_tokens": self.num_target_tokens,
+                    "skipped_steps": int(skipped),
+                    "consecutive_skipped_steps": int(consecutive),
+                },
+            )
+            path = save_checkpoint(
+                self.config.output_dir,
+                state,
+                self.model,
+                self.optimizer,
+                random_generators(self.device),
+                keep=self.config.keep_checkpoints,
+            )
+            reports.event(self.step, "saved", f"saved {path.name}")
+        self.accelerator.wait_for_everyone()
+        self._saved_step = self.step
+
+    def _log_step(self, loss: Tensor, grad_norm: Tensor, reports: Reports) -> None:
+        # The step's only read-back: four numbers in one transfer.
+        values = torch.stack([loss, grad_norm, self.guard.total, self.guard.consecutive])
+        loss_value, grad_norm_value, skipped, consecutive = values.tolist()
+        tokens_per_second, targets_per_second, data_wait_seconds = reports.read_clock(
+            self.num_tokens, self.num_target_tokens
+        )
+        record = StepRecord(
+            step=self.step,
+            loss=loss_value,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            grad_norm=grad_norm_value,
+            tokens=self.num_tokens,
+            target_tokens=self.num_target_tokens,
+            tokens_per_second=tokens_per_second,
+            target_tokens_per_second=targets_per_second,
+            data_wait_seconds=data_wait_seconds,
+            memory_bytes=memory_used_bytes(self.device),
+            skipped_steps=int(skipped),
+            epoch=self.step * self.examples_per_step / len(self.stream),
+        )
+        reports.step(record)
+        if consecutive >= self.config.max_nonfinite_steps:
+            raise DivergedError(
+                f"the last {int(consecutive)} steps up to step {self.step} had an infinite or "
+                "undefined gradient and were skipped; lower the learning rate (now "
+                f"{self.config.learning_rate}) or look for damaged media in the data"
+            )
+
+    def _is_due(self, every_steps: int | None) -> bool:
+        return every_steps is not None and self.step % every_steps == 0
+
+    # --- more than one process ---------------------------------------------------------------
+
+    def _sum_over_processes(self, count: int) -> int:
+        if self.accelerator.num_processes == 1:
+            return count
+        return int(self.accelerator.reduce(torch.tensor(count, device=self.device)))
+
+    def _add_gradients_of_processes(self, loss: Tensor) -> None:
+        """Sum gradients and loss over processes, in one transfer; adapters are small."""
+        if self.accelerator.num_processes == 1:
+            return
+        for parameter in self.trainable:
+            if parameter.grad is None:  # a process without examples in this step
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [parameter.grad for parameter in self.trainable]
+        flat = torch.cat([*(g.flatten() for g in gradients), loss.reshape(1)])
+        sizes = [g.numel() for g in gradients] + [1]
+        *summed, loss_sum = self.accelerator.reduce(flat).split(sizes)
+        for gradient, total in zip(gradients, summed, strict=True):
+            gradient.copy_(total.view_as(gradient))
+        loss.copy_(loss_sum[0])

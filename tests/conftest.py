@@ -1,0 +1,87 @@
+"""What every test stands on: no Hub, no network, two threads, and the shared data when present."""
+
+import ipaddress
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Read when torch, tokenizers and huggingface_hub are imported, which is after this file.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("MKL_NUM_THREADS", "2")
+
+# Shared two-core machines make single examples slow at random; pytest's timeout still holds.
+settings.register_profile("gemma_tuner", parent=settings.default, deadline=None)
+settings.load_profile("gemma_tuner")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class NetworkUsedError(RuntimeError):
+    """A test tried to leave the machine."""
+
+
+class NetworkGuard:
+    """Refuses every Python connection and name look-up beyond loopback, and remembers it.
+
+    Remembering matters: code under test may catch the refusal, or meet it in another thread.
+    """
+
+    def __init__(self) -> None:
+        self.enforced = False
+        self.attempts: list[str] = []
+
+    def audit(self, event: str, arguments: tuple) -> None:
+        if not self.enforced:
+            return
+        if event in ("socket.connect", "socket.sendto"):
+            address = arguments[1]
+            host = address[0] if isinstance(address, tuple) else None  # a unix socket's is a path
+        elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
+            host = arguments[0]
+        else:
+            return
+        if not is_local(host):
+            self.attempts.append(f"{event} to {host!r}")
+            raise NetworkUsedError(f"{event} to {host!r}: tests run without network")
+
+
+def is_local(host: str | bytes | None) -> bool:
+    """True for loopback, the unspecified address, and no host at all."""
+    name = host.decode() if isinstance(host, bytes) else host
+    if name in (None, "", "localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(name.partition("%")[0])
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
+
+
+_guard = NetworkGuard()
+sys.addaudithook(_guard.audit)
+
+
+@pytest.fixture(autouse=True)
+def network_guard(request: pytest.FixtureRequest) -> Iterator[NetworkGuard]:
+    """Fail a test that tries to leave the machine, unless it is marked ``network``."""
+    _guard.attempts.clear()
+    _guard.enforced = request.node.get_closest_marker("network") is None
+    yield _guard
+    _guard.enforced = False
+    if _guard.attempts:
+        pytest.fail(f"the test left the machine: {_guard.attempts}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder ``shared/data`` beside the repository, with real data sets."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"NOT TESTED ON REAL DATA: there is no folder {folder}")
+    return folder
