@@ -12,14 +12,17 @@ import argparse
 import json
 import time
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_leaves
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
-from gemma_tuner.collators.batch import Row, pad_rows
+from gemma_tuner.collators.batch import Batch, Row, pad_rows
 from gemma_tuner.training.loss import target_loss_sum
 
 VOCABULARY = 262_144
@@ -45,50 +48,48 @@ LANGUAGE = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|do
 class LiveBytes(TorchDispatchMode):
     """Count the bytes of storages that operators made and that are still alive."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.live_bytes = self.peak_bytes = 0
-        self._seen = set()
+        self._alive: set[int] = set()
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        inputs = {
-            x.untyped_storage()._cdata
-            for x in tree_flatten((args, kwargs))[0]
-            if torch.is_tensor(x)
-        }
-        for tensor in tree_flatten(result)[0]:
-            if not torch.is_tensor(tensor):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {storage.data_ptr() for storage in storages((args, kwargs))}
+        for storage in storages(result):
+            key = storage.data_ptr()
+            if key in self._alive or key in given:
                 continue
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._seen or storage._cdata in inputs:
-                continue
-            self._seen.add(storage._cdata)
+            self._alive.add(key)
             self.live_bytes += storage.nbytes()
             self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-            weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+            weakref.finalize(storage, self._free, key, storage.nbytes())
         return result
 
-    def _free(self, key, num_bytes):
-        self._seen.discard(key)
+    def _free(self, key: int, num_bytes: int) -> None:
+        self._alive.discard(key)
         self.live_bytes -= num_bytes
 
 
-def build_model():
+def storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [x.untyped_storage() for x in tree_leaves(tree) if torch.is_tensor(x)]
+
+
+def build_model() -> Any:
     torch.manual_seed(0)
     config = Gemma4Config(text_config=SHRUNKEN, vision_config=None, audio_config=None)
-    model = get_peft_model(
+    model: Any = get_peft_model(
         Gemma4ForConditionalGeneration(config), LoraConfig(r=16, target_modules=LANGUAGE)
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02)
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    model.get_base_model().activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
 
-def build_batch(sequence, targets):
+def build_batch(sequence: int, targets: int) -> Batch:
     ids = torch.randint(10, VOCABULARY, (sequence,), generator=torch.Generator().manual_seed(1))
     row = Row(
         key="benchmark",
@@ -101,7 +102,7 @@ def build_batch(sequence, targets):
     )
 
 
-def measure(model, step):
+def measure(model: Any, step: Callable[[], Tensor]) -> tuple[float, Tensor, int, float]:
     model.zero_grad(set_to_none=True)
     started = time.perf_counter()
     with LiveBytes() as live:
@@ -112,7 +113,7 @@ def measure(model, step):
     return float(loss.detach()), gradient, live.peak_bytes, seconds
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

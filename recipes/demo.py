@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -35,7 +36,7 @@ def largest_logit_difference(trainer: gt.Trainer, base: Path, adapter: Path) -> 
     reloaded = PeftModel.from_pretrained(
         AutoModelForImageTextToText.from_pretrained(base), adapter
     ).eval()
-    batch = trainer.collator([trainer.eval_stream[index] for index in range(4)])
+    batch = trainer.collator([trainer.stream[index] for index in range(4)])
     trainer.model.eval()
     with torch.no_grad():
         ours = trainer.model(**batch.to(trainer.device).inputs).logits.cpu()
@@ -43,7 +44,7 @@ def largest_logit_difference(trainer: gt.Trainer, base: Path, adapter: Path) -> 
     return float((ours - theirs).abs().max())
 
 
-def run(name: str, base: Path, out: Path) -> dict[str, object]:
+def run(name: str, base: Path, out: Path) -> dict[str, Any]:
     print(f"\n=== {name} " + "=" * (70 - len(name)), flush=True)
     started = time.perf_counter()
     trainer = load_recipe(name).main(

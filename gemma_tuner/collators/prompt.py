@@ -57,9 +57,9 @@ def render_prompt(
         try:
             return processor.apply_chat_template(
                 messages,
-                tools=list(example.tools) or None,
+                tools=[dict(tool) for tool in example.tools] or None,
                 add_generation_prompt=for_generation,
-                enable_thinking=enable_thinking,
+                **({"enable_thinking": enable_thinking} if family.has_thinking else {}),
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             roles = ", ".join(turn.role for turn in example.turns)

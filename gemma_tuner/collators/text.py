@@ -66,6 +66,8 @@ class TextCollator:
         if self.train_on not in TRAIN_ON:
             raise ConfigError(f"train_on is {self.train_on!r}; it may be one of {TRAIN_ON}")
         self.family = family_of_processor(self.processor)
+        if self.enable_thinking and not self.family.has_thinking:
+            raise ConfigError(f"enable_thinking is True, but {self.family.name} has no thinking")
         self._markers = TurnMarkers.of(self.processor.tokenizer, self.family)
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
@@ -151,8 +153,9 @@ class TextCollator:
     def _process(self, example: Example, text: str) -> dict[str, Tensor]:
         images = [part.source for part in example.media if isinstance(part, Image)]
         clips = [part.source for part in example.media if isinstance(part, Audio)]
+        processor: Any = self.processor  # its keyword arguments have no types
         try:
-            features = self.processor(
+            features = processor(
                 text=[text],
                 images=[images] if images else None,
                 audio=clips or None,

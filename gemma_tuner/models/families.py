@@ -15,7 +15,7 @@ from gemma_tuner.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedConfig, ProcessorMixin
+    from transformers import PreTrainedConfig
 
 Modality = Literal["text", "image", "audio"]
 MODALITIES: tuple[Modality, ...] = ("text", "image", "audio")
@@ -89,12 +89,18 @@ class Family:
             if modality not in parts or getattr(config, parts[modality], None) is not None
         )
 
-    def image_budgets(self, processor: ProcessorMixin) -> tuple[int, ...]:
+    def image_budgets(self, processor: Any) -> tuple[int, ...]:
         """The numbers of soft tokens that a picture may be bounded to."""
         return self.image_token_budgets or (processor.image_seq_length,)
 
-    def max_audio_seconds(self, processor: ProcessorMixin) -> float:
-        """The longest clip; the feature extractors of Gemma 4 and 3n drop the rest silently.
+    def max_audio_seconds(self, processor: Any) -> float:
+        """Tell the longest clip; the feature extractors of Gemma 4 and 3n drop the rest silently.
+
+        Args:
+            processor: A processor of this family.
+
+        Returns:
+            Seconds.
 
         Source: ``max_length=480_000`` samples of both feature extractors in transformers 5.23;
         Gemma 4's processors state it as ``audio_seq_length`` tokens of ``audio_ms_per_token``.
@@ -213,7 +219,9 @@ def family_of(config: PreTrainedConfig) -> Family:
         if family.model_type == model_type:
             break
     else:
-        raise _unsupported("model_type", model_type, [f.model_type for f in _FAMILIES])
+        raise CheckpointError(
+            _describe_unsupported("model_type", model_type, [f.model_type for f in _FAMILIES])
+        )
     if family is _GEMMA3N:
         return replace(
             family,
@@ -225,7 +233,7 @@ def family_of(config: PreTrainedConfig) -> Family:
     return family
 
 
-def family_of_processor(processor: ProcessorMixin) -> Family:
+def family_of_processor(processor: Any) -> Family:
     """Find the family of a processor, for code that has no model.
 
     Args:
@@ -243,7 +251,9 @@ def family_of_processor(processor: ProcessorMixin) -> Family:
             break
     else:
         supported = [f.processor_class for f in _FAMILIES]
-        raise _unsupported("processor", type(processor).__name__, supported)
+        raise CheckpointError(
+            _describe_unsupported("processor", type(processor).__name__, supported)
+        )
     if family is _GEMMA3N:
         return replace(
             family,
@@ -255,8 +265,8 @@ def family_of_processor(processor: ProcessorMixin) -> Family:
     return family
 
 
-def _unsupported(what: str, found: Any, supported: list[str]) -> CheckpointError:
-    return CheckpointError(
+def _describe_unsupported(what: str, found: Any, supported: list[str]) -> str:
+    return (
         f"{what} {found!r} is not one this library fine-tunes; use a Gemma 4 or Gemma 3n "
         f"checkpoint ({what} {', '.join(supported)})"
     )

@@ -108,13 +108,15 @@ def tiny_model(
                 f"{family!r} is {kind.model_type!r}; give a folder of the same kind"
             )
         processor.tokenizer.padding_side = "right"
-    config = _gemma3n_config(processor) if family == "gemma3n" else _gemma4_config(family, processor)
+    config = (
+        _gemma3n_config(processor) if family == "gemma3n" else _gemma4_config(family, processor)
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(transformers, kind.model_class)(config)
         with torch.no_grad():
             _spread_weights(model)
-    return model.eval().requires_grad_(False), processor
+    return model.eval().requires_grad_(requires_grad=False), processor
 
 
 def _gemma4_config(family: str, processor: Any) -> PreTrainedConfig:
@@ -224,7 +226,7 @@ def _gemma3n_config(processor: Any) -> PreTrainedConfig:
 
 
 def _spread_weights(model: PreTrainedModel) -> None:
-    """Give every weight and buffer a value of its own; outputs of a layer keep its input's size."""
+    """Give every weight and buffer a value of its own, sized so that activations keep theirs."""
     for name, parameter in model.named_parameters():
         if name.endswith(("bias", "per_dim_scale")):
             parameter.normal_(std=0.02)

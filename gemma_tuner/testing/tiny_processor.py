@@ -117,9 +117,7 @@ EMPTY_THOUGHT
 {%- endif -%}
 """
 # The large models' template puts an empty thought before the answer when thinking is off.
-_EMPTY_THOUGHT = (
-    "{%- if not thinking -%}{{- '<|channel>thought\\n<channel|>' -}}{%- endif -%}"
-)
+_EMPTY_THOUGHT = "{%- if not thinking -%}{{- '<|channel>thought\\n<channel|>' -}}{%- endif -%}"
 _GEMMA3N_TEMPLATE = """\
 {%- macro content(message) -%}
 {%- if message.content is string -%}{{ message.content | trim }}

@@ -39,7 +39,7 @@ class Reports:
         self._log = (
             JsonlLog(Path(output_dir) / "log.jsonl", resume_step=step) if is_main_process else None
         )
-        self._progress = Progress(total_steps, enabled=show and is_main_process)
+        self._progress = Progress(total_steps, enabled=show and is_main_process, done_steps=step)
         self._stack = ExitStack()
         self._wait_seconds = 0.0
         self._started = time.perf_counter()

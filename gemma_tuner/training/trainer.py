@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from gemma_tuner.collators.preview import Preview, preview_row
@@ -36,6 +35,7 @@ from gemma_tuner.training.optim import (
     learning_rate_at,
     set_learning_rate,
 )
+from gemma_tuner.training.processes import Processes
 from gemma_tuner.training.reports import Reports
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Trainer:
                 "no parameter of the model is trainable; wrap it with add_lora(model) first"
             )
         self.device = self.trainable[0].device
-        self.accelerator = Accelerator(cpu=self.device.type == "cpu")
+        self.processes = Processes(self.device)
         self.optimizer = build_optimizer(model.named_parameters(), config, self.device)
         self.guard = NonfiniteGuard(self.device)
         self.step = 0
@@ -122,7 +122,7 @@ class Trainer:
     def examples_per_step(self) -> int:
         """Examples of one optimizer step over all processes."""
         config = self.config
-        return config.batch_size * config.gradient_accumulation * self.accelerator.num_processes
+        return config.batch_size * config.gradient_accumulation * self.processes.count
 
     @property
     def total_examples(self) -> int:
@@ -177,7 +177,7 @@ class Trainer:
                 total_steps=self.total_steps,
                 step=self.step,
                 show=self.config.progress,
-                is_main_process=self.accelerator.is_main_process,
+                is_main_process=self.processes.is_main,
             ) as reports,
             Prefetch(self._read_steps()) as feed,
         ):
@@ -223,7 +223,7 @@ class Trainer:
             The mean loss over the step's target tokens and the gradient's norm before clipping,
             float32 scalars on the device. Nothing here waits for the device.
         """
-        target_tokens = self._sum_over_processes(
+        target_tokens = self.processes.sum_count(
             sum(batch.num_target_tokens for batch in step_input.micro_batches)
         )
         loss = torch.zeros((), device=self.device)
@@ -234,14 +234,14 @@ class Trainer:
             micro_loss = loss_sum / target_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
-        self._add_gradients_of_processes(loss)
+        self.processes.sum_gradients(self.trainable, loss)
         grad_norm = clip_gradients(self.trainable, self.config.max_grad_norm)
         set_learning_rate(self.optimizer, self.learning_rate)
         self.guard.count(guarded_step(self.optimizer, grad_norm))
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.num_target_tokens += target_tokens
-        self.num_tokens += self._sum_over_processes(
+        self.num_tokens += self.processes.sum_count(
             sum(batch.num_tokens for batch in step_input.micro_batches)
         )
         self._stream_state = step_input.stream_state
@@ -264,9 +264,7 @@ class Trainer:
         """
         if self.eval_stream is None:
             raise ConfigError("there is nothing to evaluate on; give Trainer an eval_stream")
-        indices = range(
-            self.accelerator.process_index, len(self.eval_stream), self.accelerator.num_processes
-        )
+        indices = range(self.processes.index, len(self.eval_stream), self.processes.count)
         loss_sum = torch.zeros((), device=self.device)
         target_tokens = 0
         self.model.eval()
@@ -279,8 +277,8 @@ class Trainer:
                     self.model, batch.to(self.device), chunk_tokens=self.config.loss_chunk_tokens
                 )
         self._set_train_mode()
-        target_tokens = self._sum_over_processes(target_tokens)
-        loss = float(self.accelerator.reduce(loss_sum)) / target_tokens
+        target_tokens = self.processes.sum_count(target_tokens)
+        loss = float(self.processes.sum_tensor(loss_sum)) / target_tokens
         return EvalRecord(
             step=self.step,
             loss=loss,
@@ -357,7 +355,7 @@ class Trainer:
             del config[name]
         return {
             **config,
-            "num_processes": self.accelerator.num_processes,
+            "num_processes": self.processes.count,
             "collator": self.collator.settings(),
         }
 
@@ -369,8 +367,8 @@ class Trainer:
             batch_size=self.config.batch_size,
             num_micro_batches=self.config.gradient_accumulation,
             num_examples=max(0, self.total_examples - self.step * self.examples_per_step),
-            process_index=self.accelerator.process_index,
-            num_processes=self.accelerator.num_processes,
+            process_index=self.processes.index,
+            num_processes=self.processes.count,
         )
 
     def _measure_held_out(self, reports: Reports, held_out: list[EvalRecord]) -> None:
@@ -383,7 +381,7 @@ class Trainer:
     def _save_checkpoint(self, reports: Reports) -> None:
         if self.step == self._saved_step:
             return
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             skipped, consecutive = torch.stack([self.guard.total, self.guard.consecutive]).tolist()
             state = TrainerState(
                 step=self.step,
@@ -405,7 +403,7 @@ class Trainer:
                 keep=self.config.keep_checkpoints,
             )
             reports.event(self.step, "saved", f"saved {path.name}")
-        self.accelerator.wait_for_everyone()
+        self.processes.wait()
         self._saved_step = self.step
 
     def _log_step(self, loss: Tensor, grad_norm: Tensor, reports: Reports) -> None:
@@ -439,25 +437,3 @@ class Trainer:
 
     def _is_due(self, every_steps: int | None) -> bool:
         return every_steps is not None and self.step % every_steps == 0
-
-    # --- more than one process ---------------------------------------------------------------
-
-    def _sum_over_processes(self, count: int) -> int:
-        if self.accelerator.num_processes == 1:
-            return count
-        return int(self.accelerator.reduce(torch.tensor(count, device=self.device)))
-
-    def _add_gradients_of_processes(self, loss: Tensor) -> None:
-        """Sum gradients and loss over processes, in one transfer; adapters are small."""
-        if self.accelerator.num_processes == 1:
-            return
-        for parameter in self.trainable:
-            if parameter.grad is None:  # a process without examples in this step
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in self.trainable]
-        flat = torch.cat([*(g.flatten() for g in gradients), loss.reshape(1)])
-        sizes = [g.numel() for g in gradients] + [1]
-        *summed, loss_sum = self.accelerator.reduce(flat).split(sizes)
-        for gradient, total in zip(gradients, summed, strict=True):
-            gradient.copy_(total.view_as(gradient))
-        loss.copy_(loss_sum[0])

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
-from tests.unit.collators.examples import example, picture, sound
 from transformers import AutoProcessor
 
 from gemma_tuner.collators.audio import AudioCollator
@@ -16,6 +15,7 @@ from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.records import Example
 from gemma_tuner.testing import FAMILIES, tiny_model
+from tests.examples import example, picture, sound
 
 PROCESSORS = {family: tiny_model(family)[1] for family in FAMILIES}
 E2B = PROCESSORS["gemma4-e2b"]
@@ -38,7 +38,9 @@ def test_buckets_hold_the_length_and_are_few(length):
     assert len({bucket_length(n) for n in range(2049)}) == 15
 
 
-@given(st.lists(st.text("abc xyz", min_size=1, max_size=40).filter(str.strip), min_size=1, max_size=4))
+@given(
+    st.lists(st.text("abc xyz", min_size=1, max_size=40).filter(str.strip), min_size=1, max_size=4)
+)
 def test_targets_point_at_the_position_before_each_label(answers):
     batch = TextCollator(E2B)([example("q", answer=answer) for answer in answers])
     ids, labels = batch.inputs["input_ids"].flatten(), batch.labels.flatten()
@@ -64,7 +66,7 @@ def test_the_image_budget_changes_the_token_count(released, budget):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_image_budget_that_is_not_offered(family):
-    with pytest.raises(ConfigError, match="image_tokens is 100; Gemma .* offers"):
+    with pytest.raises(ConfigError, match=r"image_tokens is 100; Gemma .* offers"):
         ImageCollator(PROCESSORS[family], image_tokens=100)
 
 
@@ -89,11 +91,14 @@ def test_a_split_keeps_every_sample_before_the_whole_answer(family):
     batch = collator([example(samples, "?", answer="the whole transcript")])
     assert batch.counts == {"split_clips": 1}
     assert len(batch.inputs["input_features"]) == 3
-    pieces = collator.prepare_media(example(samples))[0].turns[0].parts
-    assert np.array_equal(np.concatenate([piece.source for piece in pieces]), samples)
-    assert batch.num_target_tokens == TextCollator(PROCESSORS[family])(
-        [example("?", answer="the whole transcript")]
-    ).num_target_tokens
+    pieces = collator.prepare_media(example(samples))[0].media
+    assert np.array_equal(np.concatenate([np.asarray(p.source) for p in pieces]), samples)
+    assert (
+        batch.num_target_tokens
+        == TextCollator(PROCESSORS[family])(
+            [example("?", answer="the whole transcript")]
+        ).num_target_tokens
+    )
 
 
 def test_max_seconds_beyond_what_the_model_hears():

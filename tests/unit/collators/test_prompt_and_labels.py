@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from tests.unit.collators.examples import example, picture, sound
 from transformers import AutoProcessor
 
 from gemma_tuner.collators.multimodal import MultimodalCollator
@@ -12,6 +11,7 @@ from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.errors import DataError
 from gemma_tuner.records import Example, Text, Turn
 from gemma_tuner.testing import FAMILIES, tiny_model
+from tests.examples import example, picture, sound
 
 
 @pytest.fixture(scope="module")

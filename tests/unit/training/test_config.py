@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -63,8 +64,9 @@ def test_a_run_has_exactly_one_end(length):
     ],
 )
 def test_bad_values_are_named_with_what_is_allowed(name, value, allowed):
+    settings: dict[str, Any] = {"max_steps": 100, name: value}
     with pytest.raises(ConfigError) as caught:
-        TrainConfig(**({"max_steps": 100} | {name: value}))
+        TrainConfig(**settings)
     message = str(caught.value)
     assert message.startswith(f"{name} must be ")
     assert allowed in message

@@ -106,17 +106,18 @@ def test_a_foreign_log_is_refused_and_kept(tmp_path, line):
 # --- progress ---------------------------------------------------------------------------------
 
 
-def show(console, *, enabled=True):
-    with Progress(20, enabled, console=console) as progress:
+def show(*, enabled=True, **settings):
+    file = io.StringIO()
+    with Progress(20, enabled, console=Console(file=file, **settings)) as progress:
         progress.message("saved to runs/[a]/b")
         progress.step(make_step(10, loss=2.3456))
         progress.evaluation(make_eval(10))
         progress.step(make_step(20, loss=1.2345, skipped_steps=2))
-    return console.file.getvalue()
+    return file.getvalue()
 
 
 def test_a_pipe_gets_one_plain_line_a_record():
-    text = show(Console(file=io.StringIO(), width=40))
+    text = show(width=40)
     assert text.splitlines() == [
         "saved to runs/[a]/b",
         "step 10/20  loss 2.3456  lr 2.00e-04  812 tokens/s  3.00 GiB  data wait 0.2 s",
@@ -127,7 +128,7 @@ def test_a_pipe_gets_one_plain_line_a_record():
 
 @pytest.mark.parametrize("width", [200, 60])
 def test_a_terminal_gets_a_live_bar(width):
-    text = show(Console(file=io.StringIO(), force_terminal=True, width=width))
+    text = show(force_terminal=True, width=width)
     assert "\x1b[" in text
     last = " ".join(text.rsplit("20/20", 1)[1].split())
     for figure in ("1.2345", "held-out", "1.5000", "812", "3.00", "0.2", "skipped"):
@@ -136,15 +137,15 @@ def test_a_terminal_gets_a_live_bar(width):
 
 
 def test_disabled_progress_is_silent():
-    assert show(Console(file=io.StringIO(), force_terminal=True), enabled=False) == ""
-    assert show(Console(file=io.StringIO()), enabled=False) == ""
+    assert show(force_terminal=True, enabled=False) == ""
+    assert show(enabled=False) == ""
 
 
 def test_a_resumed_bar_starts_where_the_run_does():
-    console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    with Progress(20, done_steps=15, console=console):
+    file = io.StringIO()
+    with Progress(20, done_steps=15, console=Console(file=file, force_terminal=True)):
         pass
-    assert "15/20" in console.file.getvalue()
+    assert "15/20" in file.getvalue()
 
 
 def test_it_goes_to_stderr_and_outlives_its_reader():

@@ -1,0 +1,205 @@
+"""Device, dtype and memory facts, each with its reason.
+
+The only module that asks torch about accelerators or reads the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import psutil
+import torch
+
+from gemma_tuner.errors import ConfigError
+
+_DEVICE_TYPES = ("mps", "cuda", "cpu")
+# Before 2.14 two MPS faults change results without an error at Gemma's sizes: rows beyond 2^31
+# elements of an embedding table read as zeros, and matmuls with reductions over 32,768 read beyond
+# their operands. Source: pytorch#188756 (fixed by #187109), pytorch#193487 (fixed by #183535).
+_MPS_TORCH_FLOOR = (2, 14)
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def announce(message: str) -> None:
+    """Tell the user about an automatic choice: one line on stderr."""
+    sys.stderr.write(f"gemma_tuner: {message}\n")
+
+
+def prepare_environment() -> None:
+    """Keep operators that MPS lacks from running on the CPU unnoticed, unless the user chose so.
+
+    accelerate would set ``PYTORCH_ENABLE_MPS_FALLBACK=1``; child processes inherit what is set.
+    """
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "0")
+
+
+def choose_device(device: str | torch.device | None = None) -> tuple[torch.device, str]:
+    """Choose where to compute: MPS, else CUDA, else the CPU.
+
+    Args:
+        device: The user's choice (``mps``, ``cuda``, ``cuda:1``, ``cpu``), or None.
+
+    Returns:
+        The device and the reason for it. An accelerator has passed a real allocation.
+
+    Raises:
+        ConfigError: An unknown device, one that is absent or does not work, or MPS with a torch
+            that computes wrong results on it.
+    """
+    if device is not None:
+        chosen = _parse_device(device)
+        _check_device(chosen)
+        return chosen, "as asked"
+    if torch.backends.mps.is_available():
+        chosen = torch.device("mps")
+        _check_device(chosen)
+        return chosen, "a Metal GPU is there"
+    if torch.cuda.is_available():
+        chosen = torch.device("cuda")
+        _check_device(chosen)
+        return chosen, f"a CUDA GPU is there ({torch.cuda.get_device_name(chosen)})"
+    return torch.device("cpu"), "no Metal or CUDA GPU is there"
+
+
+def _parse_device(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device is {device!r}; it may be one of {', '.join(_DEVICE_TYPES)} or cuda:N"
+        ) from error
+    if chosen.type not in _DEVICE_TYPES:
+        raise ConfigError(
+            f"device is {str(device)!r}; it may be one of {', '.join(_DEVICE_TYPES)} or cuda:N"
+        )
+    return chosen
+
+
+def _check_device(device: torch.device) -> None:
+    """Raise unless the device is there and computes."""
+    if device.type == "cpu":
+        return
+    remedy = "pass device='cpu'"
+    if device.type == "mps":
+        found = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+        if found < _MPS_TORCH_FLOOR:
+            raise ConfigError(
+                f"torch {torch.__version__} silently computes wrong results on MPS at Gemma's "
+                "sizes (large embedding tables read as zeros, long matrix products read foreign "
+                f"memory); install torch 2.14 or newer, or {remedy}"
+            )
+        available = torch.backends.mps.is_available()
+    else:
+        available = torch.cuda.is_available()
+    if not available:
+        raise ConfigError(f"device {str(device)!r} is not available here; {remedy}")
+    try:
+        probe = torch.ones(16, 16, device=device)
+        total = (probe @ probe).sum().item()
+    except RuntimeError as error:  # virtual Macs report MPS and then refuse 256 bytes
+        raise ConfigError(
+            f"device {str(device)!r} refuses a small matmul: {error}; {remedy}"
+        ) from error
+    if total != 16.0**3:
+        raise ConfigError(
+            f"device {str(device)!r} computes a small matmul wrongly ({total}, not 4096); {remedy}"
+        )
+
+
+def choose_dtype(
+    device: torch.device,
+    dtype: str | torch.dtype | None = None,
+    checkpoint_dtype: str | torch.dtype | None = None,
+) -> tuple[torch.dtype, str]:
+    """Choose the dtype of the frozen weights; adapters are always float32.
+
+    Args:
+        device: Where they will be.
+        dtype: The user's choice, a torch dtype or its name, or None.
+        checkpoint_dtype: What the checkpoint holds, if its configuration tells.
+
+    Returns:
+        The dtype and the reason for it.
+
+    Raises:
+        ConfigError: float16, which Gemma's vision pooler overflows, or an unknown dtype.
+    """
+    if dtype is not None:
+        name = _name_dtype(dtype)
+        if name not in _DTYPES:
+            # Source: transformers#46277: 2300 x 33.9 > 65504 in the 26B and 31B vision pooler
+            reason = " (float16 overflows in Gemma's towers: the loss becomes NaN)"
+            raise ConfigError(
+                f"dtype is {name!r}; it may be {' or '.join(map(repr, _DTYPES))}"
+                f"{reason if name in {'float16', 'half'} else ''}"
+            )
+        return _DTYPES[name], "as asked"
+    if checkpoint_dtype is not None and _name_dtype(checkpoint_dtype) == "float32":
+        return torch.float32, "the checkpoint is float32"
+    if device.type == "cpu":
+        return torch.float32, "CPUs compute bfloat16 slowly and with less precision"
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32, "this GPU has no bfloat16 arithmetic"
+    return torch.bfloat16, "half the memory of float32, with its range"
+
+
+def _name_dtype(dtype: str | torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def memory_used_bytes(device: torch.device) -> int:
+    """Bytes held by live tensors (CUDA, MPS) or resident in this process (CPU)."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.memory_allocated(device)
+        case "mps":
+            return torch.mps.current_allocated_memory()
+        case _:
+            return psutil.Process().memory_info().rss
+
+
+def memory_total_bytes(device: torch.device) -> int:
+    """Bytes there are: of the GPU, of the working set that Metal recommends, or of RAM."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.get_device_properties(device).total_memory
+        case "mps":
+            return torch.mps.recommended_max_memory()
+        case _:
+            return psutil.virtual_memory().total
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give pooled memory back to the system."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+
+
+def random_generators(device: torch.device) -> dict[str, torch.Generator]:
+    """The default generators that training on a device draws from (dropout), by device type.
+
+    Args:
+        device: Where training runs; an accelerator must have been used already.
+
+    Returns:
+        The CPU's generator and the device's own: their states resume a run exactly.
+    """
+    generators = {"cpu": torch.default_generator}
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        generators["cuda"] = torch.cuda.default_generators[index]
+    elif device.type == "mps":
+        # torch.mps.set_rng_state does no more, but only with the state itself
+        generators["mps"] = torch.mps._get_default_mps_generator()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    return generators

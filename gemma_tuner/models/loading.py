@@ -1,0 +1,293 @@
+"""Load a checkpoint completely, or fail: no weight is ever left at random."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors
+import transformers
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from gemma_tuner.device import announce, choose_device, choose_dtype, prepare_environment
+from gemma_tuner.errors import CheckpointError, ConfigError
+from gemma_tuner.models.families import MODALITIES, Family, Modality, family_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+_NAMES_SHOWN = 5
+
+
+def load_model(
+    name_or_path: str | Path,
+    *,
+    modalities: Sequence[Modality] = ("text",),
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a Gemma model and its processor, and say on which device, in which dtype, and why.
+
+    Module names stay those of the full multimodal class (``model.language_model...``), so that an
+    adapter trained without towers fits the full model.
+
+    Args:
+        name_or_path: A folder, or a model's name on the Hugging Face Hub.
+        modalities: What the data holds. Towers of other modalities are neither built nor read.
+        device: Where to compute; by default MPS, CUDA or CPU, whichever is there.
+        dtype: ``bfloat16`` or ``float32``; by default what suits device and checkpoint.
+        revision: A branch, tag or commit on the Hub.
+
+    Returns:
+        ``(model, processor)``: the full ``ForConditionalGeneration`` class in eval mode with every
+        parameter frozen, and its processor, padding on the right.
+
+    Raises:
+        ConfigError: A modality that is unknown or that the checkpoint lacks; a device or dtype
+            that cannot work.
+        CheckpointError: Files that are missing, damaged, locked behind a licence, or whose weights
+            are not exactly those of the model.
+    """
+    source = str(name_or_path)
+    prepare_environment()
+    device, device_reason = choose_device(device)
+    with _explained(source):
+        config = transformers.AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+        if find_adapter_config_file(source, revision=revision) is not None:
+            # transformers would put the adapter on without a word
+            raise CheckpointError(f"{source} cannot be loaded: {_explain_adapter(source)}")
+    family = family_of(config)
+    left_out = _choose_left_out(source, family, config, modalities)
+    dtype, dtype_reason = choose_dtype(device, dtype, config.dtype)
+    with _explained(source):
+        processor = transformers.AutoProcessor.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
+    _check_processor(source, processor, family, modalities)
+    _check_tokenizer(source, processor.tokenizer, family, config)
+    processor.tokenizer.padding_side = "right"
+
+    model_class = getattr(transformers, family.model_class)
+    with _explained(source):
+        loaded: Any = _without_towers(model_class, family, config, left_out).from_pretrained(
+            source,
+            config=config,
+            revision=revision or "main",
+            dtype=dtype,
+            device_map={"": device},
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are reported, and refused below
+            output_loading_info=True,
+        )
+    model, loading_info = loaded
+    _check_loaded(source, loading_info)
+    model.__class__ = model_class
+    model.eval().requires_grad_(requires_grad=False)
+    announce(
+        f"{source}: {', '.join(modalities)} on {device} ({device_reason}), "
+        f"{str(dtype).removeprefix('torch.')} ({dtype_reason})"
+    )
+    return model, processor
+
+
+def _choose_left_out(
+    source: str, family: Family, config: PreTrainedConfig, modalities: Sequence[Modality]
+) -> list[str]:
+    """Check the modalities; return the submodules of ``model.model`` that they do not need."""
+    offered = family.modalities(config)
+    for modality in modalities:
+        if modality not in MODALITIES:
+            raise ConfigError(
+                f"modalities holds {modality!r}; it may hold {', '.join(MODALITIES)}"
+            )
+        if modality not in offered:
+            raise ConfigError(
+                f"{source} has no {modality} part; it offers {', '.join(offered)}. Leave "
+                f"{modality!r} out, or use a checkpoint that has it"
+            )
+    return [
+        module
+        for modality, modules in family.towers.items()
+        if modality in offered and modality not in modalities
+        for module in modules
+    ]
+
+
+def _without_towers(
+    model_class: type[PreTrainedModel],
+    family: Family,
+    config: PreTrainedConfig,
+    left_out: Collection[str],
+) -> type[PreTrainedModel]:
+    """Derive the class that loads without some towers; their keys are passed over silently.
+
+    Where the configuration can say that a tower is absent, it does (``config`` is changed);
+    Gemma 3n always builds its towers, so they are taken off again, while they have no memory.
+
+    Returns:
+        A subclass whose instances may become plain ``model_class`` after loading.
+    """
+    if family.towers_optional:
+        for modality, part in (("image", "vision_config"), ("audio", "audio_config")):
+            if set(family.towers[modality]) & set(left_out):
+                setattr(config, part, None)
+    pattern = [rf"^model\.({'|'.join(left_out)})\."] if left_out else []
+
+    class WithoutTowers(model_class):
+        _keys_to_ignore_on_load_unexpected = pattern
+
+        def __init__(self, config: PreTrainedConfig) -> None:
+            super().__init__(config)
+            for name in left_out:
+                setattr(self.model, name, None)
+
+    WithoutTowers.__name__ = model_class.__name__
+    return WithoutTowers
+
+
+def _check_processor(
+    source: str, processor: Any, family: Family, modalities: Sequence[Modality]
+) -> None:
+    if type(processor).__name__ != family.processor_class:
+        raise CheckpointError(
+            f"{source} has no {family.processor_class} but a {type(processor).__name__}; add the "
+            "processor_config.json and tokenizer files of the model that it was made from"
+        )
+    if "audio" in modalities and getattr(processor, "feature_extractor", None) is None:
+        raise CheckpointError(
+            f"the processor of {source} has no feature_extractor, so sound would be ignored; use "
+            "the processor_config.json of the model that it was made from"
+        )
+    if not processor.chat_template:
+        raise CheckpointError(
+            f"{source} has no chat template; use the instruction-tuned checkpoint (its name ends "
+            "in -it), or add its chat_template.jinja to the folder"
+        )
+
+
+def _check_tokenizer(
+    source: str, tokenizer: Any, family: Family, config: PreTrainedConfig
+) -> None:
+    """Refuse a tokenizer that is not the model's.
+
+    Without a tokenizer.json transformers makes one that knows control tokens alone, and says
+    nothing.
+
+    Raises:
+        CheckpointError: It does not know words, or not the ids of the configuration.
+    """
+    unknown = tokenizer.unk_token_id in tokenizer("model\n", add_special_tokens=False)["input_ids"]
+    ids = {
+        "image_token_id": tokenizer.convert_tokens_to_ids(family.image_token),
+        "audio_token_id": tokenizer.convert_tokens_to_ids(family.audio_token),
+    }
+    differing = any(found != getattr(config, name) for name, found in ids.items())
+    if unknown or differing or len(tokenizer) > config.get_text_config().vocab_size:
+        raise CheckpointError(
+            f"the tokenizer of {source} is not its model's ({len(tokenizer)} tokens); add the "
+            "tokenizer.json of the model that it was made from"
+        )
+
+
+def _check_loaded(source: str, info: Mapping[str, Collection[Any]]) -> None:
+    """Refuse a checkpoint whose weights are not exactly the model's."""
+    faults = [
+        _name_keys("missing", info["missing_keys"]),
+        _name_keys("unexpected", info["unexpected_keys"]),
+        _name_keys(
+            "of another shape",
+            [f"{key} {list(got)} for {list(want)}" for key, got, want in info["mismatched_keys"]],
+        ),
+    ]
+    if any(faults):
+        raise CheckpointError(
+            f"the weights of {source} are not those of its configuration: "
+            f"{'; '.join(filter(None, faults))}. Download the checkpoint again, or use the "
+            "original if this one was converted by another tool"
+        )
+
+
+def _name_keys(what: str, keys: Collection[str]) -> str:
+    if not keys:
+        return ""
+    shown = ", ".join(sorted(keys)[:_NAMES_SHOWN])
+    return f"{len(keys)} {what} ({shown}{', ...' if len(keys) > _NAMES_SHOWN else ''})"
+
+
+@contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """Turn what transformers, the Hub and safetensors raise into errors with a remedy."""
+    try:
+        yield
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(
+            f"a weight file of {source} is damaged or incomplete ({error}); download it again"
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{source} cannot be loaded: {_find_remedy(source, error)}"
+        ) from error
+
+
+def _find_remedy(source: str, error: BaseException) -> str:
+    causes = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+
+    def caused_by(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(cause, kinds) for cause in causes)
+
+    if caused_by(GatedRepoError):
+        return (
+            f"it is behind a licence; accept it at https://huggingface.co/{source} and log in "
+            "with `hf auth login`"
+        )
+    if caused_by(RepositoryNotFoundError):
+        return (
+            "the Hub knows no such model, or it is private; check the name at "
+            f"https://huggingface.co/{source} and log in with `hf auth login`"
+        )
+    if caused_by(LocalEntryNotFoundError, OfflineModeIsEnabled):
+        return (
+            "it is not in the local cache and the Hub cannot be reached; connect once (and unset "
+            f"HF_HUB_OFFLINE), accept the licence at https://huggingface.co/{source}, log in with "
+            "`hf auth login`, or give the path of a folder"
+        )
+    folder = Path(source)
+    if caused_by(HFValidationError):
+        return "there is no such folder, and it is no name of a model on the Hub"
+    if find_adapter_config_file(source) is not None:
+        return _explain_adapter(source)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        if any(folder.glob("*.bin")):
+            return (
+                "it has pickled weights (.bin), which can run code; convert them to safetensors "
+                "with save_pretrained in a place that you trust"
+            )
+        if (folder / "config.json").is_file():
+            return "the folder has no weights (*.safetensors); download the checkpoint again"
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return "the folder has no config.json; give the folder that holds the model's files"
+    return f"{error}; download the checkpoint again"
+
+
+def _explain_adapter(source: str) -> str:
+    return (
+        "it holds an adapter, not a model alone; load the model that the adapter was trained on "
+        f"and put it on with peft.PeftModel.from_pretrained(model, {source!r})"
+    )

@@ -1,0 +1,267 @@
+"""LoRA adapters on chosen parts of a Gemma model, and nowhere else.
+
+PEFT's own ways of choosing (suffix lists, ``all-linear``) reach into the towers, miss the linear
+layers inside clipped ones, or depend on which towers happen to be loaded. Here each target is one
+regular expression over full module names, decided from the modules that the model has.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import peft
+from torch import nn
+
+from gemma_tuner.device import announce
+from gemma_tuner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Variant = Literal["lora", "dora", "rslora"]
+
+_DECODER_LAYER = r"model\.language_model\.layers\.{layers}\."
+_PATTERNS = {
+    "language": _DECODER_LAYER + r"(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
+    "vision": r"model\.vision_tower\..*\.(q|k|v|o|gate|up|down)_proj{inner}",
+    "audio": (
+        r"model\.audio_tower\..*\."
+        r"(q_proj|k_proj|v_proj|post|ffw_layer_[12]|linear_start|linear_end){inner}"
+    ),
+    "projectors": r"model\.embed_({towers})\.(multimodal_embedder\.)?embedding_projection",
+}
+# Parameters, not modules: all experts of a layer are one tensor.
+_EXPERTS = _DECODER_LAYER + r"experts\.(gate_up_proj|down_proj)"
+TARGETS = (*_PATTERNS, "experts")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Where adapters go and how large they are.
+
+    Args:
+        rank: Rank of each adapter.
+        alpha: Its scale is ``alpha / rank`` (``alpha / sqrt(rank)`` for rslora).
+        dropout: Probability of dropping an adapter's input.
+        targets: Among ``language`` (attention and MLP of the decoder), ``vision``, ``audio`` (the
+            towers' attention and feed-forward), ``projectors`` (from the towers into the decoder)
+            and ``experts`` (26B-A4B); any other entry is a regular expression that must match the
+            full names of linear modules.
+        layers: Decoder layers that ``language`` and ``experts`` mean: the last N, or
+            ``(first, last)``, both included and counted from 0; None means all.
+        variant: ``lora``, ``dora`` or ``rslora``.
+
+    Raises:
+        ConfigError: A value outside its range.
+    """
+
+    _: KW_ONLY
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    targets: Sequence[str] = ("language",)
+    layers: int | tuple[int, int] | None = None
+    variant: Variant = "lora"
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ConfigError(f"rank is {self.rank}; it must be at least 1")
+        if self.alpha <= 0:
+            raise ConfigError(f"alpha is {self.alpha}; it must be above 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if isinstance(self.targets, str):
+            raise ConfigError(f"targets is the string {self.targets!r}; write ({self.targets!r},)")
+        if not self.targets:
+            raise ConfigError(f"targets is empty; it may hold {', '.join(TARGETS)} or a regex")
+        if self.variant not in get_args(Variant):
+            raise ConfigError(
+                f"variant is {self.variant!r}; it may be {', '.join(get_args(Variant))}"
+                f"{_suggest(self.variant, get_args(Variant))}"
+            )
+        match self.layers:
+            case None:
+                pass
+            case int(last) if last >= 1:
+                pass
+            case (int(first), int(last)) if 0 <= first <= last:
+                pass
+            case _:
+                raise ConfigError(
+                    f"layers is {self.layers!r}; it may be how many of the last layers (at least "
+                    "1), or (first, last), both included and counted from 0"
+                )
+        if "experts" in self.targets and (self.variant == "dora" or self.dropout):
+            raise ConfigError(
+                "adapters on experts know neither dora nor dropout; use variant 'lora' or "
+                "'rslora' with dropout 0, or leave 'experts' out"
+            )
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig) -> peft.PeftModel:
+    """Freeze a model and put adapters on the chosen parts.
+
+    The adapters are float32 whatever the model's dtype, as small updates vanish in bfloat16; at
+    first they change nothing. The model keeps its mode (eval, from ``load_model``).
+
+    Args:
+        model: From ``load_model``.
+        config: Where adapters go.
+
+    Returns:
+        The same model, wrapped; ``save_pretrained`` writes an adapter that stock PEFT loads.
+
+    Raises:
+        ConfigError: A target that the model does not have, one that matches nothing or something
+            that is not linear, or a model that has adapters already.
+    """
+    if isinstance(model, peft.PeftModel) or hasattr(model, "peft_config"):
+        raise ConfigError("the model has adapters already; load it again, or unload() them first")
+    modules = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = _choose_layers(model, config)
+    patterns = []
+    counts: dict[str, int] = {}
+    expert_parameters: list[str] = []
+    for target in config.targets:
+        if target == "experts":
+            expert_parameters = _match(_EXPERTS.format(layers=layers), _parameter_names(model))
+            matched = expert_parameters
+        else:
+            pattern = _fill_pattern(model, target, layers)
+            matched = _match(pattern, modules)
+            _check_all_linear(model, target, pattern)
+            patterns.append(f"(?:{pattern})")
+        if not matched:
+            raise ConfigError(_describe_absent(model, target, modules))
+        counts[target] = len(matched)
+
+    training = model.training
+    wrapped = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number serves
+            lora_dropout=config.dropout,
+            target_modules="|".join(patterns) if patterns else [],
+            target_parameters=expert_parameters or None,
+            use_dora=config.variant == "dora",
+            use_rslora=config.variant == "rslora",
+            task_type="CAUSAL_LM",
+        ),
+    )
+    wrapped.train(training)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float().contiguous()
+    _announce_adapters(wrapped, counts)
+    return wrapped
+
+
+def _choose_layers(model: Any, config: LoraConfig) -> str:
+    """The decoder layers as a regular expression over their numbers."""
+    num_layers = len(model.model.language_model.layers)
+    if config.layers is None:
+        return r"\d+"
+    if not {"language", "experts"} & set(config.targets):
+        raise ConfigError(
+            f"layers is {config.layers!r}, but no target has decoder layers; leave layers out, or "
+            "add 'language'"
+        )
+    if isinstance(config.layers, int):
+        first, last = num_layers - config.layers, num_layers - 1
+    else:
+        first, last = config.layers
+    if first < 0 or last >= num_layers:
+        raise ConfigError(f"layers is {config.layers!r}, but the model has {num_layers} layers")
+    return f"({'|'.join(map(str, range(first, last + 1)))})"
+
+
+def _fill_pattern(model: Any, target: str, layers: str) -> str:
+    """The regular expression of a target, as this model's modules are named."""
+    if target not in _PATTERNS:
+        return target
+    inner = model.model
+    towers = [
+        kind
+        for kind in ("vision", "audio")
+        # Gemma 3n keeps its projectors when a tower is left out; no training signal reaches them
+        if getattr(inner, f"{kind}_tower", True) is not None
+    ]
+    tower = getattr(inner, f"{target}_tower", None)
+    clippable = tower is not None and any(
+        name.endswith("_proj.linear") for name, _ in tower.named_modules()
+    )
+    return _PATTERNS[target].format(
+        layers=layers, towers="|".join(towers) or "none", inner=r"\.linear" if clippable else ""
+    )
+
+
+def _parameter_names(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+def _match(pattern: str, names: Sequence[str] | set[str]) -> list[str]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"the target {pattern!r} is no regular expression ({error}), and none of "
+            f"{', '.join(TARGETS)}"
+        ) from error
+    return sorted(name for name in names if compiled.fullmatch(name))
+
+
+def _check_all_linear(model: nn.Module, target: str, pattern: str) -> None:
+    """Refuse a regular expression that reaches further than linear layers, or the tied head."""
+    for name, module in model.named_modules():
+        if not re.fullmatch(pattern, name):
+            continue
+        if not isinstance(module, nn.Linear):
+            raise ConfigError(
+                f"the target {target!r} matches {name or 'the whole model'}, a "
+                f"{type(module).__name__}; only linear layers can be adapted, so match those alone"
+            )
+        if module is model.get_output_embeddings():  # pyright: ignore[reportCallIssue]
+            raise ConfigError(
+                f"the target {target!r} matches {name}, which shares its weight with the input "
+                "embedding; merging such an adapter changes the model, so leave it out"
+            )
+
+
+def _describe_absent(model: Any, target: str, modules: set[str]) -> str:
+    """Say why the model does not have a target, and what it has."""
+    present = [name for name in _PATTERNS if _match(_fill_pattern(model, name, r"\d+"), modules)]
+    if _match(_EXPERTS.format(layers=r"\d+"), _parameter_names(model)):
+        present.append("experts")
+    if target not in TARGETS:
+        return (
+            f"the target {target!r} matches no linear layer{_suggest(target, TARGETS)}; this "
+            f"model has {', '.join(present)}"
+        )
+    if getattr(model.model, f"{target}_tower", None) is not None:
+        reason = f"its {target} tower has no linear layers of that kind (it is convolutional)"
+    else:
+        reason = (
+            "it was loaded without that part, or its family has none; pass the modality to "
+            "load_model(modalities=...) if the checkpoint offers it"
+        )
+    return f"the target {target!r} is not in this model: {reason}. It has {', '.join(present)}"
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _announce_adapters(model: nn.Module, counts: dict[str, int]) -> None:
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    where = ", ".join(f"{count} in {target}" for target, count in counts.items())
+    announce(
+        f"adapters: {where}; {trainable:,} trainable parameters, "
+        f"{trainable / total:.2%} of {total:,}"
+    )

@@ -1,0 +1,297 @@
+"""A row of any source to an Example, by the parts that its columns play.
+
+Media come before the text of the user's turn, pictures first, then sounds, unless the messages
+say where they belong.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gemma_tuner.errors import DataError
+from gemma_tuner.records import Audio, Example, Image, Part, Role, Text, Turn
+from gemma_tuner.sources.columns import Columns, list_media_columns
+from gemma_tuner.sources.messages import (
+    AUDIO_SUFFIXES,
+    IMAGE_SUFFIXES,
+    MediaKind,
+    describe_type,
+    parse_json,
+    read_media_list,
+    read_turns,
+)
+
+IMAGE_PROMPT = "Describe this image."
+"""The prompt of rows that hold a picture, a text, and no prompt."""
+AUDIO_PROMPT = "Transcribe this audio."
+"""The prompt of rows that hold a sound, a text, and no prompt."""
+
+
+@dataclass(slots=True)
+class RowReader:
+    """Makes examples of rows, and counts what it chose for them.
+
+    Args:
+        columns: Which column plays which part.
+        counts: How often something was defaulted or left unused, by what it was.
+    """
+
+    columns: Columns
+    counts: Counter[str] = field(default_factory=Counter)
+    _unused_fields: Counter[str] = field(default_factory=Counter)
+    _first_without_media: str | None = None
+    _num_with_media: int = 0
+
+    def read_key(self, row: Mapping[str, Any], origin: str) -> str:
+        """Return the value of the id column as text, or the origin where there is none.
+
+        Args:
+            row: Values by column.
+            origin: File and number of the row.
+
+        Returns:
+            The example's key.
+
+        Raises:
+            DataError: The id is missing, empty, or neither text nor a whole number.
+        """
+        column = self.columns.names.get("id")
+        if column is None:
+            return origin
+        value = row.get(column)
+        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+            what = "empty" if value == "" else describe_type(value)
+            raise DataError(
+                f"its column {column!r} is {what}; an id is text or a whole number (or set "
+                "id=False to number the rows)",
+                key=origin,
+            )
+        return str(value)
+
+    def read_example(self, row: Mapping[str, Any], key: str) -> Example:
+        """Make an example of one row.
+
+        Args:
+            row: Values by column.
+            key: The example's key.
+
+        Returns:
+            The example; its media are as the row holds them, paths still relative to the data.
+
+        Raises:
+            DataError: A value of another type than its part takes, an empty answer or prompt,
+                a conversation that does not end with the assistant, or media where the mapping
+                has none or none where it has some.
+        """
+        if self.columns.layout == "document":
+            return Example(key, document=self._read_text(row, "text", key, may_be_empty=False))
+        media = self._read_media(row, key)
+        if self.columns.layout == "chat":
+            turns, unplaced = read_turns(
+                self._read_field(row, "messages", key),
+                key=key,
+                media=_group_by_kind(media),
+                unused_fields=self._unused_fields,
+            )
+            if not any(map(_list_media, turns)):
+                self._check_media(key, has_media=bool(unplaced))
+            turns = _place_media(turns, unplaced, key)
+        else:
+            self._check_media(key, has_media=bool(media))
+            turns = (self._read_prompt(row, media, key), self._read_response(row, key))
+        system = self._read_text(row, "system", key) if "system" in self.columns.names else ""
+        if system:
+            if turns[0].role == "system":
+                raise DataError(
+                    f"its messages begin with a system turn and its column "
+                    f"{self.columns.names['system']!r} holds another; set system=False to keep "
+                    "the one in the messages",
+                    key=key,
+                )
+            turns = (Turn("system", (Text(system),)), *turns)
+        _check_turns(turns, key)
+        return Example(key, turns, tools=self._read_tools(row, key))
+
+    def read_notes(self) -> dict[str, int]:
+        """Return what was defaulted or left unused in the rows read so far, with its count."""
+        notes = dict(self.counts)
+        for name, count in sorted(self._unused_fields.items()):
+            notes[f"message field {name!r} not used"] = count
+        return notes
+
+    def _read_field(self, row: Mapping[str, Any], part: str, key: str) -> Any:
+        column = self.columns.names[part]
+        if column not in row:
+            raise DataError(
+                f"it has no column {column!r}, which is the {part} of the rows before; give every "
+                "row the same columns, or read the two kinds of row as two streams",
+                key=key,
+            )
+        return row[column]
+
+    def _read_text(
+        self, row: Mapping[str, Any], part: str, key: str, *, may_be_empty: bool = True
+    ) -> str:
+        if part == "system" and self.columns.names[part] not in row:
+            return ""
+        value = self._read_field(row, part, key)
+        if value is not None and not isinstance(value, str):
+            raise DataError(
+                f"its column {self.columns.names[part]!r} is {describe_type(value)}, and the "
+                f"{part} is text; convert it",
+                key=key,
+            )
+        if not value or not value.strip():
+            if not may_be_empty:
+                what = {"response": "empty answer", "text": "empty document"}[part]
+                raise DataError(
+                    f"{what} (column {self.columns.names[part]!r}); fill it or remove the row",
+                    key=key,
+                )
+            return ""
+        return value
+
+    def _read_response(self, row: Mapping[str, Any], key: str) -> Turn:
+        return Turn(
+            "assistant", (Text(self._read_text(row, "response", key, may_be_empty=False)),)
+        )
+
+    def _read_prompt(self, row: Mapping[str, Any], media: list[Image | Audio], key: str) -> Turn:
+        if "prompt" in self.columns.names:
+            prompt = self._read_text(row, "prompt", key)
+        else:
+            prompt = self._choose_prompt(media, key)
+        if "context" in self.columns.names and self.columns.names["context"] in row:
+            context = self._read_text(row, "context", key)
+            prompt = "\n\n".join(text for text in (prompt, context) if text)
+        return Turn("user", (*media, Text(prompt)) if prompt else tuple(media))
+
+    def _choose_prompt(self, media: list[Image | Audio], key: str) -> str:
+        kinds = {type(part) for part in media}
+        if len(kinds) > 1:
+            raise DataError(
+                "it holds a picture and a sound, for which there is no default prompt; name a "
+                "column by prompt=",
+                key=key,
+            )
+        prompt = IMAGE_PROMPT if Image in kinds else AUDIO_PROMPT
+        if kinds:
+            self.counts[f"default prompt {prompt!r}"] += 1
+        return prompt if kinds else ""
+
+    def _read_media(self, row: Mapping[str, Any], key: str) -> list[Image | Audio]:
+        parts: list[Image | Audio] = []
+        kinds: tuple[MediaKind, ...] = ("image", "audio")
+        for kind in kinds:
+            column = self.columns.names.get(kind)
+            if column is None:
+                continue
+            found = read_media_list(row.get(column), kind, key=key)
+            if not found and kind in self.columns.by_keyword and self.columns.layout != "chat":
+                raise DataError(
+                    f"its column {column!r} is empty, and {kind}= says that each row has one; "
+                    "fill it or remove the row",
+                    key=key,
+                )
+            parts += found
+        if "file" in self.columns.names:
+            value = row.get(self.columns.names["file"])
+            names = value if isinstance(value, list) else [value]
+            for kind in kinds:
+                parts += read_media_list(
+                    [name for name in names if name and _guess_kind(name, key) == kind],
+                    kind,
+                    key=key,
+                )
+        return parts
+
+    def _check_media(self, key: str, *, has_media: bool) -> None:
+        """Refuse a set whose rows hold media here and none there: one of them is a mistake."""
+        if not list_media_columns(self.columns.names):
+            return
+        if has_media:
+            self._num_with_media += 1
+        elif self._first_without_media is None:
+            self._first_without_media = key
+        if self._num_with_media and self._first_without_media is not None:
+            columns = " and ".join(map(repr, list_media_columns(self.columns.names)))
+            raise DataError(
+                f"it has nothing in {columns}, and other rows have; fill it, read rows without "
+                'media as a stream of their own, or use messages with {"type": "image"} or '
+                '{"type": "audio"} where media belong',
+                key=self._first_without_media,
+            )
+
+    def _read_tools(self, row: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], ...]:
+        column = self.columns.names.get("tools")
+        tools = row.get(column) if column else None
+        if isinstance(tools, str) and tools:
+            tools = parse_json(tools, f"its column {column!r}", key=key)
+        if not tools:
+            return ()
+        if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+            raise DataError(
+                f"its column {column!r} is {describe_type(tools)}; a list of tool declarations "
+                "is expected",
+                key=key,
+            )
+        return tuple(tools)
+
+
+def _guess_kind(name: Any, key: str) -> MediaKind:
+    suffix = f".{name.rpartition('.')[2].lower()}" if isinstance(name, str) else ""
+    if suffix in IMAGE_SUFFIXES:
+        return "image"
+    if suffix in AUDIO_SUFFIXES:
+        return "audio"
+    raise DataError(
+        f"its file_name is {describe_type(name)} ending in {suffix[:12]!r}, which is no known "
+        "picture or sound; name the column by image= or audio=",
+        key=key,
+    )
+
+
+def _group_by_kind(media: list[Image | Audio]) -> dict[MediaKind, list[Image | Audio]]:
+    groups: dict[MediaKind, list[Image | Audio]] = {}
+    for part in media:
+        groups.setdefault("image" if isinstance(part, Image) else "audio", []).append(part)
+    return groups
+
+
+def _list_media(turn: Turn) -> list[Part]:
+    return [part for part in turn.parts if isinstance(part, Image | Audio)]
+
+
+def _place_media(
+    turns: tuple[Turn, ...], media: list[Image | Audio], key: str
+) -> tuple[Turn, ...]:
+    """Put media before the text of the first user turn."""
+    if not media:
+        return turns
+    for index, turn in enumerate(turns):
+        if turn.role == "user":
+            placed = Turn("user", (*media, *turn.parts), turn.fields)
+            return (*turns[:index], placed, *turns[index + 1 :])
+    raise DataError("it holds media and no user turn to put them in; add one", key=key)
+
+
+def _check_turns(turns: tuple[Turn, ...], key: str) -> None:
+    roles: set[Role] = {turn.role for turn in turns}
+    if "assistant" not in roles:
+        raise DataError("no turn is the assistant's: nothing to train on; add the answer", key=key)
+    if turns[-1].role != "assistant":
+        raise DataError(
+            f"the conversation ends with the {turns[-1].role}'s turn; end it with the assistant's",
+            key=key,
+        )
+    for number, turn in enumerate(turns, 1):
+        is_empty = not turn.text.strip() and not _list_media(turn)
+        if is_empty and turn.role == "assistant" and not turn.fields.get("tool_calls"):
+            raise DataError(f"empty answer (turn {number}); fill it or remove the row", key=key)
+        if is_empty and turn.role == "user":
+            raise DataError(
+                f"empty prompt (turn {number}) without media; fill it or remove the row", key=key
+            )

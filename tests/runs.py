@@ -1,0 +1,69 @@
+"""Short training runs, as functions that a new process can import and run."""
+
+import json
+import signal
+from pathlib import Path
+
+from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.streaming.stream import stream_local
+
+from gemma_tuner.collators.multimodal import MultimodalCollator
+from gemma_tuner.testing import sample_data, tiny_model
+from gemma_tuner.training.config import TrainConfig
+from gemma_tuner.training.trainer import Trainer
+
+
+class StoppingTrainer(Trainer):
+    """Sends its own process a signal after a number of steps, as an impatient user would."""
+
+    stop_after: int | None = None
+
+    def train_step(self, step_input):
+        result = super().train_step(step_input)
+        if self.step == self.stop_after:
+            signal.raise_signal(signal.SIGTERM)
+        return result
+
+
+def build_trainer(
+    folder, *, modality="text", family="gemma4-e2b", dropout=0.0, rows=10, **settings
+):
+    """A trainer on the first bundled samples: 4 examples a step, an epoch of 2.5 steps."""
+    model, processor = tiny_model(family)
+    model = add_lora(model, LoraConfig(rank=4, dropout=dropout))
+    stream = stream_local(sample_data(modality), cache_dir=Path(folder) / "manifests").take(rows)
+    settings = {
+        "max_steps": 5,
+        "batch_size": 2,
+        "gradient_accumulation": 2,
+        "learning_rate": 1e-2,
+        "log_every_steps": 1,
+        "progress": False,
+        "output_dir": Path(folder) / "run",
+        **settings,
+    }
+    return StoppingTrainer(
+        model, stream, MultimodalCollator(processor), TrainConfig(**settings), eval_stream=stream
+    )
+
+
+def run(folder, *, stop_after=None, resume=False, **settings):
+    """Train, or resume; save the adapter beside the run."""
+    trainer = build_trainer(folder, **settings)
+    trainer.stop_after = stop_after
+    result = trainer.fit(resume=resume)
+    trainer.save(Path(folder) / "adapter")
+    return result
+
+
+def read_trace(folder, kind="step"):
+    """What was logged, without what depends on the clock and the machine."""
+    timed = ("tokens_per_second", "target_tokens_per_second", "data_wait_seconds", "memory_bytes")
+    records = [
+        json.loads(line) for line in (Path(folder) / "run/log.jsonl").read_text().splitlines()
+    ]
+    return [
+        {name: value for name, value in record.items() if name not in timed}
+        for record in records
+        if record["kind"] == kind
+    ]

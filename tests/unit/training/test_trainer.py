@@ -1,0 +1,198 @@
+"""The loop: what a step is, what is reported, and what stops it."""
+
+import json
+import signal
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gemma_tuner.errors import ConfigError, DataError, DivergedError, ResumeError
+from gemma_tuner.training.loss import FrozenHeadCrossEntropy
+from gemma_tuner.training.optim import clip_gradients, guarded_step
+from tests.runs import build_trainer, read_trace
+
+
+def adapter(trainer):
+    return torch.cat([p.detach().flatten().clone() for p in trainer.trainable])
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(1, 8), (4, 2), (8, 1)])
+def test_how_a_step_is_cut_does_not_change_it(tmp_path, batch_size, accumulation):
+    def train(folder, batch_size, accumulation):
+        trainer = build_trainer(
+            folder,
+            rows=24,
+            max_steps=3,
+            batch_size=batch_size,
+            gradient_accumulation=accumulation,
+            epsilon=1.0,  # a smooth step: Adam's default turns rounding into whole steps
+        )
+        before = adapter(trainer)
+        trainer.fit()
+        return adapter(trainer) - before
+
+    reference = train(tmp_path / "reference", 2, 4)
+    update = train(tmp_path / "cut", batch_size, accumulation)
+    assert float((update - reference).norm()) <= 1e-5 * float(reference.norm())
+
+
+def test_the_log_has_every_step_and_the_held_out_loss(tmp_path):
+    trainer = build_trainer(tmp_path, eval_every_steps=2)
+    result = trainer.fit()
+    steps = read_trace(tmp_path)
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5]
+    assert [record["step"] for record in read_trace(tmp_path, "eval")] == [0, 2, 4, 5]
+    assert [record.step for record in result.held_out] == [0, 2, 4, 5]
+    assert result.held_out[-1].loss < result.held_out[0].loss
+    assert steps[-1]["epoch"] == pytest.approx(2.0)
+    assert steps[-1]["learning_rate"] < steps[0]["learning_rate"]
+    assert all(record["grad_norm"] > 0 and record["tokens"] > 0 for record in steps)
+
+
+def test_epochs_end_with_the_data(tmp_path):
+    trainer = build_trainer(tmp_path, max_steps=None, epochs=2, rows=11)
+    assert trainer.total_steps == 6
+    assert trainer.fit().step == 6
+    assert trainer.stream.state_dict()["position"] in {0, 11}
+    assert read_trace(tmp_path)[-1]["target_tokens"] == 2 * trainer.evaluate().target_tokens
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+def test_held_out_loss_is_the_mean_over_tokens_however_batched(tmp_path, batch_size):
+    trainer = build_trainer(tmp_path, batch_size=batch_size)
+    record = trainer.evaluate()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for index in range(len(trainer.eval_stream)):
+            batch = trainer.collator([trainer.eval_stream[index]])
+            loss = trainer.model(**batch.inputs, labels=batch.labels).loss
+            total += float(loss) * batch.num_target_tokens
+            count += batch.num_target_tokens
+    assert record.target_tokens == count
+    assert record.loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_nothing_of_a_step_waits_for_the_device():
+    class NoReadBack(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            assert operator not in {
+                torch.ops.aten._local_scalar_dense.default,
+                torch.ops.aten.nonzero.default,
+                torch.ops.aten.masked_select.default,
+            }, operator
+            return operator(*args, **(kwargs or {}))
+
+    hidden = torch.randn(6, 8, requires_grad=True)
+    weight, targets = torch.randn(50, 8), torch.tensor([1, 2, 3, 49, -100, -100])
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    parameter.grad = torch.ones(3)
+    with NoReadBack():
+        FrozenHeadCrossEntropy.apply(hidden, weight, targets, 30.0, 4).backward()
+        guarded_step(optimizer, clip_gradients([parameter], 1.0))
+
+
+def test_a_non_finite_step_is_skipped_counted_and_finally_stops_the_run(tmp_path):
+    trainer = build_trainer(tmp_path, max_nonfinite_steps=2, max_steps=20)
+    bad_from = 3
+
+    def spoil(gradient):
+        return gradient * (float("nan") if trainer.step >= bad_from else 1.0)
+
+    trainer.trainable[0].register_hook(spoil)
+    with pytest.raises(
+        DivergedError, match=r"last 2 steps up to step 5 .* lower the learning rate"
+    ):
+        trainer.fit()
+    records = read_trace(tmp_path)
+    assert [record["skipped_steps"] for record in records] == [0, 0, 0, 1, 2]
+    assert records[-1]["grad_norm"] is None
+    assert all(bool(p.isfinite().all()) for p in trainer.trainable)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_returns(tmp_path, number):
+    trainer = build_trainer(tmp_path)
+    before = signal.getsignal(number)
+    step = trainer.train_step
+
+    def interrupted_step(step_input):
+        if trainer.step == 1:
+            signal.raise_signal(number)
+        return step(step_input)
+
+    trainer.train_step = interrupted_step
+    result = trainer.fit()
+    assert (result.step, result.stopped_by) == (2, number.name)
+    assert (tmp_path / "run/checkpoints/step-00000002").is_dir()
+    assert signal.getsignal(number) == before
+
+
+def test_a_bad_example_keeps_every_step_before_it(tmp_path):
+    trainer = build_trainer(tmp_path)
+    collate, bad = trainer.collator, []
+
+    class Collator(type(collate)):
+        def encode(self, example):
+            row = super().encode(example)
+            bad.append(example.key)
+            if len(bad) == 15:
+                raise DataError("damaged", key=example.key)
+            return row
+
+    trainer.collator = Collator(collate.processor)
+    trainer.eval_stream = None
+    with pytest.raises(DataError, match="damaged") as raised:
+        trainer.fit()
+    assert raised.value.key == bad[-1]
+    assert trainer.step == 3
+    assert (tmp_path / "run/checkpoints/step-00000003").is_dir()
+
+
+def test_an_existing_run_is_never_overwritten(tmp_path):
+    build_trainer(tmp_path, max_steps=1).fit()
+    with pytest.raises(ConfigError, match=r"already holds a run \(step-00000001\).*resume=True"):
+        build_trainer(tmp_path).fit()
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"learning_rate": 5e-3}, "learning_rate: 0.01 against 0.005"),
+        ({"batch_size": 1, "gradient_accumulation": 4}, "batch_size: 2 against 1"),
+        ({"rows": 9}, "rows|fingerprint|subset"),
+        ({"family": "gemma4-31b"}, "base"),
+    ],
+)
+def test_resuming_another_run_names_what_differs(tmp_path, changed, match):
+    build_trainer(tmp_path, max_steps=1).fit()
+    with pytest.raises(ResumeError, match=match):
+        build_trainer(tmp_path, **changed).fit(resume=True)
+
+
+def test_resume_without_a_checkpoint_begins(tmp_path):
+    assert build_trainer(tmp_path, max_steps=1).fit(resume=True).step == 1
+
+
+def test_preview_shows_the_trained_answer(tmp_path):
+    trainer = build_trainer(tmp_path)
+    preview = trainer.preview(3)
+    answer = trainer.stream[3].turns[-1].text
+    assert preview.trained_text == f"{answer}<turn|>"
+    assert f"⟦{answer}<turn|>⟧" in str(preview)
+
+
+def test_evaluate_without_a_held_out_stream(tmp_path):
+    trainer = build_trainer(tmp_path)
+    trainer.eval_stream = None
+    with pytest.raises(ConfigError, match="eval_stream"):
+        trainer.evaluate()
+
+
+def test_settings_and_state_hold_no_path_of_the_user(tmp_path):
+    build_trainer(tmp_path, max_steps=1).fit()
+    for path in (tmp_path / "run").rglob("*.json*"):
+        assert str(tmp_path) not in path.read_text(), path.name
+    state = json.loads((tmp_path / "run/checkpoints/step-00000001/trainer_state.json").read_text())
+    assert state["step"] == 1
