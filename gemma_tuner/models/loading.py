@@ -107,6 +107,8 @@ def _choose_left_out(
     source: str, family: Family, config: PreTrainedConfig, modalities: Sequence[Modality]
 ) -> list[str]:
     """Check the modalities; return the submodules of ``model.model`` that they do not need."""
+    if isinstance(modalities, str):
+        raise ConfigError(f"modalities is the string {modalities!r}; write ({modalities!r},)")
     offered = family.modalities(config)
     for modality in modalities:
         if modality not in MODALITIES:

@@ -169,17 +169,17 @@ def _expand(item: str | Path) -> list[Path]:
 
 def _look_into(folder: Path, wanted: str | None) -> dict[Path, Format]:
     """Find what a folder means; see the head of this module."""
-    captions: Format = "captions"
     if wanted != "captions":
         for name in _MANIFESTS:
             kind = _FORMATS[Path(name).suffix]
             if wanted in (None, kind) and (folder / name).is_file():
                 return {folder / name: kind}
         for files in (sorted(folder.iterdir()), _list_below(folder)):
-            formats = {path: _guess_format(path) for path in files}
-            data = {path: kind for path, kind in formats.items() if kind is not None}
-            if wanted is not None:
-                data = {path: kind for path, kind in data.items() if kind == wanted}
+            data: dict[Path, Format] = {}
+            for path in files:
+                kind = _guess_format(path)
+                if kind is not None and wanted in (None, kind):
+                    data[path] = kind
             if data:
                 return data
     if wanted in (None, "captions"):
@@ -187,7 +187,8 @@ def _look_into(folder: Path, wanted: str | None) -> dict[Path, Format]:
         media = [path for path in _list_below(folder) if path.suffix.lower() in suffixes]
         if media:
             _refuse_shared_captions(media)
-            return dict.fromkeys(media, captions)
+            found: dict[Path, Format] = dict.fromkeys(media, "captions")
+            return found
     counts = Counter(path.suffix.lower() or "without ending" for path in _list_below(folder))
     held = ", ".join(f"{count} {name}" for name, count in counts.most_common(5)) or "no files"
     raise SourceError(

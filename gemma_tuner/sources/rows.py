@@ -36,7 +36,7 @@ class RowReader:
 
     Args:
         columns: Which column plays which part.
-        counts: How often something was defaulted or left unused, by what it was.
+        counts: Pictures, sounds, and what was defaulted.
     """
 
     columns: Columns
@@ -113,10 +113,12 @@ class RowReader:
                 )
             turns = (Turn("system", (Text(system),)), *turns)
         _check_turns(turns, key)
+        for part in (part for turn in turns for part in _list_media(turn)):
+            self.counts["pictures" if isinstance(part, Image) else "sounds"] += 1
         return Example(key, turns, tools=self._read_tools(row, key))
 
     def read_notes(self) -> dict[str, int]:
-        """Return what was defaulted or left unused in the rows read so far, with its count."""
+        """Return what the rows read so far held, defaulted or left unused, with its count."""
         notes = dict(self.counts)
         for name, count in sorted(self._unused_fields.items()):
             notes[f"message field {name!r} not used"] = count

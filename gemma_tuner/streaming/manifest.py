@@ -44,6 +44,7 @@ _SCHEMA = pyarrow.schema(
     ]
 )
 _ENTRY = b"gemma_tuner.manifest"
+_ENTRY_CHECKSUM = b"gemma_tuner.manifest.crc32"
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 16 << 20
 
@@ -68,12 +69,13 @@ class Manifest:
                 self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
                 _, metadata = reader.get_batch_with_custom_metadata(len(self._batches) - 1)
             entry = json.loads(metadata[_ENTRY])
+            is_whole = int(metadata[_ENTRY_CHECKSUM]) == zlib.crc32(metadata[_ENTRY])
             checksums = [_checksum(batch) for batch in self._batches]
         except (pyarrow.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
             raise SourceError(
                 f"the manifest {path.name} is damaged ({type(error).__name__})"
             ) from error
-        if entry.get("version") != FORMAT_VERSION or entry.get("checksums") != checksums:
+        if not is_whole or entry["version"] != FORMAT_VERSION or entry["checksums"] != checksums:
             raise SourceError(f"the manifest {path.name} is damaged or of another version")
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
         self.fingerprint: str = entry["fingerprint"]
@@ -186,7 +188,9 @@ def _write(
             "root": str(root),
             "summary": read_summary(),
         }
-        writer.write_batch(end, custom_metadata={_ENTRY: json.dumps(entry)})
+        content = json.dumps(entry).encode()
+        metadata = {_ENTRY: content, _ENTRY_CHECKSUM: str(zlib.crc32(content)).encode()}
+        writer.write_batch(end, custom_metadata=metadata)
 
 
 def _checksum(batch: pyarrow.RecordBatch) -> int:

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from gemma_tuner.records import Audio, Example, Image, Part, Text
+from gemma_tuner.records import Audio, Example, Part, Text
 
 _SHOWN_CHARACTERS = 200
 
@@ -103,13 +101,11 @@ def show_example(example: Example) -> str:
 def _show_part(part: Part) -> str:
     if isinstance(part, Text):
         return _shorten(part.text)
-    source = part.source
-    if isinstance(part, Audio) and isinstance(source, np.ndarray):
-        seconds = len(source) / part.sample_rate_hz if part.sample_rate_hz else 0.0
-        return f"[audio {seconds:.2f} s]"
-    if isinstance(part, Image) and not isinstance(source, str | bytes):
-        return f"[image {source.width}x{source.height}]"
-    return f"[{type(part).__name__.lower()}, not decoded]"
+    if isinstance(part.source, str | bytes):
+        return f"[{type(part).__name__.lower()}, not decoded]"
+    if isinstance(part, Audio):
+        return f"[audio {len(part.source) / (part.sample_rate_hz or 1):.2f} s]"
+    return f"[image {part.source.width}x{part.source.height}]"
 
 
 def _shorten(text: str) -> str:

@@ -11,8 +11,8 @@ import hashlib
 import json
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -21,7 +21,7 @@ import numpy as np
 from gemma_tuner.errors import ConfigError, ResumeError, SourceError
 from gemma_tuner.media.load import load_media
 from gemma_tuner.records import Example
-from gemma_tuner.sources.columns import KEYWORDS
+from gemma_tuner.sources.columns import KEYWORDS, Keywords
 from gemma_tuner.sources.folders import Paths
 from gemma_tuner.sources.local import LocalSource
 from gemma_tuner.streaming.manifest import FORMAT_VERSION, Manifest, hash_keys, write_manifest
@@ -85,9 +85,8 @@ def stream_local(
         DataError: The first row that cannot be used, with its key.
         SourceError: Files, columns or splits that are not there or cannot be read.
     """
-    keywords = dict(
-        zip(KEYWORDS, (messages, prompt, response, text, system, image, audio, id), strict=True)
-    )
+    chosen = (messages, prompt, response, text, system, image, audio, id)
+    keywords: Keywords = dict(zip(KEYWORDS, chosen, strict=True))
     for part, column in keywords.items():
         if column is not None and column is not False and not isinstance(column, str):
             raise ConfigError(f"{part}={column!r}; give a column's name, False for none, or None")
@@ -160,7 +159,8 @@ class ExampleStream:
         self._epoch = 0
         self._position = 0
         self._num_handed_out = 0
-        self._iterator: _Epoch | None = None
+        self._token = object()  # of the latest iterator
+        self._is_begun = False  # whether that has handed out anything
 
     def __repr__(self) -> str:
         return (
@@ -190,12 +190,13 @@ class ExampleStream:
         return self._read(place % len(self))
 
     def __iter__(self) -> Iterator[Example]:
-        is_begun = self._iterator is not None and self._iterator.num_handed_out > 0
-        if is_begun or self._position == len(self):
+        if self._is_begun or self._position == len(self):
             self._epoch += 1
             self._position = 0
-        self._iterator = _Epoch(self)
-        return self._iterator
+        self._is_begun = False
+        self._token = object()
+        order = Order(len(self), seed=self.seed, epoch=self._epoch, shuffle=self.shuffle)
+        return _Epoch(partial(self._hand_out, self._token, order))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resumes the stream after the last example that was handed out.
@@ -236,7 +237,9 @@ class ExampleStream:
                 raise ResumeError(f"the stream's state has epoch {epoch!r}, position {position!r}")
         if position > len(self):
             raise ResumeError(f"the stream's state is at position {position} of {len(self)} rows")
-        self._epoch, self._position, self._iterator = epoch, position, None
+        self._epoch, self._position = epoch, position
+        self._token = object()
+        self._is_begun = False
 
     def take(self, num_rows: int) -> Self:
         """Return a stream of the first rows in the order of the files.
@@ -348,8 +351,8 @@ class ExampleStream:
         example = self.manifest.read_example(int(self._rows[place]))
         return load_media(example, root=self.manifest.root)
 
-    def _hand_out(self, iterator: _Epoch, order: Order) -> Example:
-        if iterator is not self._iterator:
+    def _hand_out(self, token: object, order: Order) -> Example:
+        if token is not self._token:
             raise ConfigError(
                 "this iterator was overtaken: the stream was iterated again or given a state; use "
                 "one iterator at a time, or make a second stream"
@@ -359,21 +362,18 @@ class ExampleStream:
         example = self._read(order[self._position])
         self._position += 1
         self._num_handed_out += 1
+        self._is_begun = True
         return example
 
 
 class _Epoch:
-    """The rest of one epoch of a stream."""
+    """The rest of one epoch; not a generator, which one failing example would end."""
 
-    def __init__(self, stream: ExampleStream) -> None:
-        self.num_handed_out = 0
-        self._stream = stream
-        self._order = stream.begin_order()
+    def __init__(self, read_next: Callable[[], Example]) -> None:
+        self._read_next = read_next
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Example:
-        example = self._stream.hand_out(self, self._order)
-        self.num_handed_out += 1
-        return example
+        return self._read_next()

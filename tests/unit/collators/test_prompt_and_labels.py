@@ -150,9 +150,8 @@ def test_trained_text_of_the_sample_sets_is_exactly_their_answers(released, shar
     from gemma_tuner.streaming.stream import stream_local
 
     stream = stream_local(shared_data / name, shuffle=False)
-    rows = [
-        json.loads(line) for line in (shared_data / name / "manifest.jsonl").open(encoding="utf-8")
-    ]
+    manifest = (shared_data / name / "manifest.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in manifest.splitlines()]
     collator = MultimodalCollator(released, max_tokens=4096, image_tokens=70)
     for index in range(0, len(rows), max(1, len(rows) // 40)):
         row = rows[index]

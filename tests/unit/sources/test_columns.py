@@ -1,0 +1,188 @@
+"""Which column plays which part: the conventions, their precedence, and what keywords change."""
+
+import pytest
+
+from gemma_tuner.errors import ConfigError, SourceError
+from gemma_tuner.sources.columns import recognise_columns
+
+PAIR = "prompt and response"
+
+
+@pytest.mark.parametrize(
+    ("available", "layout", "names"),
+    [
+        (["messages"], "chat", {"messages": "messages"}),
+        (["conversations", "system"], "chat", {"messages": "conversations", "system": "system"}),
+        (["messages", "tools"], "chat", {"messages": "messages", "tools": "tools"}),
+        (["prompt", "completion"], PAIR, {"prompt": "prompt", "response": "completion"}),
+        (["prompt", "response"], PAIR, {"prompt": "prompt", "response": "response"}),
+        (["question", "answer"], PAIR, {"prompt": "question", "response": "answer"}),
+        (["input", "output"], PAIR, {"prompt": "input", "response": "output"}),
+        (
+            ["instruction", "input", "output"],
+            PAIR,
+            {"prompt": "instruction", "context": "input", "response": "output"},
+        ),
+        (
+            ["instruction", "context", "response"],
+            PAIR,
+            {"prompt": "instruction", "context": "context", "response": "response"},
+        ),
+        (["instruction", "output"], PAIR, {"prompt": "instruction", "response": "output"}),
+        (["text"], "document", {"text": "text"}),
+        (["image", "caption"], "caption", {"image": "image", "response": "caption"}),
+        (["images", "text"], "caption", {"image": "images", "response": "text"}),
+        (["audio", "transcript"], "caption", {"audio": "audio", "response": "transcript"}),
+        (["audio", "transcription"], "caption", {"audio": "audio", "response": "transcription"}),
+        (["audio", "sentence"], "caption", {"audio": "audio", "response": "sentence"}),
+        (["audios", "text"], "caption", {"audio": "audios", "response": "text"}),
+        (["file_name", "text"], "caption", {"file": "file_name", "response": "text"}),
+        (
+            ["image", "question", "answer"],
+            PAIR,
+            {"image": "image", "prompt": "question", "response": "answer"},
+        ),
+        (
+            ["image", "prompt", "caption"],
+            PAIR,
+            {"image": "image", "prompt": "prompt", "response": "caption"},
+        ),
+        (
+            ["file_name", "question", "answer", "id", "split"],
+            PAIR,
+            {
+                "file": "file_name",
+                "prompt": "question",
+                "response": "answer",
+                "id": "id",
+                "split": "split",
+            },
+        ),
+    ],
+)
+def test_conventional_names_are_recognised(available, layout, names):
+    columns = recognise_columns(available, {})
+    assert (columns.layout, columns.names) == (layout, names)
+    assert columns.unused == ()
+
+
+@pytest.mark.parametrize(
+    ("available", "layout", "unused"),
+    [
+        (["messages", "prompt", "prompt_id"], "chat", ("prompt", "prompt_id")),
+        (["messages", "prompt", "completion"], "chat", ("completion", "prompt")),
+        (["instruction", "input", "output", "text"], PAIR, ("text",)),
+        (["prompt", "response", "answer"], PAIR, ("answer",)),
+        (["image", "file_name", "caption"], "caption", ("file_name",)),
+        (["text", "system"], "document", ("system",)),
+    ],
+)
+def test_what_loses_by_precedence_is_named_as_unused(available, layout, unused):
+    columns = recognise_columns(available, {})
+    assert (columns.layout, columns.unused) == (layout, unused)
+
+
+@pytest.mark.parametrize(
+    ("available", "named"),
+    [
+        (["messages", "conversations"], ["'messages'", "'conversations'", "messages="]),
+        (["prompt", "completion", "response"], ["'completion'", "'response'", "response="]),
+        (["prompt", "response", "question", "answer"], ["'prompt'", "'question'", "prompt="]),
+        (["image", "images", "caption"], ["'image'", "'images'", "image="]),
+        (["image", "caption", "text"], ["'caption'", "'text'", "response="]),
+        (["image", "audio", "caption", "transcript"], ["'caption'", "'transcript'", "response="]),
+        (["image", "caption", "prompt", "question"], ["'prompt'", "'question'", "prompt="]),
+    ],
+)
+def test_two_columns_for_one_part_are_an_error_that_names_both_and_the_keyword(available, named):
+    with pytest.raises(SourceError) as caught:
+        recognise_columns(available, {})
+    for words in named:
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("available", "named"),
+    [
+        (["title", "body"], ["no response", "'body', 'title'", "response="]),
+        (["prompt"], ["no response", "'prompt'"]),
+        (["response"], ["no response"]),
+        (["image", "answer"], ["no response", "'answer'"]),
+    ],
+)
+def test_columns_that_make_no_example_are_named(available, named):
+    with pytest.raises(SourceError) as caught:
+        recognise_columns(available, {})
+    for words in named:
+        assert words in str(caught.value)
+
+
+def test_keywords_win_over_conventions():
+    available = ["prompt", "response", "frage", "antwort", "bild", "image"]
+    keywords = {"prompt": "frage", "response": "antwort", "image": "bild"}
+    columns = recognise_columns(available, keywords)
+    assert columns.names == {"prompt": "frage", "response": "antwort", "image": "bild"}
+    assert columns.by_keyword == {"prompt", "response", "image"}
+    assert columns.unused == ("image", "prompt", "response")
+
+
+@pytest.mark.parametrize(
+    ("available", "keywords", "layout", "names"),
+    [
+        (["a", "b"], {"prompt": "a", "response": "b"}, PAIR, {"prompt": "a", "response": "b"}),
+        (["a", "answer"], {"prompt": "a"}, PAIR, {"prompt": "a", "response": "answer"}),
+        (["question", "b"], {"response": "b"}, PAIR, {"prompt": "question", "response": "b"}),
+        (["a"], {"text": "a"}, "document", {"text": "a"}),
+        (["a", "prompt", "response"], {"messages": "a"}, "chat", {"messages": "a"}),
+        (["a", "caption"], {"image": "a"}, "caption", {"image": "a", "response": "caption"}),
+        (["image", "b"], {"response": "b"}, "caption", {"image": "image", "response": "b"}),
+        (["prompt", "response", "id"], {"id": False}, PAIR, {"prompt": "prompt"}),
+        (["prompt", "response", "image"], {"image": False}, PAIR, {"prompt": "prompt"}),
+        (["messages", "text"], {"messages": False}, "document", {"text": "text"}),
+        (
+            ["instruction", "input", "output"],
+            {"prompt": "instruction", "response": "output"},
+            PAIR,
+            {"prompt": "instruction", "response": "output"},
+        ),
+    ],
+)
+def test_what_keywords_leave_open_goes_by_convention(available, keywords, layout, names):
+    columns = recognise_columns(available, keywords)
+    assert columns.layout == layout
+    assert names.items() <= columns.names.items()
+    for part, column in keywords.items():
+        if column is False:
+            assert part not in columns.names
+    if layout == PAIR and "context" not in names:
+        assert "context" not in columns.names
+
+
+def test_a_keyword_that_names_no_column_lists_the_columns():
+    with pytest.raises(SourceError, match=r"prompt= names the column 'frage'.*'answer', 'ask'"):
+        recognise_columns(["ask", "answer"], {"prompt": "frage"})
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"messages": "a", "prompt": "b"},
+        {"messages": "a", "text": "b"},
+        {"text": "a", "response": "b"},
+        {"text": "a", "image": "b"},
+        {"text": "a", "system": "b"},
+    ],
+)
+def test_keywords_that_exclude_each_other_are_refused(keywords):
+    with pytest.raises(ConfigError) as caught:
+        recognise_columns(["a", "b"], keywords)
+    for part in keywords:
+        assert f"{part}=" in str(caught.value)
+
+
+def test_documents_beside_media_are_an_error_that_offers_both_ways_out():
+    with pytest.raises(SourceError, match=r"response=.*image=False"):
+        recognise_columns(["image", "text"], {"text": "text"})
+    assert recognise_columns(["image", "text"], {"text": "text", "image": False}).names == {
+        "text": "text"
+    }

@@ -1,0 +1,128 @@
+"""What a path, a glob or a folder means."""
+
+import pytest
+
+from gemma_tuner.errors import ConfigError, SourceError
+from gemma_tuner.sources.folders import find_files, name_canonically, name_split
+
+
+def plant(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+
+
+def names_of(found):
+    return [path.relative_to(found.root).as_posix() for path in found.files]
+
+
+@pytest.mark.parametrize(
+    ("planted", "file_format", "expected"),
+    [
+        (["manifest.jsonl", "metadata.csv", "train.jsonl", "a.png"], "jsonl", ["manifest.jsonl"]),
+        (["metadata.jsonl", "metadata.csv", "a.png", "a.txt"], "jsonl", ["metadata.jsonl"]),
+        (["metadata.csv", "a.png"], "csv", ["metadata.csv"]),
+        (["b.jsonl", "a.jsonl.gz", "c.json", "LICENSE.txt"], "jsonl", None),
+        (["b.csv", "a.csv", "sub/c.jsonl"], "csv", ["a.csv", "b.csv"]),
+        (["data/b.parquet", "data/a.parquet", "README.md"], "parquet", None),
+        (["a.parquet", "dataset_info.json", "state.json", ".b.jsonl", "_c.csv"], "parquet", None),
+        (["a.jpg", "a.txt", "sub/b.wav", "sub/b.txt"], "captions", ["a.jpg", "sub/b.wav"]),
+    ],
+)
+def test_a_folder_means_the_first_of_manifest_data_files_captions(
+    tmp_path, planted, file_format, expected
+):
+    plant(tmp_path, *planted)
+    found = find_files(tmp_path)
+    assert (found.format, found.root, found.is_folder) == (file_format, tmp_path, True)
+    ending = (".jsonl", ".gz", ".json", ".csv", ".parquet")
+    hidden = ("dataset_info.json", "state.json", ".b.jsonl", "_c.csv")
+    default = sorted(name for name in planted if name.endswith(ending) and name not in hidden)
+    assert names_of(found) == (expected or default)
+
+
+def test_files_globs_and_lists(tmp_path):
+    plant(tmp_path, "a/1.jsonl", "a/2.jsonl", "b/3.jsonl")
+    assert names_of(find_files(tmp_path / "a" / "1.jsonl")) == ["1.jsonl"]
+    assert names_of(find_files(str(tmp_path / "a" / "*.jsonl"))) == ["1.jsonl", "2.jsonl"]
+    assert len(find_files(str(tmp_path / "**" / "*.jsonl")).files) == 3
+    found = find_files([tmp_path / "b", tmp_path / "a" / "2.jsonl", tmp_path / "b" / "3.jsonl"])
+    assert names_of(found) == ["b/3.jsonl", "a/2.jsonl"]
+    assert found.root == tmp_path
+
+
+def test_links_keep_their_names(tmp_path):
+    plant(tmp_path, "blobs/0123")
+    (tmp_path / "train.jsonl").symlink_to(tmp_path / "blobs" / "0123")
+    assert names_of(find_files(tmp_path / "train.jsonl")) == ["train.jsonl"]
+
+
+def test_two_formats_are_an_error_that_names_both_until_one_is_chosen(tmp_path):
+    plant(tmp_path, "a.jsonl", "b.csv")
+    with pytest.raises(SourceError, match=r"'a\.jsonl' and 'b\.csv'.*format="):
+        find_files(tmp_path)
+    assert names_of(find_files(tmp_path, "csv")) == ["b.csv"]
+    with pytest.raises(SourceError, match="different formats"):
+        find_files([tmp_path / "a.jsonl", tmp_path / "b.csv"])
+
+
+def test_format_reads_files_of_any_name(tmp_path):
+    plant(tmp_path, "dump.txt", "a.png", "a.txt", "b.jsonl")
+    with pytest.raises(SourceError, match=r"'dump\.txt' is of no known format"):
+        find_files(tmp_path / "dump.txt")
+    assert find_files(tmp_path / "dump.txt", "jsonl").format == "jsonl"
+    found = find_files(tmp_path, "captions")
+    assert names_of(found) == ["a.png"]
+    assert found.num_unread_texts == 1
+
+
+@pytest.mark.parametrize(
+    ("paths", "file_format", "error", "words"),
+    [
+        ("nothing/here.jsonl", None, SourceError, "no file, folder or match"),
+        ("*.jsonl", None, SourceError, "no file, folder or match"),
+        ([], None, SourceError, "no paths"),
+        ("gs://bucket/a.jsonl", None, SourceError, "gs: URI"),
+        (".", "xml", ConfigError, "format='xml'"),
+        (".", None, SourceError, r"holds 1 \.md"),
+        (".", "parquet", SourceError, "no parquet"),
+    ],
+)
+def test_what_cannot_be_found_is_told(tmp_path, monkeypatch, paths, file_format, error, words):
+    plant(tmp_path, "README.md")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=words):
+        find_files(paths, file_format)
+
+
+def test_two_media_with_one_caption_are_refused(tmp_path):
+    plant(tmp_path, "a.jpg", "a.wav", "a.txt")
+    with pytest.raises(SourceError, match=r"'a\.jpg' and 'a\.wav' share"):
+        find_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"),
+        ("valid.jsonl", "validation"),
+        ("val-00001-of-00003.jsonl", "validation"),
+        ("gsm8k_test.jsonl", "test"),
+        ("validation/part.jsonl", "validation"),
+        ("holdout-00000-of-00002.jsonl", "holdout"),
+        ("train_test_mix.jsonl", "train_test_mix"),
+        ("training.jsonl.gz", "train"),
+    ],
+)
+def test_the_split_of_a_file_is_in_its_name(tmp_path, name, split):
+    plant(tmp_path, name, "other/x.jsonl")
+    found = find_files(str(tmp_path / "**" / "*.jsonl*"))
+    assert name_split(tmp_path / name, found) == split
+
+
+def test_what_a_picture_is_called_is_no_split(tmp_path):
+    plant(tmp_path, "train_1.jpg", "test/b.jpg")
+    found = find_files(tmp_path)
+    assert [name_split(path, found) for path in found.files] == ["test", "(none)"]
+    assert name_canonically("VAL") == name_canonically("valid") == "validation"

@@ -1,0 +1,239 @@
+"""A row to an Example: every layout, defaults that are counted, and each fault of a row."""
+
+import pytest
+
+from gemma_tuner.errors import DataError
+from gemma_tuner.records import Audio, Example, Image, Text, Turn
+from gemma_tuner.sources.columns import recognise_columns
+from gemma_tuner.sources.rows import AUDIO_PROMPT, IMAGE_PROMPT, RowReader
+
+MISSING = object()
+
+
+def read(row, keywords=None, *, like=None):
+    reader = RowReader(recognise_columns(list(like or row), keywords or {}))
+    return reader.read_example(row, "k")
+
+
+def user(*parts):
+    return Turn("user", tuple(Text(part) if isinstance(part, str) else part for part in parts))
+
+
+def assistant(text):
+    return Turn("assistant", (Text(text),))
+
+
+@pytest.mark.parametrize(
+    ("row", "turns"),
+    [
+        ({"prompt": "Q", "completion": "A"}, (user("Q"), assistant("A"))),
+        (
+            {"prompt": "Q", "response": "A", "system": "S"},
+            (Turn("system", (Text("S"),)), user("Q"), assistant("A")),
+        ),
+        ({"prompt": "Q", "response": "A", "system": None}, (user("Q"), assistant("A"))),
+        (
+            {"instruction": "Add.", "input": "1 2", "output": "3"},
+            (user("Add.\n\n1 2"), assistant("3")),
+        ),
+        ({"instruction": "Add.", "input": "", "output": "3"}, (user("Add."), assistant("3"))),
+        ({"image": "a.png", "caption": "A"}, (user(Image("a.png"), IMAGE_PROMPT), assistant("A"))),
+        ({"audio": "a.wav", "text": "A"}, (user(Audio("a.wav"), AUDIO_PROMPT), assistant("A"))),
+        (
+            {"file_name": "a.JPG", "text": "A"},
+            (user(Image("a.JPG"), IMAGE_PROMPT), assistant("A")),
+        ),
+        (
+            {"file_name": "a.wav", "text": "A"},
+            (user(Audio("a.wav"), AUDIO_PROMPT), assistant("A")),
+        ),
+        (
+            {"image": "a.png", "question": "Q", "answer": "A"},
+            (user(Image("a.png"), "Q"), assistant("A")),
+        ),
+        (
+            {"image": "a.png", "prompt": "", "response": "A"},
+            (user(Image("a.png")), assistant("A")),
+        ),
+        (
+            {"audio": ["a.wav", "b.wav"], "images": ["a.png"], "prompt": "Q", "response": "A"},
+            (user(Image("a.png"), Audio("a.wav"), Audio("b.wav"), "Q"), assistant("A")),
+        ),
+        (
+            {"image": {"bytes": b"1", "path": "a.png"}, "caption": "A"},
+            (user(Image(b"1"), IMAGE_PROMPT), assistant("A")),
+        ),
+        (
+            {"image": {"bytes": None, "path": "a.png"}, "caption": "A"},
+            (user(Image("a.png"), IMAGE_PROMPT), assistant("A")),
+        ),
+    ],
+)
+def test_a_row_becomes_a_conversation(row, turns):
+    assert read(row) == Example("k", turns)
+
+
+def test_text_becomes_a_document():
+    assert read({"text": "Once."}) == Example("k", document="Once.")
+
+
+def test_row_level_media_go_before_the_first_user_text_of_a_chat():
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A"},
+    ]
+    example = read({"messages": messages, "image": "a.png", "audio": "a.wav"})
+    assert example.turns[1] == user(Image("a.png"), Audio("a.wav"), "Q")
+
+
+def test_a_system_column_opens_a_chat_and_refuses_a_second_system_turn():
+    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    assert read({"messages": messages, "system": "S"}).turns[0] == Turn("system", (Text("S"),))
+    messages = [{"role": "system", "content": "T"}, *messages]
+    with pytest.raises(DataError, match="system=False"):
+        read({"messages": messages, "system": "S"})
+
+
+@pytest.mark.parametrize("tools", [[{"name": "f"}], '[{"name": "f"}]'])
+def test_tools_are_a_list_or_its_json(tools):
+    assert read({"prompt": "Q", "response": "A", "tools": tools}).tools == ({"name": "f"},)
+    assert read({"prompt": "Q", "response": "A", "tools": None}).tools == ()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"response": ""}, "empty answer"),
+        ({"response": None}, "empty answer"),
+        ({"response": "  \n"}, "empty answer"),
+        ({"response": 3}, "'response' is a number"),
+        ({"response": MISSING}, "no column 'response'"),
+        ({"prompt": ""}, "empty prompt"),
+        ({"prompt": None}, "empty prompt"),
+        ({"prompt": 7}, "'prompt' is a number"),
+        ({"prompt": {"a": 1}}, "'prompt' is an object"),
+        ({"prompt": ["a"]}, "'prompt' is a list"),
+        ({"prompt": True}, "'prompt' is true or false"),
+        ({"prompt": MISSING}, "no column 'prompt'"),
+        ({"system": 1}, "'system' is a number"),
+        ({"tools": 1}, "'tools' is a number"),
+        ({"tools": "{"}, "'tools' is not valid JSON"),
+        ({"image": 5}, "its image is a number"),
+        ({"image": ["a.png", None]}, "1 of the 2 items"),
+    ],
+)
+def test_each_fault_of_a_pair_names_the_key_and_the_column(row, words):
+    whole = {"prompt": "Q", "response": "A", "system": "S", "tools": [], "image": None, **row}
+    row = {name: value for name, value in whole.items() if value is not MISSING}
+    with pytest.raises(DataError, match=words) as caught:
+        read(row, like=whole)
+    assert caught.value.key == "k"
+
+
+def test_an_empty_document_is_refused():
+    with pytest.raises(DataError, match="empty document"):
+        read({"text": " "})
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([], "an empty list"),
+        (None, "null"),
+        ("nonsense", "not valid JSON"),
+        ([{"role": "user", "content": "Q"}], "no turn is the assistant's"),
+        (
+            [
+                {"role": "user", "content": "Q"},
+                {"role": "assistant", "content": "A"},
+                {"role": "user", "content": "R"},
+            ],
+            "ends with the user's turn",
+        ),
+        ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}], "empty answer"),
+        (
+            [{"role": "user", "content": "Q"}, {"role": "assistant", "content": None}],
+            "empty answer",
+        ),
+        ([{"role": "user", "content": ""}, {"role": "assistant", "content": "A"}], "empty prompt"),
+        ([{"role": "narrator", "content": "Q"}], "unknown role 'narrator'"),
+    ],
+)
+def test_each_fault_of_a_chat_is_told(messages, words):
+    with pytest.raises(DataError, match=words):
+        read({"messages": messages})
+
+
+def test_a_row_without_media_among_rows_with_media_is_refused_whichever_comes_first():
+    with_image = {"image": "a.png", "prompt": "Q", "response": "A"}
+    without = {"image": None, "prompt": "Q", "response": "A"}
+    for first, second in (
+        (("a", with_image), ("b", without)),
+        (("b", without), ("a", with_image)),
+    ):
+        reader = RowReader(recognise_columns(["image", "prompt", "response"], {}))
+        reader.read_example(first[1], first[0])
+        with pytest.raises(DataError, match="nothing in 'image', and other rows have") as caught:
+            reader.read_example(second[1], second[0])
+        assert caught.value.key == "b"
+
+
+def test_rows_may_differ_in_which_media_they_hold():
+    reader = RowReader(recognise_columns(["image", "audio", "prompt", "response"], {}))
+    for number, media in enumerate(({"image": "a.png"}, {"audio": "a.wav"})):
+        row = {"image": None, "audio": None, "prompt": "Q", "response": "A", **media}
+        reader.read_example(row, str(number))
+    assert reader.read_notes() == {"pictures": 1, "sounds": 1}
+
+
+def test_a_media_column_named_by_keyword_must_be_filled_in_every_row():
+    row = {"image": "", "prompt": "Q", "response": "A"}
+    assert read(row).turns[0] == user("Q")
+    with pytest.raises(DataError, match="image= says that each row has one"):
+        read(row, {"image": "image"})
+
+
+def test_a_picture_and_a_sound_have_no_default_prompt():
+    with pytest.raises(DataError, match="no default prompt"):
+        read({"image": "a.png", "audio": "a.wav", "text": "A"})
+
+
+def test_file_names_of_no_known_medium_are_refused():
+    with pytest.raises(DataError, match=r"ending in '\.docx'"):
+        read({"file_name": "secret/plan.docx", "text": "A"})
+
+
+def test_default_prompts_and_unused_message_fields_are_counted():
+    reader = RowReader(recognise_columns(["image", "caption"], {}))
+    for number in range(3):
+        reader.read_example({"image": "a.png", "caption": "A"}, str(number))
+    assert reader.read_notes() == {f"default prompt {IMAGE_PROMPT!r}": 3, "pictures": 3}
+    reader = RowReader(recognise_columns(["messages"], {}))
+    reader.read_example({"messages": [{"role": "gpt", "content": "A", "weight": 0}]}, "k")
+    assert reader.read_notes() == {"message field 'weight' not used": 1}
+
+
+@pytest.mark.parametrize(
+    ("value", "key"), [("a/1", "a/1"), (17, "17"), (None, None), ("", None), (1.5, None)]
+)
+def test_ids_are_text_or_whole_numbers(value, key):
+    reader = RowReader(recognise_columns(["id", "text"], {}))
+    if key is None:
+        with pytest.raises(DataError, match="id=False") as caught:
+            reader.read_key({"id": value}, "f:1")
+        assert caught.value.key == "f:1"
+    else:
+        assert reader.read_key({"id": value}, "f:1") == key
+
+
+def test_errors_hold_nothing_of_the_contents():
+    for row in (
+        {"prompt": {"secret": "tell no one"}, "response": "A"},
+        {"prompt": "tell no one", "response": ["tell no one"]},
+        {"prompt": "tell no one", "response": ""},
+    ):
+        with pytest.raises(DataError) as caught:
+            read(row)
+        assert "tell no one" not in str(caught.value)
+        assert "secret" not in str(caught.value)
