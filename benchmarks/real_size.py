@@ -1,10 +1,11 @@
-"""One LoRA step at the real size of a checkpoint, plain transformers + PEFT against ours, on a GPU.
+"""One LoRA step at a checkpoint's real size, plain transformers + PEFT against ours, on a GPU.
 
-    python benchmarks/real_size.py CONFIG_FOLDER [--batch 16] [--sequence 850] [--targets 80]
+    python benchmarks/real_size.py FOLDER [--batch 16] [--sequence 850] [--targets 80]
 
-CONFIG_FOLDER holds a released ``config.json``. A model of that size with random weights is saved once
-in bf16 and loaded by ``load_model`` (text only), so loading at real size is exercised too. Random
-weights cost what trained ones do. Memory is the peak over what is resident before the step.
+FOLDER holds a released ``config.json`` with its processor and tokenizer. A model of that size with
+random weights is saved once in bf16 and loaded by ``load_model`` (text only), so that loading at
+real size is exercised too. Random weights cost what trained ones do. Memory is the peak over what
+is resident before the step.
 """
 
 import argparse
@@ -36,7 +37,7 @@ def save_random_checkpoint(config_folder: Path, folder: Path) -> None:
         model = model_class(config)
     torch.set_default_dtype(torch.float32)
     model.save_pretrained(folder, max_shard_size="5GB")
-    gt.testing.tiny_model("gemma4-e2b")[1].save_pretrained(folder)
+    transformers.AutoProcessor.from_pretrained(config_folder).save_pretrained(folder)
 
 
 def make_batch(batch: int, sequence: int, targets: int, vocabulary: int) -> Batch:

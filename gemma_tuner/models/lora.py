@@ -159,8 +159,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> peft.PeftModel:
         # PEFT rounds DoRA's magnitudes to the model's dtype, so that a bfloat16 model would change
         # by up to 0.4 % a row before the first step
         for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
-            weight = module.base_layer.weight.float()
-            magnitude.weight.data = torch.linalg.norm(weight, dim=1)
+            weight = module.get_submodule("base_layer").get_parameter("weight")
+            magnitude.weight.data = torch.linalg.norm(weight.float(), dim=1)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float().contiguous()

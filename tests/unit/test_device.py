@@ -1,0 +1,129 @@
+import os
+
+import psutil
+import pytest
+import torch
+
+from gemma_tuner import device
+from gemma_tuner.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def test_without_an_accelerator_the_cpu_is_chosen_and_told():
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        pytest.skip("this machine has an accelerator")
+    assert device.choose_device() == (CPU, "no Metal or CUDA GPU is there")
+    for name in ("cuda", "mps"):
+        with pytest.raises(ConfigError, match=f"'{name}' is not available here.*device='cpu'"):
+            device.choose_device(name)
+
+
+def test_the_users_choice_stands():
+    assert device.choose_device("cpu") == (CPU, "as asked")
+    assert device.choose_device(CPU) == (CPU, "as asked")
+
+
+@pytest.mark.parametrize("name", ["gpu", "xpu", "meta", ""])
+def test_other_devices_are_refused(name):
+    with pytest.raises(ConfigError, match="may be one of mps, cuda, cpu"):
+        device.choose_device(name)
+
+
+@pytest.mark.parametrize("version", ["2.13.0", "2.9.1+cpu", "1.13.1"])
+def test_torch_that_is_wrong_on_mps_is_refused_with_the_reason(monkeypatch, version):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "__version__", version)
+    for choice in (None, "mps"):
+        with pytest.raises(ConfigError, match=r"silently computes wrong results on MPS.*2\.14"):
+            device.choose_device(choice)
+
+
+def test_a_device_that_is_there_but_refuses_work_is_refused(monkeypatch):
+    """Virtual Macs say that MPS is available; here it is a machine without Metal that says so."""
+    if torch.backends.mps.is_built():
+        pytest.skip("this torch has Metal")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="refuses a small matmul"):
+        device.choose_device()
+
+
+@pytest.mark.parametrize("dtype", ["float16", torch.float16, "half"])
+def test_float16_is_refused_with_the_reason(dtype):
+    with pytest.raises(ConfigError, match=r"'bfloat16' or 'float32' \(float16 overflows"):
+        device.choose_dtype(CPU, dtype)
+
+
+def test_other_dtypes_are_refused():
+    with pytest.raises(ConfigError, match=r"dtype is 'int8'; it may be 'bfloat16' or 'float32'$"):
+        device.choose_dtype(CPU, torch.int8)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
+def test_a_dtype_by_name_or_by_itself(dtype):
+    assert device.choose_dtype(CPU, dtype) == (torch.bfloat16, "as asked")
+
+
+def test_dtype_without_a_choice():
+    mps = torch.device("mps")
+    assert device.choose_dtype(mps, None, torch.bfloat16)[0] == torch.bfloat16
+    assert device.choose_dtype(mps, None, None)[0] == torch.bfloat16
+    for chosen in (mps, CPU):
+        assert device.choose_dtype(chosen, None, torch.float32) == (
+            torch.float32,
+            "the checkpoint is float32",
+        )
+    dtype, reason = device.choose_dtype(CPU, None, "bfloat16")
+    assert dtype == torch.float32
+    assert "CPU" in reason
+
+
+def test_memory_of_this_process():
+    before = device.memory_used_bytes(CPU)
+    held = torch.ones(64 * 2**20, dtype=torch.uint8)
+    assert device.memory_used_bytes(CPU) - before > 32 * 2**20
+    assert device.memory_total_bytes(CPU) == psutil.virtual_memory().total
+    assert held.sum() > 0
+    device.synchronize(CPU)
+    device.empty_cache(CPU)
+
+
+def test_random_generators_resume_what_they_drew():
+    generators = device.random_generators(CPU)
+    assert list(generators) == ["cpu"]
+    state = generators["cpu"].get_state()
+    drawn = torch.rand(5)
+    generators["cpu"].set_state(state)
+    assert torch.equal(torch.rand(5), drawn)
+
+
+@pytest.mark.parametrize(("set_by_user", "expected"), [(None, "0"), ("1", "1")])
+def test_fallback_is_off_unless_the_user_says_otherwise(monkeypatch, set_by_user, expected):
+    monkeypatch.delenv("PYTORCH_ENABLE_MPS_FALLBACK", raising=False)
+    if set_by_user is not None:
+        monkeypatch.setenv("PYTORCH_ENABLE_MPS_FALLBACK", set_by_user)
+    device.prepare_environment()
+    assert os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] == expected
+
+
+def test_announcements_go_to_stderr(capsys):
+    device.announce("cpu, because")
+    printed = capsys.readouterr()
+    assert printed.err == "gemma_tuner: cpu, because\n"
+    assert not printed.out
+
+
+def test_cuda_is_chosen_and_measured():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA GPU here")
+    chosen, reason = device.choose_device()
+    assert chosen.type == "cuda"
+    assert "CUDA GPU" in reason
+    before = device.memory_used_bytes(chosen)
+    held = torch.ones(2**20, device=chosen)
+    assert device.memory_used_bytes(chosen) - before >= held.numel() * 4
+    generators = device.random_generators(chosen)
+    state = generators["cuda"].get_state()
+    drawn = torch.rand(5, device=chosen)
+    generators["cuda"].set_state(state)
+    assert torch.equal(torch.rand(5, device=chosen), drawn)
