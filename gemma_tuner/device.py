@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -203,3 +205,17 @@ def random_generators(device: torch.device) -> dict[str, torch.Generator]:
         # torch.mps.set_rng_state does no more, but only with the state itself
         generators["mps"] = torch.mps._get_default_mps_generator()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
     return generators
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Draw random numbers from a seed for a while, and then go on as if nothing had been drawn."""
+    generators = random_generators(device).values()
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)

@@ -1,4 +1,4 @@
-"""What every test stands on: no Hub, no network, two threads, and the shared data when present."""
+"""What every test stands on: no Hub, no network, one thread, and the shared data when present."""
 
 import ipaddress
 import os
@@ -12,8 +12,10 @@ from hypothesis import settings
 # Read when torch, tokenizers and huggingface_hub are imported, which is after this file.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", "2")
-os.environ.setdefault("MKL_NUM_THREADS", "2")
+# One thread: on shared two-core machines two wait for each other, and tiny models take five times
+# as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 # Shared two-core machines make single examples slow at random; pytest's timeout still holds.
 settings.register_profile("gemma_tuner", parent=settings.default, deadline=None)

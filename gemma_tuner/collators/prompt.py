@@ -53,13 +53,15 @@ def render_prompt(
         )
     messages = [_message(turn) for turn in example.turns]
 
+    options: dict[str, Any] = {"enable_thinking": enable_thinking} if family.has_thinking else {}
+
     def apply_template(messages: list[dict[str, Any]], *, for_generation: bool = False) -> str:
         try:
             return processor.apply_chat_template(
                 messages,
                 tools=[dict(tool) for tool in example.tools] or None,
                 add_generation_prompt=for_generation,
-                **({"enable_thinking": enable_thinking} if family.has_thinking else {}),
+                **options,
             )
         except (jinja2.TemplateError, TypeError, KeyError) as error:
             roles = ", ".join(turn.role for turn in example.turns)

@@ -157,6 +157,7 @@ def _without_towers(
                 setattr(self.model, name, None)
 
     WithoutTowers.__name__ = model_class.__name__
+    WithoutTowers.__module__ = model_class.__module__  # else it is taken for a checkpoint's code
     return WithoutTowers
 
 

@@ -17,7 +17,7 @@ import peft
 import torch
 from torch import nn
 
-from gemma_tuner.device import announce
+from gemma_tuner.device import announce, seeded
 from gemma_tuner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class LoraConfig:
         layers: Decoder layers that ``language`` and ``experts`` mean: the last N, or
             ``(first, last)``, both included and counted from 0; None means all.
         variant: ``lora``, ``dora`` or ``rslora``.
+        seed: Decides the adapters' first weights.
 
     Raises:
         ConfigError: A value outside its range.
@@ -67,6 +68,7 @@ class LoraConfig:
     targets: Sequence[str] = ("language",)
     layers: int | tuple[int, int] | None = None
     variant: Variant = "lora"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -141,19 +143,20 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> peft.PeftModel:
         counts[target] = len(matched)
 
     training = model.training
-    wrapped = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number serves
-            lora_dropout=config.dropout,
-            target_modules="|".join(patterns) if patterns else [],
-            target_parameters=expert_parameters or None,
-            use_dora=config.variant == "dora",
-            use_rslora=config.variant == "rslora",
-            task_type="CAUSAL_LM",
-        ),
-    )
+    with seeded(model.device, config.seed):
+        wrapped = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=config.rank,
+                lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number serves
+                lora_dropout=config.dropout,
+                target_modules="|".join(patterns) if patterns else [],
+                target_parameters=expert_parameters or None,
+                use_dora=config.variant == "dora",
+                use_rslora=config.variant == "rslora",
+                task_type="CAUSAL_LM",
+            ),
+        )
     wrapped.train(training)
     for module in wrapped.modules():
         # PEFT rounds DoRA's magnitudes to the model's dtype, so that a bfloat16 model would change

@@ -3,9 +3,9 @@
 import peft
 import pytest
 import torch
-from gemma_tuner.models.lora import LoraConfig, add_lora
 
 from gemma_tuner.collators.multimodal import MultimodalCollator
+from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.testing import FAMILIES, tiny_model
 from gemma_tuner.training.loss import target_loss_sum, unwrap_peft
 from tests.examples import example, picture, sound
@@ -58,7 +58,7 @@ def gradients(model):
 
 
 def assert_equal_gradients(ours, theirs, *, of_each_tensor=TOLERANCE):
-    """Equal as a whole to 1e-5, and in each tensor (where it is more than rounding of the whole)."""
+    """Equal to 1e-5 as a whole, and to a tolerance in each tensor."""
     assert ours.keys() == theirs.keys()
     difference = torch.cat([(ours[n] - g).flatten() for n, g in theirs.items()]).norm()
     norm = torch.cat([g.flatten() for g in theirs.values()]).norm()

@@ -80,10 +80,11 @@ def test_dtype_without_a_choice():
 
 def test_memory_of_this_process():
     before = device.memory_used_bytes(CPU)
-    held = torch.ones(64 * 2**20, dtype=torch.uint8)
+    # More than the allocator may have kept from earlier tests.
+    held = torch.ones(160 * 2**20, dtype=torch.uint8)
     assert device.memory_used_bytes(CPU) - before > 32 * 2**20
     assert device.memory_total_bytes(CPU) == psutil.virtual_memory().total
-    assert held.sum() > 0
+    del held
     device.synchronize(CPU)
     device.empty_cache(CPU)
 

@@ -229,14 +229,14 @@ def test_code_in_a_checkpoint_never_runs(broken):
 
 def test_modalities_are_checked(checkpoints):
     with pytest.raises(ConfigError, match=r"'video'.*text, image, audio"):
-        load_model(checkpoints["gemma4-e2b"], modalities=["video"], device="cpu")  # pyright: ignore[reportArgumentType]
+        load_model(checkpoints["gemma4-e2b"], modalities=["video"], device="cpu")
     with pytest.raises(ConfigError, match="no audio part; it offers text, image"):
         load_model(checkpoints["gemma4-31b"], modalities=("audio",), device="cpu")
 
 
 def test_a_string_of_modalities_is_refused(checkpoints):
     with pytest.raises(ConfigError, match=r"\('image',\)"):
-        load_model(checkpoints["gemma4-e2b"], modalities="image", device="cpu")  # pyright: ignore[reportArgumentType]
+        load_model(checkpoints["gemma4-e2b"], modalities="image", device="cpu")
 
 
 @pytest.mark.parametrize("path", ["/no/such/folder", "./nothing/here"])

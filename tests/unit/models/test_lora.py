@@ -16,7 +16,6 @@ LANGUAGE = {  # shared layers have no k and v, K=V layers no v
     "gemma4-12b": 4 * 7 + 2 * 6,
     "gemma4-26b-a4b": 4 * 7 + 2 * 6,
     "gemma4-31b": 4 * 7 + 2 * 6,
-    # 3n builds k and v in the shared layers too, unused
     "gemma3n": 4 * 7 + 4 * 5,
 }
 PARTS = {  # family, target: number of modules and the prefix they lie under
@@ -271,3 +270,16 @@ def test_layers_beyond_the_model(layers):
 def test_layers_without_a_target_that_has_them():
     with pytest.raises(ConfigError, match="no target has decoder layers"):
         wrap(tiny_model("gemma4-e2b")[0], layers=2, targets=("vision",))
+
+
+def test_the_seed_decides_the_first_weights_and_leaves_the_random_state_alone():
+    def first_weights(seed):
+        model = add_lora(tiny_model("gemma4-e2b")[0], LoraConfig(rank=2, seed=seed))
+        return torch.cat([p.flatten() for p in model.parameters() if p.requires_grad])
+
+    state = torch.get_rng_state()
+    weights = first_weights(0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(123)
+    assert torch.equal(first_weights(0), weights)
+    assert not torch.equal(first_weights(1), weights)

@@ -210,7 +210,7 @@ def test_a_state_of_another_stream_is_refused_by_what_differs(tmp_path):
     with pytest.raises(ResumeError, match="lacks version"):
         stream.load_state_dict({})
     with pytest.raises(ResumeError, match="not a dictionary"):
-        stream.load_state_dict(None)  # pyright: ignore[reportArgumentType]
+        stream.load_state_dict(None)
 
 
 def test_an_example_that_fails_is_not_counted_and_comes_again(tmp_path):
