@@ -1,0 +1,55 @@
+"""The README's examples run as they are written, on a tiny model and small files."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gemma_tuner.testing import sample_data, tiny_model
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def read_samples(modality):
+    manifest = sample_data(modality) / "manifest.jsonl"
+    return [json.loads(line) for line in manifest.read_text().splitlines()][:30]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a model and with data under the names and columns that the README uses."""
+    folder = tmp_path_factory.mktemp("readme")
+    model, processor = tiny_model("gemma4-e2b")
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    rows = read_samples("text")
+    (folder / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = ["scan,question,json"]
+    for row in read_samples("image"):
+        shutil.copy(sample_data("image") / row["image"], folder / Path(row["image"]).name)
+        lines.append(f"{Path(row['image']).name},{row['prompt']},{row['response']}")
+    (folder / "receipts.csv").write_text("\n".join(lines) + "\n")
+    (folder / "calls").mkdir()
+    with (folder / "calls/manifest.jsonl").open("w") as manifest:
+        for row in read_samples("audio"):
+            name = Path(row["audio"]).name
+            shutil.copy(sample_data("audio") / row["audio"], folder / "calls" / name)
+            manifest.write(json.dumps({"file": name, "transcript": row["response"]}) + "\n")
+    return folder
+
+
+def test_there_is_an_example_for_each_modality():
+    assert len(EXAMPLES) == 3
+    assert all(len(example.strip().splitlines()) <= 9 for example in EXAMPLES)
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_an_example_runs(index, workplace, monkeypatch):
+    monkeypatch.chdir(workplace)
+    code = EXAMPLES[index].replace("google/gemma-4-E2B-it", "model").replace("=500", "=1")
+    namespace = {}
+    exec("import gemma_tuner as gt\n" + code, namespace)
+    assert (Path(namespace["config"].output_dir) / "adapter/adapter_model.safetensors").is_file()
