@@ -96,12 +96,13 @@ def main() -> int:
     failed = False
     for result in results:
         same = result["logit difference"] <= LOGIT_TOLERANCE
+        guess = "–" if math.isnan(result["guess"]) else f"{result['guess']:.4f}"
         learned = result["loss after"] < result["loss before"] / 2
         learned &= not result["loss after"] >= result["guess"]
         failed |= not (same and learned)
         print(
             f"{result['recipe']:<12} {result['loss before']:9.4f}{result['loss after']:9.4f}"
-            f"{result['guess']:10.4f}{result['tokens/s']:11.0f}"
+            f"{guess:>10}{result['tokens/s']:11.0f}"
             f"  {'same logits' if same else 'LOGITS DIFFER'}"
             f" (max difference {result['logit difference']:.1e}), {result['adapter']}"
         )

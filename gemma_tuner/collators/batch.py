@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+COUNTS = ("cut_rows", "cut_tokens", "split_clips")
+"""What collators count of what they cut or split: the names in ``Batch.counts``."""
+
 IGNORED = -100
 """The label of a token without loss, as in ``torch.nn.CrossEntropyLoss``."""
 
@@ -53,7 +56,7 @@ class Batch:
         target_ids: ``[N]`` int64: the tokens to predict there, padded with :data:`IGNORED`.
         num_target_tokens: Targets, padding not counted.
         num_tokens: Tokens, padding not counted.
-        counts: What was cut or split, by name, over all rows.
+        counts: What was cut or split, by name (:data:`COUNTS`), over all rows.
     """
 
     keys: tuple[str, ...]

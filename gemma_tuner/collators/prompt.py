@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -35,7 +36,7 @@ def render_prompt(
 
     Raises:
         DataError: Text that holds a control token, an empty answer, roles in an order that the
-            template refuses, or content that the template would drop.
+            template refuses or garbles, or content that it would drop.
     """
     tokenizer = processor.tokenizer
     if example.document is not None:
@@ -44,8 +45,10 @@ def render_prompt(
             raise DataError("the document is empty; remove the row", key=example.key)
         return f"{tokenizer.bos_token}{example.document}{tokenizer.eos_token}"
 
+    _refuse_control_tokens(example, tokenizer, example.tools, "a tool's declaration")
     for index, turn in enumerate(example.turns):
         _check_turn(example, index, turn, tokenizer)
+    _check_tools(example, family)
     if not any(turn.role == "assistant" for turn in example.turns):
         raise DataError(
             "the conversation has no assistant turn, so there is nothing to learn; add the answer",
@@ -77,13 +80,15 @@ def render_prompt(
         prefix = apply_template(messages[:answer], for_generation=True)
         text = _follow_prefix(text, prefix, example, family)
     _refuse_dropped_reasoning(text, example, answer)
+    _refuse_text_between_turns(text, example, family)
     return text
 
 
 def _message(turn: Turn) -> dict[str, Any]:
     """One turn in the form that chat templates take."""
-    if len(turn.parts) == 1 and isinstance(turn.parts[0], Text):
-        content: str | list[dict[str, str]] = turn.parts[0].text
+    if all(isinstance(part, Text) for part in turn.parts):
+        # Some templates write a system turn's list of parts as Python shows it, brackets and all.
+        content: str | list[dict[str, str]] = turn.text
     else:
         content = []
         for part in turn.parts:
@@ -94,7 +99,7 @@ def _message(turn: Turn) -> dict[str, Any]:
                     content.append({"type": "image"})
                 case Audio():
                     content.append({"type": "audio"})
-    return {"role": turn.role, "content": content, **turn.fields}
+    return {**turn.fields, "role": turn.role, "content": content}
 
 
 def _final_answer_index(example: Example) -> int:
@@ -142,10 +147,57 @@ def _refuse_dropped_reasoning(text: str, example: Example, answer: int) -> None:
             )
 
 
+def _refuse_text_between_turns(text: str, example: Example, family: Family) -> None:
+    """Some templates close a turn and go on writing: words that nothing would train."""
+    turns = text.split(family.turn_open)[1:]
+    if any(turn.partition(family.turn_close)[2].strip() for turn in turns):
+        roles = ", ".join(turn.role for turn in example.turns)
+        raise DataError(
+            f"the chat template puts text of this conversation (roles: {roles}) between two "
+            "turns, where it would not be trained; join consecutive assistant turns into one",
+            key=example.key,
+        )
+
+
+def _check_tools(example: Example, family: Family) -> None:
+    """Calls and responses in pairs; templates drop or garble what stands alone."""
+    if not family.has_tools and (
+        example.tools or any(turn.fields.get("tool_calls") for turn in example.turns)
+    ):
+        raise DataError(
+            f"it declares or calls tools, which {family.name}'s chat template leaves out; write "
+            "them into the text, or use a model that has tools",
+            key=example.key,
+        )
+    may_respond = waits = False
+    for number, turn in enumerate(example.turns, 1):
+        if turn.role == "tool":
+            if not may_respond:
+                raise DataError(
+                    f"turn {number} (tool) responds to no call; put it right after the assistant "
+                    "turn with the tool_calls",
+                    key=example.key,
+                )
+            waits = False
+            continue
+        if waits:
+            raise DataError(
+                f"turn {number} ({turn.role}) follows a tool call without a response; add the "
+                "tool turn, or end the conversation with the call",
+                key=example.key,
+            )
+        may_respond = bool(turn.fields.get("tool_calls"))
+        waits = may_respond and not turn.fields.get("tool_responses")
+
+
 def _check_turn(example: Example, index: int, turn: Turn, tokenizer: Any) -> None:
     where = f"turn {index + 1} ({turn.role})"
-    for text in (turn.text, _reasoning(turn)):
-        _refuse_control_tokens(example, tokenizer, text, where)
+    if not isinstance(_reasoning(turn), str):
+        raise DataError(
+            f"{where} has {type(_reasoning(turn)).__name__} as reasoning; give text",
+            key=example.key,
+        )
+    _refuse_control_tokens(example, tokenizer, [turn.text, turn.fields], where)
     if turn.role == "assistant":
         if not turn.text.strip() and not turn.fields.get("tool_calls"):
             raise DataError(
@@ -158,14 +210,28 @@ def _check_turn(example: Example, index: int, turn: Turn, tokenizer: Any) -> Non
             )
 
 
-def _refuse_control_tokens(example: Example, tokenizer: Any, text: str, where: str) -> None:
+def _refuse_control_tokens(example: Example, tokenizer: Any, value: Any, where: str) -> None:
     """Text that spells a control token would open turns or claim media that are not there."""
-    if "<" not in text:
-        return
-    for token in tokenizer.all_special_tokens:
-        if token in text:
-            raise DataError(
-                f"{where} contains the control token {token!r}, which would change the structure "
-                "of the prompt; remove it or write it differently",
-                key=example.key,
-            )
+    for text in _texts(value):
+        if "<" not in text:
+            continue
+        for token in tokenizer.all_special_tokens:
+            if token in text:
+                raise DataError(
+                    f"{where} contains the control token {token!r}, which would change the "
+                    "structure of the prompt; remove it or write it differently",
+                    key=example.key,
+                )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every piece of text in a tree of mappings and lists, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _texts(name)
+            yield from _texts(item)
+    elif isinstance(value, Sequence) and not isinstance(value, bytes):
+        for item in value:
+            yield from _texts(item)

@@ -117,7 +117,7 @@ def _read_stream(stream: BinaryIO, name: str, key: str) -> tuple[np.ndarray, int
             f"{name} cannot be decoded ({reason}); if it plays elsewhere, convert it to WAV, "
             "FLAC, MP3 or OGG, for example through: ffmpeg -i INPUT -ac 1 -ar 16000 OUTPUT.flac",
             key=key,
-        ) from error
+        ) from None  # whose message holds the path
     if num_read < num_frames:
         _refuse_truncated(
             f"{num_read:,} of its {num_frames:,} frames at {rate_hz} Hz can be read", name, key

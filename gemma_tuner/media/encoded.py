@@ -67,17 +67,17 @@ def open_encoded(source: str | Path | bytes, *, key: str, kind: MediaKind) -> Bi
     elif isinstance(source, str | Path):
         try:
             stream = Path(source).open("rb")  # noqa: SIM115 (the caller closes it)
-        except FileNotFoundError as error:
+        except FileNotFoundError:
             raise DataError(
-                f"{name} does not exist; check the column that names it and the folder that "
-                "relative paths start from",
+                f"{name} does not exist; put it back, or check the column that names it and the "
+                "folder that relative paths start from",
                 key=key,
-            ) from error
+            ) from None  # whose message holds the path
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
             raise DataError(
                 f"{name} cannot be opened ({_name_reason(error)}); it must be a readable file",
                 key=key,
-            ) from error
+            ) from None
     else:
         raise DataError(
             f"its {kind} is a {type(source).__name__}; give a local path, the encoded bytes or "

@@ -100,23 +100,24 @@ def decode_image(
                 return _finish(image, name, key, max_pixels)
     except DataError:
         raise
-    except PIL.UnidentifiedImageError as error:
+    except PIL.UnidentifiedImageError:
         raise DataError(
             f"{name} is not a picture of a known format; give JPEG, PNG, WebP, GIF, TIFF, BMP or "
             "AVIF (HEIC needs the pillow-heif package, registered before)",
             key=key,
-        ) from error
+        ) from None  # whose message holds the path
     except _BOMBS as error:
         raise DataError(
-            f"{name} exceeds Pillow's own limit against decompression bombs; make it smaller",
+            f"{name} exceeds Pillow's own limit against decompression bombs ({error}); make it "
+            "smaller",
             key=key,
         ) from error
     except _DECODER_ERRORS as error:
+        # Beside an OSError's, messages may quote the file's bytes.
+        reason = str(error) if isinstance(error, OSError) else type(error).__name__
         raise DataError(
-            f"{name} is truncated or damaged ({type(error).__name__}: {error}); fetch it again "
-            "or drop it",
-            key=key,
-        ) from error
+            f"{name} is truncated or damaged ({reason}); fetch it again or drop it", key=key
+        ) from None
 
 
 def _finish(image: PIL.Image.Image, name: str, key: str, max_pixels: int) -> PIL.Image.Image:

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 _NAMES_SHOWN = 5
+_EXPLAIN_ADAPTER = (
+    "it holds an adapter, not a model alone; load the model that the adapter was trained on and "
+    "put the adapter on with peft.PeftModel.from_pretrained(model, FOLDER)"
+)
 
 
 def load_model(
@@ -60,6 +64,7 @@ def load_model(
             are not exactly those of the model.
     """
     source = str(name_or_path)
+    name = _name_without_path(source)
     prepare_environment()
     device, device_reason = choose_device(device)
     with _explained(source):
@@ -68,16 +73,16 @@ def load_model(
         )
         if find_adapter_config_file(source, revision=revision) is not None:
             # transformers would put the adapter on without a word
-            raise CheckpointError(f"{source} cannot be loaded: {_explain_adapter(source)}")
+            raise CheckpointError(f"{name} cannot be loaded: {_EXPLAIN_ADAPTER}")
     family = family_of(config)
-    left_out = _choose_left_out(source, family, config, modalities)
+    left_out = _choose_left_out(name, family, config, modalities)
     dtype, dtype_reason = choose_dtype(device, dtype, config.dtype)
     with _explained(source):
         processor = transformers.AutoProcessor.from_pretrained(
             source, revision=revision, trust_remote_code=False
         )
-    _check_processor(source, processor, family, modalities)
-    _check_tokenizer(source, processor.tokenizer, family, config)
+    _check_processor(name, processor, family, modalities)
+    _check_tokenizer(name, processor.tokenizer, family, config)
     processor.tokenizer.padding_side = "right"
 
     model_class = getattr(transformers, family.model_class)
@@ -93,18 +98,18 @@ def load_model(
             output_loading_info=True,
         )
     model, loading_info = loaded
-    _check_loaded(source, loading_info)
+    _check_loaded(name, loading_info)
     model.__class__ = model_class
     model.eval().requires_grad_(requires_grad=False)
     announce(
-        f"{source}: {', '.join(modalities)} on {device} ({device_reason}), "
+        f"{name}: {', '.join(modalities)} on {device} ({device_reason}), "
         f"{str(dtype).removeprefix('torch.')} ({dtype_reason})"
     )
     return model, processor
 
 
 def _choose_left_out(
-    source: str, family: Family, config: PreTrainedConfig, modalities: Sequence[Modality]
+    name: str, family: Family, config: PreTrainedConfig, modalities: Sequence[Modality]
 ) -> list[str]:
     """Check the modalities; return the submodules of ``model.model`` that they do not need."""
     if isinstance(modalities, str):
@@ -117,7 +122,7 @@ def _choose_left_out(
             )
         if modality not in offered:
             raise ConfigError(
-                f"{source} has no {modality} part; it offers {', '.join(offered)}. Leave "
+                f"{name} has no {modality} part; it offers {', '.join(offered)}. Leave "
                 f"{modality!r} out, or use a checkpoint that has it"
             )
     return [
@@ -162,28 +167,26 @@ def _without_towers(
 
 
 def _check_processor(
-    source: str, processor: Any, family: Family, modalities: Sequence[Modality]
+    name: str, processor: Any, family: Family, modalities: Sequence[Modality]
 ) -> None:
     if type(processor).__name__ != family.processor_class:
         raise CheckpointError(
-            f"{source} has no {family.processor_class} but a {type(processor).__name__}; add the "
+            f"{name} has no {family.processor_class} but a {type(processor).__name__}; add the "
             "processor_config.json and tokenizer files of the model that it was made from"
         )
     if "audio" in modalities and getattr(processor, "feature_extractor", None) is None:
         raise CheckpointError(
-            f"the processor of {source} has no feature_extractor, so sound would be ignored; use "
+            f"the processor of {name} has no feature_extractor, so sound would be ignored; use "
             "the processor_config.json of the model that it was made from"
         )
     if not processor.chat_template:
         raise CheckpointError(
-            f"{source} has no chat template; use the instruction-tuned checkpoint (its name ends "
+            f"{name} has no chat template; use the instruction-tuned checkpoint (its name ends "
             "in -it), or add its chat_template.jinja to the folder"
         )
 
 
-def _check_tokenizer(
-    source: str, tokenizer: Any, family: Family, config: PreTrainedConfig
-) -> None:
+def _check_tokenizer(name: str, tokenizer: Any, family: Family, config: PreTrainedConfig) -> None:
     """Refuse a tokenizer that is not the model's.
 
     Without a tokenizer.json transformers makes one that knows control tokens alone, and says
@@ -200,12 +203,12 @@ def _check_tokenizer(
     differing = any(found != getattr(config, name) for name, found in ids.items())
     if unknown or differing or len(tokenizer) > config.get_text_config().vocab_size:
         raise CheckpointError(
-            f"the tokenizer of {source} is not its model's ({len(tokenizer)} tokens); add the "
+            f"the tokenizer of {name} is not its model's ({len(tokenizer)} tokens); add the "
             "tokenizer.json of the model that it was made from"
         )
 
 
-def _check_loaded(source: str, info: Mapping[str, Collection[Any]]) -> None:
+def _check_loaded(name: str, info: Mapping[str, Collection[Any]]) -> None:
     """Refuse a checkpoint whose weights are not exactly the model's."""
     faults = [
         _name_keys("missing", info["missing_keys"]),
@@ -217,7 +220,7 @@ def _check_loaded(source: str, info: Mapping[str, Collection[Any]]) -> None:
     ]
     if any(faults):
         raise CheckpointError(
-            f"the weights of {source} are not those of its configuration: "
+            f"the weights of {name} are not those of its configuration: "
             f"{'; '.join(filter(None, faults))}. Download the checkpoint again, or use the "
             "original if this one was converted by another tool"
         )
@@ -233,16 +236,24 @@ def _name_keys(what: str, keys: Collection[str]) -> str:
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
     """Turn what transformers, the Hub and safetensors raise into errors with a remedy."""
+    name = _name_without_path(source)
     try:
         yield
     except safetensors.SafetensorError as error:
         raise CheckpointError(
-            f"a weight file of {source} is damaged or incomplete ({error}); download it again"
+            f"a weight file of {name} is damaged or incomplete ({error}); download it again"
         ) from error
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{source} cannot be loaded: {_find_remedy(source, error)}"
-        ) from error
+        remedy = _find_remedy(source, error).replace(source, name)
+        # What transformers says of a folder holds its path.
+        cause = None if Path(source).is_dir() else error
+        raise CheckpointError(f"{name} cannot be loaded: {remedy}") from cause
+
+
+def _name_without_path(source: str) -> str:
+    """A Hub name as it is; a folder by its own name, as paths are private."""
+    path = Path(source)
+    return path.resolve().name if path.is_absolute() or path.exists() else source
 
 
 def _find_remedy(source: str, error: BaseException) -> str:
@@ -275,7 +286,7 @@ def _find_remedy(source: str, error: BaseException) -> str:
     if caused_by(HFValidationError):
         return "there is no such folder, and it is no name of a model on the Hub"
     if find_adapter_config_file(source) is not None:
-        return _explain_adapter(source)
+        return _EXPLAIN_ADAPTER
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         if any(folder.glob("*.bin")):
             return (
@@ -287,10 +298,3 @@ def _find_remedy(source: str, error: BaseException) -> str:
     if folder.is_dir() and not (folder / "config.json").is_file():
         return "the folder has no config.json; give the folder that holds the model's files"
     return f"{error}; download the checkpoint again"
-
-
-def _explain_adapter(source: str) -> str:
-    return (
-        "it holds an adapter, not a model alone; load the model that the adapter was trained on "
-        f"and put it on with peft.PeftModel.from_pretrained(model, {source!r})"
-    )

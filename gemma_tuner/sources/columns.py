@@ -94,7 +94,10 @@ def recognise_columns(available: Collection[str], keywords: Keywords) -> Columns
     chosen = {part: column for part, column in keywords.items() if isinstance(column, str)}
     for part, column in chosen.items():
         if column not in available:
-            raise SourceError(f"{part}= names the column {column!r}; {_list_columns(available)}")
+            raise SourceError(
+                f"{part}= names the column {column!r}, which is not there; "
+                f"{_list_columns(available)}: give one of them"
+            )
     _check_keywords(chosen)
     recogniser = _Recogniser(available, keywords, dict(chosen))
     layout = recogniser.find_layout()

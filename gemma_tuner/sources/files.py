@@ -192,7 +192,7 @@ def _read_parquet(path: Path, needed: set[str]) -> Iterator[tuple[int, dict[str,
             raise SourceError(
                 f"{path.name!r} is damaged after row {number:,} ({type(error).__name__}); write "
                 "or fetch it again"
-            ) from error
+            ) from None
 
 
 def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
@@ -202,7 +202,7 @@ def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
         raise SourceError(
             f"{path.name!r} cannot be read as Parquet ({type(error).__name__}); write or fetch it "
             "again"
-        ) from error
+        ) from None  # whose message holds the path
 
 
 def _read_caption(path: Path, name: str) -> Row:
@@ -230,4 +230,7 @@ def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise SourceError(f"{path.name!r} cannot be read at line {number} ({reason})") from error
+        raise SourceError(
+            f"{path.name!r} cannot be read at line {number} ({reason}); check that it is there, "
+            "whole and readable"
+        ) from None

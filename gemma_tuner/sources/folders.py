@@ -163,7 +163,10 @@ def _expand(item: str | Path) -> list[Path]:
         return [path]
     matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - Path has no ** from /
     if not matches:
-        raise SourceError(f"there is no file, folder or match of {text!r}; check the path")
+        raise SourceError(
+            f"there is no file, folder or match of {path.name!r}; check the path, which starts "
+            "from the working directory where it is relative"
+        )
     return [Path(match) for match in matches]
 
 

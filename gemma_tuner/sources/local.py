@@ -66,7 +66,10 @@ class LocalSource:
             except OSError as error:
                 if path in self.found.captions:
                     continue  # a missing caption is told of with its example
-                raise SourceError(f"{path.name} cannot be read ({error.strerror})") from error
+                raise SourceError(
+                    f"{path.name!r} cannot be read ({error.strerror}); check that it is there and "
+                    "readable"
+                ) from None
             files.append([str(path), state.st_size, state.st_mtime_ns])
         return {
             "source": "local",
@@ -215,7 +218,10 @@ def _locate_part(part: Part, key: str, folder: Path, root: Path) -> Part:
         num_bytes = path.stat().st_size if path.is_file() else None
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
         reason = getattr(error, "strerror", None) or type(error).__name__
-        raise DataError(f"{kind} {name!r} cannot be read ({reason})", key=key) from None
+        raise DataError(
+            f"{kind} {name!r} cannot be read ({reason}); check the path and its permissions",
+            key=key,
+        ) from None
     if num_bytes is None:
         raise DataError(
             f"{kind} {name!r} does not exist; paths are relative to the folder of the data file "

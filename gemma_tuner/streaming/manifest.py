@@ -142,9 +142,9 @@ def write_manifest(
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise SourceError(
-            f"the manifest cannot be written to the folder {str(path.parent)!r} "
+            f"the manifest cannot be written to the folder {path.parent.name!r} "
             f"({error.strerror}); free some space there, or choose another by cache_dir="
-        ) from error
+        ) from None
 
 
 def _write(

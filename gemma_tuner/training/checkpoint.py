@@ -24,7 +24,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -101,7 +101,7 @@ def save_checkpoint(
     rng = {name: generator.get_state() for name, generator in generators.items()}
     document = _encode_state(state, model)
     tensors = [*_adapter_tensors(model).values(), *moments.values(), *rng.values()]
-    with _errors_explained("save a checkpoint", folder):
+    with _errors_explained("save a checkpoint", Path(output_dir)):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for leftover in folder.parent.glob(".step-*"):
             shutil.rmtree(leftover)
@@ -166,6 +166,8 @@ def load_checkpoint(
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
     generators: Mapping[str, torch.Generator],
+    *,
+    check: Callable[[TrainerState], None] | None = None,
 ) -> TrainerState:
     """Put a run back to where it was saved: adapter, moments and generators, bit for bit.
 
@@ -176,6 +178,7 @@ def load_checkpoint(
         model: The same base with the same LoRA config; its adapter is overwritten.
         optimizer: From ``build_optimizer`` over this model; its moments are overwritten.
         generators: The generators named when it was saved; their states are overwritten.
+        check: Called with the rest of the state before anything is changed; raises to refuse.
 
     Returns:
         The rest of the state.
@@ -201,20 +204,23 @@ def load_checkpoint(
     )
     if differences:
         raise ResumeError(
-            f"{folder} does not continue this run; saved there against here: "
+            f"{folder.name} does not continue this run; saved there against here: "
             f"{_shorten(differences)}. Load the model and add the adapter as that run did, on "
             "the same kind of device, or start a new run in another output_dir"
         )
 
+    state = TrainerState(
+        **{name: document[name] for name in ("step", "stream", "config", "totals")}
+    )
+    if check is not None:
+        check(state)
     with torch.no_grad():
         for name, tensor in adapter.items():
             here[name].copy_(tensor)
     _load_moments(model, optimizer, moments)
     for name, generator in generators.items():
         generator.set_state(rng[name])
-    return TrainerState(
-        **{name: document[name] for name in ("step", "stream", "config", "totals")}
-    )
+    return state
 
 
 # --- what is saved ---------------------------------------------------------------------------
@@ -316,11 +322,11 @@ def _read_state(folder: Path) -> dict[str, Any]:
         found = document["format"]
         missing = {"step", "stream", "config", "totals", "identity"} - document.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, error) from None
     if found != _FORMAT:
         raise CheckpointError(
-            f"{path} has format {found!r}, this version of gemma_tuner reads {_FORMAT}: resume "
-            "with the version that wrote it"
+            f"{path.parent.name} has format {found!r}, this version of gemma_tuner reads "
+            f"{_FORMAT}: resume with the version that wrote it"
         )
     if missing:
         raise _damaged(path, KeyError(*sorted(missing)))
@@ -331,13 +337,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from error
+        raise _damaged(path, error) from None
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
+    # An OSError's message holds the path.
+    detail = "" if isinstance(error, OSError) else f": {error}"
     return CheckpointError(
-        f"{path} is missing or damaged ({type(error).__name__}: {error}): delete the folder "
-        f"{path.parent}; the next resume then uses the checkpoint before it"
+        f"{path.name} is missing or damaged ({type(error).__name__}{detail}): delete the folder "
+        f"{path.parent.name}; the next resume then uses the checkpoint before it"
     )
 
 
@@ -351,6 +359,8 @@ def _compare_tensors(
 
 
 def _shorten(differences: list[str], limit: int = 8) -> str:
+    # The least nested tell most: the model's type before the shape of its hundredth matrix.
+    differences = sorted(differences, key=lambda line: line.partition(":")[0].count("."))
     more = [f"and {len(differences) - limit} more"] if len(differences) > limit else []
     return "; ".join(differences[:limit] + more)
 
@@ -430,7 +440,10 @@ def _errors_explained(what: str, folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
+        # An OSError's own message holds the path.
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise CheckpointError(
-            f"cannot {what} in {folder}: {error}. What was saved before is untouched. Free disk "
-            "space there, or choose another folder, and resume"
-        ) from error
+            f"cannot {what} in {folder.resolve().name!r}: {reason or type(error).__name__}. What "
+            "was saved before is untouched. Free disk space there, or choose another folder, and "
+            "resume"
+        ) from None

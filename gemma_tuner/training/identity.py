@@ -33,9 +33,9 @@ def describe_model(model: PeftModel) -> dict[str, Any]:
         model: From ``add_lora``.
 
     Returns:
-        JSON: the base's configuration, a hash of its norms (an instruction-tuned release has
-        the configuration of the one it was tuned from), the LoRA config, and the shapes of the
-        parameters that train. Names of paths are left out.
+        JSON: the base's kind and configuration, a hash of its norms (an instruction-tuned release
+        has the configuration of the one it was tuned from), the LoRA config, and the shapes of
+        the parameters that train. Names of paths are left out.
     """
     base = cast(PreTrainedModel, model.get_base_model())
     base_config = json.loads(base.config.to_json_string(use_diff=False))
@@ -44,6 +44,7 @@ def describe_model(model: PeftModel) -> dict[str, Any]:
         for name, value in model.peft_config["default"].to_dict().items()
     }
     return {
+        "model_type": base_config["model_type"],  # first to be named where it differs
         "base": _structure(base_config),
         "base_norms_sha256": _hash_norms(model),
         "lora": _structure(json.loads(json.dumps(lora))),

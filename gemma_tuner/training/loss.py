@@ -88,7 +88,8 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
             A float32 scalar.
         """
         wants_gradient = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(hidden) if wants_gradient else None
+        # Kept in float32 until it is scaled: rounded twice, it would lean to one side.
+        gradient = torch.empty_like(hidden, dtype=torch.float32) if wants_gradient else None
         total = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -105,13 +106,14 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
                     logits, normalizer, safe_ids, counted, weight, softcap
                 )
         ctx.save_for_backward(gradient)
+        ctx.dtype = hidden.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Scale the gradient that the forward pass made."""
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_outputs[0].to(gradient.dtype), None, None, None, None
+        return (gradient * grad_outputs[0]).to(ctx.dtype), None, None, None, None
 
 
 def _hidden_gradient(

@@ -7,7 +7,8 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -37,6 +38,8 @@ class StepRecord:
         memory_bytes: Device memory in use.
         skipped_steps: Steps skipped since the run began because of a non-finite gradient.
         epoch: Passes over the data, fractions included.
+        counts: What collating cut or split since the run began, by name (``cut_rows``,
+            ``cut_tokens``, ``split_clips``); only what is above 0.
     """
 
     step: int
@@ -51,6 +54,7 @@ class StepRecord:
     memory_bytes: int
     skipped_steps: int
     epoch: float
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,15 +92,17 @@ class JsonlLog:
             is the log of one that never stopped. None keeps every line.
 
     Raises:
-        CheckpointError: A line of the existing log, other than its last, is not JSON.
+        CheckpointError: A line of the existing log, other than its last, is not JSON; or the
+            file cannot be written, then or later.
     """
 
     def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_step is not None and self.path.exists():
-            _drop_lines_after(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        with _errors_explained(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if resume_step is not None and self.path.exists():
+                _drop_lines_after(self.path, resume_step)
+            self._file = self.path.open("a", encoding="utf-8")
 
     def __enter__(self) -> Self:
         return self
@@ -129,7 +135,8 @@ class JsonlLog:
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
-        self._file.close()
+        with _errors_explained(self.path):
+            self._file.close()
 
     def _append(self, kind: str, fields: Mapping[str, Any]) -> None:
         nonfinite = {
@@ -140,19 +147,23 @@ class JsonlLog:
         line = {"kind": kind, **fields} | dict.fromkeys(nonfinite)
         if nonfinite:
             line["nonfinite"] = nonfinite
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with _errors_explained(self.path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
 
 
 def _drop_lines_after(path: Path, step: int) -> None:
     """Rewrite a log without the lines beyond a step; the old file stands until the new does."""
     kept = [line for line, line_step in _read_lines(path) if line_step <= step]
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(kept)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, int]]:
@@ -166,10 +177,23 @@ def _read_lines(path: Path) -> Iterator[tuple[str, int]]:
                 step = int(json.loads(line)["step"])
             except (ValueError, KeyError, TypeError) as error:
                 raise CheckpointError(
-                    f"line {number} of the log {path} is not one of its records "
+                    f"line {number} of the log {path.name} is not one of its records "
                     f"({type(error).__name__}): move the file away to start a new log"
                 ) from error
             yield line, step
+
+
+@contextmanager
+def _errors_explained(path: Path) -> Iterator[None]:
+    """Turn what can go wrong with a disk into a CheckpointError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"the log {path.name} cannot be written in {path.parent.resolve().name!r} "
+            f"({error.strerror or type(error).__name__}). What was saved before is untouched. "
+            "Free disk space there, or choose another output_dir, and resume"
+        ) from None
 
 
 class _Stderr(Console):
@@ -271,4 +295,5 @@ def _describe(record: StepRecord) -> str:
         f"{record.tokens_per_second:.0f} tokens/s  {record.memory_bytes / 2**30:.2f} GiB  "
         f"data wait {record.data_wait_seconds:.1f} s"
     )
-    return text + (f"  skipped {record.skipped_steps}" if record.skipped_steps else "")
+    counts = {"skipped": record.skipped_steps, **record.counts}
+    return text + "".join(f"  {name} {count}" for name, count in counts.items() if count)

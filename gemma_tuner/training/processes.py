@@ -33,11 +33,15 @@ class Processes:
         self.count = self._accelerator.num_processes
         self.is_main = self._accelerator.is_main_process
 
+    def sum_counts(self, counts: Sequence[int]) -> list[int]:
+        """Add up counts, each by itself, in one transfer."""
+        if self.count == 1:
+            return list(counts)
+        return self.sum_tensor(torch.tensor(counts, device=self._device)).tolist()
+
     def sum_count(self, count: int) -> int:
         """Add up a count."""
-        if self.count == 1:
-            return count
-        return int(self.sum_tensor(torch.tensor(count, device=self._device)))
+        return self.sum_counts([count])[0]
 
     def sum_tensor(self, tensor: Tensor) -> Tensor:
         """Add up a tensor."""

@@ -22,7 +22,7 @@ class Reports:
     Args:
         output_dir: The run's folder.
         total_steps: Optimizer steps of the whole run.
-        step: Steps done before; lines of the log beyond it are dropped.
+        step: Steps done before; lines of the log beyond it are dropped, and at 0 all of them.
         show: Whether to show progress on stderr.
         is_main_process: Whether this process writes.
     """
@@ -36,9 +36,10 @@ class Reports:
         show: bool,
         is_main_process: bool,
     ) -> None:
-        self._log = (
-            JsonlLog(Path(output_dir) / "log.jsonl", resume_step=step) if is_main_process else None
-        )
+        # An attempt that never took a step may have logged its first held-out loss.
+        resume_step = step if step else -1
+        path = Path(output_dir) / "log.jsonl"
+        self._log = JsonlLog(path, resume_step) if is_main_process else None
         self._progress = Progress(total_steps, enabled=show and is_main_process, done_steps=step)
         self._stack = ExitStack()
         self._wait_seconds = 0.0
@@ -90,9 +91,8 @@ class Reports:
             yield value
 
     def restart_clock(self, num_tokens: int, num_target_tokens: int) -> None:
-        """Begin an interval, so that what came before (evaluation, saving) is not counted."""
+        """Begin an interval of the speeds, so that evaluation and saving are not counted."""
         self._counts = (num_tokens, num_target_tokens)
-        self._wait_seconds = 0.0
         self._started = time.perf_counter()
 
     def read_clock(self, num_tokens: int, num_target_tokens: int) -> tuple[float, float, float]:
@@ -103,7 +103,8 @@ class Reports:
             num_target_tokens: Tokens trained on since the run began.
 
         Returns:
-            Tokens per second, target tokens per second, and seconds spent waiting for data.
+            Tokens per second, target tokens per second, and the seconds spent waiting for data
+            since this was last called.
         """
         seconds = time.perf_counter() - self._started
         waited = self._wait_seconds
@@ -111,5 +112,6 @@ class Reports:
             (num_tokens - self._counts[0]) / seconds,
             (num_target_tokens - self._counts[1]) / seconds,
         )
+        self._wait_seconds = 0.0
         self.restart_clock(num_tokens, num_target_tokens)
         return (*speeds, waited)

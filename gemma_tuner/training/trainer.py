@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gemma_tuner.collators.batch import COUNTS
 from gemma_tuner.collators.preview import Preview, preview_row
 from gemma_tuner.device import memory_used_bytes, random_generators
-from gemma_tuner.errors import ConfigError, DataError, DivergedError, ResumeError, SourceError
+from gemma_tuner.errors import CheckpointError, ConfigError, DivergedError, ResumeError
 from gemma_tuner.training.checkpoint import (
     TrainerState,
     latest_checkpoint,
@@ -87,7 +90,7 @@ class Trainer:
         eval_stream: Held-out examples, whose loss is measured as ``config`` says.
 
     Raises:
-        ConfigError: A model without trainable parameters.
+        ConfigError: A model without trainable parameters, or a stream without examples.
     """
 
     def __init__(
@@ -108,15 +111,21 @@ class Trainer:
             raise ConfigError(
                 "no parameter of the model is trainable; wrap it with add_lora(model) first"
             )
+        for name, given in (("stream", stream), ("eval_stream", eval_stream)):
+            if given is not None and len(given) == 0:
+                raise ConfigError(f"{name} has no examples; check what it reads")
         self.device = self.trainable[0].device
         self.processes = Processes(self.device)
         self.optimizer = build_optimizer(model.named_parameters(), config, self.device)
         self.guard = NonfiniteGuard(self.device)
         self.step = 0
+        self.num_examples = 0
         self.num_tokens = 0
         self.num_target_tokens = 0
+        self.counts: Counter[str] = Counter()
         self._stream_state = stream.state_dict()
-        self._saved_step: int | None = None
+        self._measured_step: int | None = None
+        self._saved: tuple[int, int | None] | None = None  # what the newest checkpoint holds
 
     @property
     def examples_per_step(self) -> int:
@@ -125,16 +134,16 @@ class Trainer:
         return config.batch_size * config.gradient_accumulation * self.processes.count
 
     @property
-    def total_examples(self) -> int:
-        """Examples of the whole run."""
+    def remaining_examples(self) -> int:
+        """Examples that are left to train on."""
         if self.config.max_steps is not None:
-            return self.config.max_steps * self.examples_per_step
-        return (self.config.epochs or 0) * len(self.stream)
+            return max(0, self.config.max_steps - self.step) * self.examples_per_step
+        return max(0, (self.config.epochs or 0) * len(self.stream) - self.num_examples)
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; the last may have fewer examples."""
-        return math.ceil(self.total_examples / self.examples_per_step)
+        return self.step + math.ceil(self.remaining_examples / self.examples_per_step)
 
     def preview(self, index: int = 0) -> Preview:
         """Show one collated example of the stream with its trained tokens marked.
@@ -152,7 +161,8 @@ class Trainer:
         """Train until the configured end, or until SIGINT or SIGTERM.
 
         A signal lets the step finish, saves a checkpoint and returns; so does the end. An error
-        in the data saves the steps before it and is raised.
+        saves the steps before it and is raised. The model is left ready for use: in eval mode,
+        without activation checkpointing.
 
         Args:
             resume: Continue from the newest checkpoint in ``output_dir``, exactly; begin if there
@@ -167,6 +177,8 @@ class Trainer:
             DataError: An example that cannot be used.
             SourceError: Data that cannot be read any more.
             DivergedError: Too many consecutive steps with non-finite gradients.
+            CheckpointError: A checkpoint or the log that cannot be written or read.
+            CheckpointError: A checkpoint or the log that is damaged or cannot be written.
         """
         self._begin(resume=resume)
         held_out: list[EvalRecord] = []
@@ -182,12 +194,18 @@ class Trainer:
             Prefetch(self._read_steps()) as feed,
         ):
             try:
-                self._run(feed, stop, reports, held_out)
-            except (DataError, SourceError, DivergedError):
+                stopped_by = self._run(feed, stop, reports, held_out)
+            except CheckpointError:
+                raise  # saving is what failed
+            except Exception:  # whatever it was, the steps before it are whole
                 self._save_checkpoint(reports)
                 raise
+            finally:
+                self.model.eval()
+                unwrap_peft(self.model).activation_checkpointing_disable()
             self._save_checkpoint(reports)
-        return FitResult(self.step, stop.reason, tuple(held_out))
+        self.processes.wait()
+        return FitResult(self.step, stopped_by, tuple(held_out))
 
     def _run(
         self,
@@ -195,23 +213,23 @@ class Trainer:
         stop: StopRequest,
         reports: Reports,
         held_out: list[EvalRecord],
-    ) -> None:
-        """Train, and do between steps what is due."""
-        if self.step == 0:
-            self._measure_held_out(reports, held_out)
+    ) -> str | None:
+        """Train, and do between steps what is due; return what stopped it early."""
+        self._measure_held_out(reports, held_out)
         reports.restart_clock(self.num_tokens, self.num_target_tokens)
         for step_input in reports.time_waits(feed):
             loss, grad_norm = self.train_step(step_input)
             if self._is_due(self.config.log_every_steps):
                 self._log_step(loss, grad_norm, reports)
-            is_last = self.step == self.total_steps
-            if is_last or self._is_due(self.config.eval_every_steps):
-                self._measure_held_out(reports, held_out)
+            self._measure_held_out(reports, held_out)
             if self._is_due(self.config.save_every_steps):
                 self._save_checkpoint(reports)
-            if stop.reason:
-                reports.event(self.step, "stopped", f"{stop.reason}: stopped by request")
-                return
+            # A signal may reach one process alone; all must stop after the same step.
+            if self.processes.sum_count(int(stop.reason is not None)):
+                reason = stop.reason or "signal to another process"
+                reports.event(self.step, "stopped", f"{reason}: stopped by request")
+                return reason
+        return None
 
     def train_step(self, step_input: StepInput) -> tuple[Tensor, Tensor]:
         """Take one optimizer step in which every target token weighs the same.
@@ -223,11 +241,17 @@ class Trainer:
             The mean loss over the step's target tokens and the gradient's norm before clipping,
             float32 scalars on the device. Nothing here waits for the device.
         """
-        target_tokens = self.processes.sum_count(
-            sum(batch.num_target_tokens for batch in step_input.micro_batches)
+        micro_batches = step_input.micro_batches
+        target_tokens, tokens, *counts = self.processes.sum_counts(
+            [
+                sum(batch.num_target_tokens for batch in micro_batches),
+                sum(batch.num_tokens for batch in micro_batches),
+                *(sum(batch.counts.get(name, 0) for batch in micro_batches) for name in COUNTS),
+            ]
         )
+        self._seed_dropout()
         loss = torch.zeros((), device=self.device)
-        for batch in step_input.micro_batches:
+        for batch in micro_batches:
             loss_sum = target_loss_sum(
                 self.model, batch.to(self.device), chunk_tokens=self.config.loss_chunk_tokens
             )
@@ -238,14 +262,21 @@ class Trainer:
         grad_norm = clip_gradients(self.trainable, self.config.max_grad_norm)
         set_learning_rate(self.optimizer, self.learning_rate)
         self.guard.count(guarded_step(self.optimizer, grad_norm))
-        self.optimizer.zero_grad(set_to_none=True)
+        # From here on the step is done, and what is saved must say so.
         self.step += 1
+        self.num_examples += step_input.num_examples
+        self.num_tokens += tokens
         self.num_target_tokens += target_tokens
-        self.num_tokens += self.processes.sum_count(
-            sum(batch.num_tokens for batch in step_input.micro_batches)
-        )
+        self.counts.update(dict(zip(COUNTS, counts, strict=True)))
         self._stream_state = step_input.stream_state
+        self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
+
+    def _seed_dropout(self) -> None:
+        """Make a step's dropout a function of its number, however often it is tried."""
+        name = f"{self.config.seed} {self.step} {self.processes.index}"
+        digest = hashlib.sha256(name.encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     @property
     def learning_rate(self) -> float:
@@ -254,6 +285,8 @@ class Trainer:
 
     def evaluate(self) -> EvalRecord:
         """Measure the mean loss over every target token of the held-out stream.
+
+        The model is left in eval mode.
 
         Returns:
             The loss in nats and its perplexity; the same however examples are batched.
@@ -276,7 +309,6 @@ class Trainer:
                 loss_sum += target_loss_sum(
                     self.model, batch.to(self.device), chunk_tokens=self.config.loss_chunk_tokens
                 )
-        self._set_train_mode()
         target_tokens = self.processes.sum_count(target_tokens)
         loss = float(self.processes.sum_tensor(loss_sum)) / target_tokens
         return EvalRecord(
@@ -288,7 +320,7 @@ class Trainer:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Save the adapter as a standard PEFT folder.
+        """Save the adapter as a standard PEFT folder; the main process writes it.
 
         Args:
             path: The folder; made if it is missing.
@@ -299,7 +331,10 @@ class Trainer:
         Raises:
             CheckpointError: No room or no permission.
         """
-        return save_adapter(self.model, path)
+        if self.processes.is_main:
+            save_adapter(self.model, path)
+        self.processes.wait()
+        return Path(path)
 
     # --- beginning, saving, logging ----------------------------------------------------------
 
@@ -307,12 +342,24 @@ class Trainer:
         checkpoint = latest_checkpoint(self.config.output_dir)
         if checkpoint is not None and not resume:
             raise ConfigError(
-                f"output_dir {str(self.config.output_dir)!r} already holds a run "
+                f"output_dir {Path(self.config.output_dir).resolve().name!r} already holds a run "
                 f"({checkpoint.name}); continue it with fit(resume=True), or choose another folder"
             )
-        torch.manual_seed(self.config.seed)
         if checkpoint is not None:
             self._resume(checkpoint)
+        else:
+            # An attempt that ended in an error has read further, and may have steps in memory
+            # that a full disk did not take.
+            self.stream.load_state_dict(self._stream_state)
+            if self.step == 0:
+                self._measured_step = None
+        if self.processes.sum_count(self.step) != self.step * self.processes.count:
+            raise ResumeError(
+                f"process {self.processes.index} is at step {self.step} and others are not; "
+                "output_dir must be one folder that all processes share"
+            )
+        # A step that an error ended halfway has left its gradients.
+        self.optimizer.zero_grad(set_to_none=True)
         gemma = unwrap_peft(self.model)
         if self.config.gradient_checkpointing:
             # Reentrant checkpointing loses the gradients of shared keys and values, silently.
@@ -329,21 +376,26 @@ class Trainer:
                 child.eval()
 
     def _resume(self, checkpoint: Path) -> None:
+        def check(state: TrainerState) -> None:
+            if differences := list_differences(state.config, self._continuity()):
+                raise ResumeError(
+                    f"{checkpoint.name} was saved with other settings; saved there against here: "
+                    f"{'; '.join(differences)}. Use the same settings, or start a new run in "
+                    "another output_dir"
+                )
+            self.stream.load_state_dict(dict(state.stream))
+
         state = load_checkpoint(
-            checkpoint, self.model, self.optimizer, random_generators(self.device)
+            checkpoint, self.model, self.optimizer, random_generators(self.device), check=check
         )
-        here = self._continuity()
-        if differences := list_differences(dict(state.config), here):
-            raise ResumeError(
-                f"{checkpoint.name} was saved with other settings; saved there against here: "
-                f"{'; '.join(differences)}. Use the same settings, or start a new run in another "
-                "output_dir"
-            )
-        self.stream.load_state_dict(dict(state.stream))
         self._stream_state = dict(state.stream)
-        self.step = self._saved_step = state.step
+        self.step = state.step
+        self.num_examples = state.totals["examples"]
         self.num_tokens = state.totals["tokens"]
         self.num_target_tokens = state.totals["target_tokens"]
+        self.counts = Counter(state.totals["counts"])
+        self._measured_step = state.totals["held_out_step"]
+        self._saved = (self.step, self._measured_step)
         self.guard = NonfiniteGuard(
             self.device, state.totals["skipped_steps"], state.totals["consecutive_skipped_steps"]
         )
@@ -366,20 +418,27 @@ class Trainer:
             self.collator,
             batch_size=self.config.batch_size,
             num_micro_batches=self.config.gradient_accumulation,
-            num_examples=max(0, self.total_examples - self.step * self.examples_per_step),
+            num_examples=self.remaining_examples,
             process_index=self.processes.index,
             num_processes=self.processes.count,
         )
 
     def _measure_held_out(self, reports: Reports, held_out: list[EvalRecord]) -> None:
-        if self.eval_stream is not None:
+        """Measure if it is due: before the first step, as configured, and after the last."""
+        is_due = self._is_due(self.config.eval_every_steps)
+        if self.eval_stream is None or not (self.step in (0, self.total_steps) or is_due):
+            return
+        # What a resumed run measured before it was stopped is in its log; what failed is not.
+        if self.step != self._measured_step:
             record = self.evaluate()
+            self._set_train_mode()
             held_out.append(record)
             reports.evaluation(record)
             reports.restart_clock(self.num_tokens, self.num_target_tokens)
+            self._measured_step = self.step
 
     def _save_checkpoint(self, reports: Reports) -> None:
-        if self.step == self._saved_step:
+        if self.step == 0 or self._saved == (self.step, self._measured_step):
             return
         if self.processes.is_main:
             skipped, consecutive = torch.stack([self.guard.total, self.guard.consecutive]).tolist()
@@ -388,10 +447,13 @@ class Trainer:
                 stream=self._stream_state,
                 config=self._continuity(),
                 totals={
+                    "examples": self.num_examples,
                     "tokens": self.num_tokens,
                     "target_tokens": self.num_target_tokens,
+                    "counts": dict(self.counts),
                     "skipped_steps": int(skipped),
                     "consecutive_skipped_steps": int(consecutive),
+                    "held_out_step": self._measured_step,
                 },
             )
             path = save_checkpoint(
@@ -403,8 +465,8 @@ class Trainer:
                 keep=self.config.keep_checkpoints,
             )
             reports.event(self.step, "saved", f"saved {path.name}")
-        self.processes.wait()
-        self._saved_step = self.step
+        self._saved = (self.step, self._measured_step)
+        reports.restart_clock(self.num_tokens, self.num_target_tokens)
 
     def _log_step(self, loss: Tensor, grad_norm: Tensor, reports: Reports) -> None:
         # The step's only read-back: four numbers in one transfer.
@@ -425,7 +487,8 @@ class Trainer:
             data_wait_seconds=data_wait_seconds,
             memory_bytes=memory_used_bytes(self.device),
             skipped_steps=int(skipped),
-            epoch=self.step * self.examples_per_step / len(self.stream),
+            epoch=self.num_examples / len(self.stream),
+            counts={name: count for name, count in self.counts.items() if count},
         )
         reports.step(record)
         if consecutive >= self.config.max_nonfinite_steps:

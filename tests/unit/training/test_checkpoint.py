@@ -361,8 +361,9 @@ def test_a_damaged_file_is_named_and_the_one_before_serves(tmp_path, file, damag
     before = run.snapshot()
     with pytest.raises(CheckpointError) as caught:
         run.load(latest_checkpoint(tmp_path))
-    assert str(path / file) in str(caught.value)
-    assert f"delete the folder {path}" in str(caught.value)
+    assert str(caught.value).startswith(f"{file} is missing or damaged")
+    assert f"delete the folder {path.name};" in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
     assert_same_bits(run.snapshot(), before)
 
     shutil.rmtree(path)
@@ -520,7 +521,7 @@ def test_a_full_disk_keeps_what_was_saved(tmp_path):
     messages = done.stdout.splitlines()
     assert len(messages) == len(FILES) + 2
     for message in messages:
-        assert str(tmp_path) in message
+        assert str(tmp_path) not in message
         assert "File too large" in message
         assert "What was saved before is untouched. Free disk space" in message
 
