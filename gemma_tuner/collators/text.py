@@ -120,10 +120,18 @@ class TextCollator:
         )
 
     def settings(self) -> dict[str, Any]:
-        """What decides how an example becomes a row, as JSON has it; a resumed run compares it."""
-        own = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.init and f.name != "processor"
-        }
+        """What decides how an example becomes a row, as JSON has it; a resumed run compares it.
+
+        What is only asked about rows that would otherwise be refused is left out, so that the
+        remedy for such a row does not stand in the way of resuming.
+
+        Returns:
+            Names to values, with the class's name and a hash of the chat template.
+        """
+        left_out = {"processor", "max_tokens", "too_long", "max_seconds", "long_audio"}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        for name in left_out & own.keys():
+            del own[name]
         template = self.processor.chat_template or ""
         return {
             "class": type(self).__name__,

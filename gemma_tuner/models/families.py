@@ -233,6 +233,23 @@ def family_of(config: PreTrainedConfig) -> Family:
     return family
 
 
+def loaded_modalities(model: Any) -> tuple[Modality, ...]:
+    """Find what a model can read: towers that were left out when it was loaded are not there.
+
+    Args:
+        model: A Gemma model, not wrapped by PEFT.
+
+    Returns:
+        Some of ``text``, ``image`` and ``audio``.
+    """
+    towers = family_of(model.config).towers
+    return tuple(
+        modality
+        for modality in MODALITIES
+        if all(getattr(model.model, name, None) is not None for name in towers.get(modality, ()))
+    )
+
+
 def family_of_processor(processor: Any) -> Family:
     """Find the family of a processor, for code that has no model.
 

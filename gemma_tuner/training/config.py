@@ -15,6 +15,22 @@ from gemma_tuner.errors import ConfigError
 Schedule = Literal["constant", "cosine", "linear"]
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine", "linear")
 
+# What a resumed run may change: its length (which moves the rest of a decaying schedule), what it
+# reports, and what costs memory but changes no gradient.
+_FREE_ON_RESUME = (
+    "max_steps",
+    "epochs",
+    "gradient_checkpointing",
+    "loss_chunk_tokens",
+    "log_every_steps",
+    "eval_every_steps",
+    "save_every_steps",
+    "keep_checkpoints",
+    "max_nonfinite_steps",
+    "output_dir",
+    "progress",
+)
+
 # The smallest value of each whole-numbered setting.
 _SMALLEST = {
     "max_steps": 1,
@@ -160,6 +176,14 @@ class TrainConfig:
         """
         settings = dataclasses.asdict(self)
         return settings | {"betas": list(self.betas), "output_dir": str(self.output_dir)}
+
+    def fixed_settings(self) -> dict[str, Any]:
+        """The settings that a resumed run must share with the run that it continues.
+
+        Returns:
+            Those of ``to_dict`` that decide what is computed.
+        """
+        return {k: v for k, v in self.to_dict().items() if k not in _FREE_ON_RESUME}
 
 
 def _check_whole_number(name: str, value: object, smallest: int) -> None:

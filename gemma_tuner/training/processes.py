@@ -21,6 +21,7 @@ class Processes:
         device: This process's device.
 
     Attributes:
+        device: This process's device.
         index: This process's number.
         count: How many there are.
         is_main: Whether this is the one that writes.
@@ -28,7 +29,7 @@ class Processes:
 
     def __init__(self, device: torch.device) -> None:
         self._accelerator = Accelerator(cpu=device.type == "cpu")
-        self._device = device
+        self.device = device
         self.index = self._accelerator.process_index
         self.count = self._accelerator.num_processes
         self.is_main = self._accelerator.is_main_process
@@ -37,7 +38,7 @@ class Processes:
         """Add up counts, each by itself, in one transfer."""
         if self.count == 1:
             return list(counts)
-        return self.sum_tensor(torch.tensor(counts, device=self._device)).tolist()
+        return self.sum_tensor(torch.tensor(counts, device=self.device)).tolist()
 
     def sum_count(self, count: int) -> int:
         """Add up a count."""

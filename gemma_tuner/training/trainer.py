@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gemma_tuner.collators.batch import COUNTS
+from gemma_tuner.collators.batch import COUNTS, Batch
 from gemma_tuner.collators.preview import Preview, preview_row
 from gemma_tuner.device import memory_used_bytes, random_generators
-from gemma_tuner.errors import CheckpointError, ConfigError, DivergedError, ResumeError
+from gemma_tuner.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    ResumeError,
+)
+from gemma_tuner.models.families import loaded_modalities
+from gemma_tuner.records import Example
 from gemma_tuner.training.checkpoint import (
     TrainerState,
     latest_checkpoint,
@@ -26,10 +34,12 @@ from gemma_tuner.training.checkpoint import (
 )
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.feed import Prefetch, StepInput, Stream, read_steps
+from gemma_tuner.training.held_out import measure_held_out
 from gemma_tuner.training.identity import list_differences
 from gemma_tuner.training.interrupt import StopRequest
 from gemma_tuner.training.loss import target_loss_sum, unwrap_peft
 from gemma_tuner.training.metrics import EvalRecord, StepRecord
+from gemma_tuner.training.modes import begin_training, end_training
 from gemma_tuner.training.optim import (
     NonfiniteGuard,
     build_optimizer,
@@ -45,22 +55,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from gemma_tuner.collators.text import TextCollator
-
-FREE_ON_RESUME = (
-    "max_steps",
-    "epochs",
-    "gradient_checkpointing",
-    "loss_chunk_tokens",
-    "log_every_steps",
-    "eval_every_steps",
-    "save_every_steps",
-    "keep_checkpoints",
-    "max_nonfinite_steps",
-    "output_dir",
-    "progress",
-)
-"""Settings that a resumed run may change: its length, what it reports, and what costs memory but
-changes no gradient. A new length moves the rest of a decaying schedule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +109,7 @@ class Trainer:
             if given is not None and len(given) == 0:
                 raise ConfigError(f"{name} has no examples; check what it reads")
         self.device = self.trainable[0].device
+        self._modalities = loaded_modalities(unwrap_peft(model))
         self.processes = Processes(self.device)
         self.optimizer = build_optimizer(model.named_parameters(), config, self.device)
         self.guard = NonfiniteGuard(self.device)
@@ -123,6 +118,7 @@ class Trainer:
         self.num_tokens = 0
         self.num_target_tokens = 0
         self.counts: Counter[str] = Counter()
+        iter(stream)  # an epoch begun elsewhere is left: this run reads whole ones
         self._stream_state = stream.state_dict()
         self._measured_step: int | None = None
         self._saved: tuple[int, int | None] | None = None  # what the newest checkpoint holds
@@ -154,7 +150,7 @@ class Trainer:
         Returns:
             What a person reads; ``print`` it.
         """
-        batch = self.collator([self.stream[index]])
+        batch = self._collate([self.stream[index]])
         return preview_row(batch, self.collator.processor.tokenizer)
 
     def fit(self, *, resume: bool = False) -> FitResult:
@@ -177,7 +173,6 @@ class Trainer:
             DataError: An example that cannot be used.
             SourceError: Data that cannot be read any more.
             DivergedError: Too many consecutive steps with non-finite gradients.
-            CheckpointError: A checkpoint or the log that cannot be written or read.
             CheckpointError: A checkpoint or the log that is damaged or cannot be written.
         """
         self._begin(resume=resume)
@@ -201,8 +196,7 @@ class Trainer:
                 self._save_checkpoint(reports)
                 raise
             finally:
-                self.model.eval()
-                unwrap_peft(self.model).activation_checkpointing_disable()
+                end_training(self.model)
             self._save_checkpoint(reports)
         self.processes.wait()
         return FitResult(self.step, stopped_by, tuple(held_out))
@@ -297,26 +291,14 @@ class Trainer:
         """
         if self.eval_stream is None:
             raise ConfigError("there is nothing to evaluate on; give Trainer an eval_stream")
-        indices = range(self.processes.index, len(self.eval_stream), self.processes.count)
-        loss_sum = torch.zeros((), device=self.device)
-        target_tokens = 0
-        self.model.eval()
-        with torch.no_grad():
-            for start in range(0, len(indices), self.config.batch_size):
-                rows = indices[start : start + self.config.batch_size]
-                batch = self.collator([self.eval_stream[index] for index in rows])
-                target_tokens += batch.num_target_tokens
-                loss_sum += target_loss_sum(
-                    self.model, batch.to(self.device), chunk_tokens=self.config.loss_chunk_tokens
-                )
-        target_tokens = self.processes.sum_count(target_tokens)
-        loss = float(self.processes.sum_tensor(loss_sum)) / target_tokens
-        return EvalRecord(
+        return measure_held_out(
+            self.model,
+            self.eval_stream,
+            self._collate,
             step=self.step,
-            loss=loss,
-            perplexity=math.exp(min(loss, 700.0)),
-            target_tokens=target_tokens,
-            examples=len(self.eval_stream),
+            batch_size=self.config.batch_size,
+            chunk_tokens=self.config.loss_chunk_tokens,
+            processes=self.processes,
         )
 
     def save(self, path: str | Path) -> Path:
@@ -335,6 +317,18 @@ class Trainer:
             save_adapter(self.model, path)
         self.processes.wait()
         return Path(path)
+
+    def _collate(self, examples: Sequence[Example]) -> Batch:
+        """Collate, and refuse media for which the model was loaded without a tower."""
+        batch = self.collator(examples)
+        for name, modality in (("pixel_values", "image"), ("input_features", "audio")):
+            if name in batch.inputs and modality not in self._modalities:
+                raise DataError(
+                    f"it holds {modality}, but the model has no part for that; load it with "
+                    f"load_model(..., modalities=('text', '{modality}'))",
+                    key=batch.keys[0],
+                )
+        return batch
 
     # --- beginning, saving, logging ----------------------------------------------------------
 
@@ -360,20 +354,7 @@ class Trainer:
             )
         # A step that an error ended halfway has left its gradients.
         self.optimizer.zero_grad(set_to_none=True)
-        gemma = unwrap_peft(self.model)
-        if self.config.gradient_checkpointing:
-            # Reentrant checkpointing loses the gradients of shared keys and values, silently.
-            gemma.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            gemma.activation_checkpointing_disable()
-        self._set_train_mode()
-
-    def _set_train_mode(self) -> None:
-        """Dropout and checkpointing where something trains; frozen towers stay as they are."""
-        self.model.train()
-        for child in unwrap_peft(self.model).model.children():
-            if not any(parameter.requires_grad for parameter in child.parameters()):
-                child.eval()
+        begin_training(self.model, checkpointing=self.config.gradient_checkpointing)
 
     def _resume(self, checkpoint: Path) -> None:
         def check(state: TrainerState) -> None:
@@ -402,11 +383,8 @@ class Trainer:
 
     def _continuity(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run that it continues."""
-        config = self.config.to_dict()
-        for name in FREE_ON_RESUME:
-            del config[name]
         return {
-            **config,
+            **self.config.fixed_settings(),
             "num_processes": self.processes.count,
             "collator": self.collator.settings(),
         }
@@ -415,7 +393,7 @@ class Trainer:
         """The steps that are left."""
         return read_steps(
             self.stream,
-            self.collator,
+            self._collate,
             batch_size=self.config.batch_size,
             num_micro_batches=self.config.gradient_accumulation,
             num_examples=self.remaining_examples,
@@ -431,7 +409,7 @@ class Trainer:
         # What a resumed run measured before it was stopped is in its log; what failed is not.
         if self.step != self._measured_step:
             record = self.evaluate()
-            self._set_train_mode()
+            begin_training(self.model, checkpointing=self.config.gradient_checkpointing)
             held_out.append(record)
             reports.evaluation(record)
             reports.restart_clock(self.num_tokens, self.num_target_tokens)

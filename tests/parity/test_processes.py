@@ -23,8 +23,11 @@ SMOOTH = {"epsilon": 1.0, "learning_rate": 0.1}
 def run_as(rank, port, function, folder, options):
     """Do what ``accelerate launch --cpu`` does for each process, then run."""
     os.environ |= {
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
     function(folder, rank, **options)
@@ -111,11 +114,12 @@ def test_two_processes_equal_one_with_twice_the_accumulation(tmp_path, length):
 
 @pytest.mark.parametrize("stopped_rank", [0, 1])
 def test_a_signal_to_one_process_stops_both_and_both_resume(tmp_path, stopped_rank):
-    assert launch(tmp_path / "whole", **SETTINGS) == [0, 0]
+    options = SETTINGS | {"dropout": 0.1}
+    assert launch(tmp_path / "whole", **options) == [0, 0]
     folder = tmp_path / "stopped"
-    assert launch(folder, stopped_rank=stopped_rank, stop_after=2, **SETTINGS) == [0, 0]
+    assert launch(folder, stopped_rank=stopped_rank, stop_after=2, **options) == [0, 0]
     assert list_checkpoints(folder) == ["step-00000002"]
-    assert launch(folder, resume=True, **SETTINGS) == [0, 0]
+    assert launch(folder, resume=True, **options) == [0, 0]
     assert (folder / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
     assert read_trace(folder) == read_trace(tmp_path / "whole")
     assert read_trace(folder, "eval") == read_trace(tmp_path / "whole", "eval")

@@ -85,12 +85,11 @@ def test_control_tokens_in_declarations_are_refused(released):
 )
 def test_every_answer_is_trained_or_refused(released, turns):
     # 31B's template closes the turn after "One" and writes "Two" outside of any.
-    try:
-        _, trained = decode(released, *turns)
-    except DataError as error:
-        assert "between two turns" in str(error)
+    if "prev_non_tool_role" not in released.chat_template:
+        with pytest.raises(DataError, match="between two turns"):
+            decode(released, *turns)
     else:
-        assert trained.endswith("OneTwo<turn|>")
+        assert decode(released, *turns)[1].endswith("OneTwo<turn|>")
 
 
 @pytest.mark.parametrize(("texts", "system"), [((), ""), (("Be ", "brief"), "Be brief")])

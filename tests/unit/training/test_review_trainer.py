@@ -65,28 +65,40 @@ def test_the_next_attempt_is_exact_without_a_checkpoint(tmp_path, step):
     assert torch.equal(adapter(trainer), adapter(whole))
 
 
+def follow(trainer, seen):
+    """Count the examples that are trained on."""
+    step = trainer.train_step
+
+    def train_step(step_input):
+        seen.update(key for batch in step_input.micro_batches for key in batch.keys)
+        return step(step_input)
+
+    trainer.train_step = train_step
+    return trainer
+
+
 def test_a_run_made_longer_by_epochs_reads_every_example_as_often(tmp_path):
     seen = Counter()
-
-    def follow(trainer):
-        step = trainer.train_step
-
-        def train_step(step_input):
-            seen.update(key for batch in step_input.micro_batches for key in batch.keys)
-            return step(step_input)
-
-        trainer.train_step = train_step
-        return trainer
-
     # 11 examples, 4 a step: the first run's last step has 3.
     options = {"rows": 11, "max_steps": None}
-    assert follow(build_trainer(tmp_path, epochs=1, **options)).fit().step == 3
-    assert follow(build_trainer(tmp_path, epochs=2, **options)).fit(resume=True).step == 6
+    assert follow(build_trainer(tmp_path, epochs=1, **options), seen).fit().step == 3
+    longer = follow(build_trainer(tmp_path, epochs=2, **options), seen)
+    assert longer.fit(resume=True).step == 6
     assert set(seen.values()) == {2}
     assert len(seen) == 11
     assert [record["epoch"] for record in read_trace(tmp_path)][2:] == [
         pytest.approx(epoch) for epoch in (1, 15 / 11, 19 / 11, 2)
     ]
+
+
+def test_a_glance_at_the_stream_costs_no_example(tmp_path):
+    trainer, seen = build_trainer(tmp_path, max_steps=None, epochs=1), Counter()
+    next(iter(trainer.stream))
+    trainer = Trainer(trainer.model, trainer.stream, trainer.collator, trainer.config)
+    next(iter(trainer.stream))
+    follow(trainer, seen).fit()
+    assert set(seen.values()) == {1}
+    assert len(seen) == 10
 
 
 def test_fit_leaves_a_model_that_is_ready_for_use(tmp_path):
@@ -104,7 +116,7 @@ def test_fit_trains_in_train_mode_after_each_evaluation(tmp_path):
     trainer = build_trainer(tmp_path, eval_every_steps=1, max_steps=3)
     modes = []
     trainer.trainable[0].register_hook(
-        lambda _: modes.append(unwrap_peft(trainer.model).model.language_model.training)
+        lambda _: modes.append(unwrap_peft(trainer.model).model.language_model.layers[0].training)
     )
     trainer.fit()
     assert modes
@@ -179,10 +191,9 @@ def test_steps_leave_no_tensor_behind(tmp_path):
 def test_leaving_the_feed_early_ends_its_thread(tmp_path):
     trainer = build_trainer(tmp_path)
     steps = read_steps(trainer.stream, trainer.collator, batch_size=1, num_micro_batches=1)
-    with pytest.raises(ZeroDivisionError), Prefetch(steps) as feed:
+    with Prefetch(steps) as feed:
         next(iter(feed))
         time.sleep(0.3)  # the thread has filled the queue and waits
-        raise ZeroDivisionError
     assert not any(thread.name == "gemma-tuner-feed" for thread in threading.enumerate())
 
 
@@ -207,9 +218,9 @@ def test_the_clock_counts_all_waits_and_no_evaluation(tmp_path):
 @pytest.mark.parametrize("num_targets", [255, 347, 1001])
 def test_the_scale_of_the_gradient_is_not_rounded_to_bfloat16(num_targets):
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(64, 96, generator=generator).bfloat16().requires_grad_()
-    weight = torch.randn(500, 96, generator=generator).bfloat16()
-    targets = torch.randint(0, 500, (64,), generator=generator)
+    hidden = torch.randn(64, 32, generator=generator).bfloat16().requires_grad_()
+    weight = torch.randn(70_000, 32, generator=generator).bfloat16()  # three blocks
+    targets = torch.randint(0, 70_000, (64,), generator=generator)
     loss = FrozenHeadCrossEntropy.apply(hidden, weight, targets, 30.0, 16)
     whole = torch.autograd.grad(loss, hidden, retain_graph=True)[0].double()
     scaled = torch.autograd.grad(loss / num_targets, hidden)[0].double() * num_targets

@@ -196,3 +196,43 @@ def test_settings_and_state_hold_no_path_of_the_user(tmp_path):
         assert str(tmp_path) not in path.read_text(), path.name
     state = json.loads((tmp_path / "run/checkpoints/step-00000001/trainer_state.json").read_text())
     assert state["step"] == 1
+
+
+def test_media_without_a_tower_is_refused_with_the_remedy(tmp_path):
+    from gemma_tuner.collators.multimodal import MultimodalCollator
+    from gemma_tuner.models.loading import load_model
+    from gemma_tuner.models.lora import LoraConfig, add_lora
+    from gemma_tuner.testing import tiny_model
+    from gemma_tuner.training.trainer import Trainer
+
+    for part in tiny_model("gemma4-e2b"):
+        part.save_pretrained(tmp_path / "base")
+    model, processor = load_model(tmp_path / "base", device="cpu")
+    images = build_trainer(tmp_path, modality="image")
+    trainer = Trainer(
+        add_lora(model, LoraConfig(rank=2)),
+        images.stream,
+        MultimodalCollator(processor),
+        images.config,
+    )
+    with pytest.raises(DataError, match=r"load_model\(\.\.\., modalities=\('text', 'image'\)\)"):
+        trainer.fit()
+
+
+def test_a_row_that_was_too_long_can_be_remedied_and_the_run_resumed(tmp_path):
+    trainer = build_trainer(tmp_path, max_steps=2)
+    trainer.fit()
+    resumed = build_trainer(tmp_path, max_steps=3)
+    resumed.collator.too_long, resumed.collator.max_tokens = "cut", 1024
+    assert resumed.fit(resume=True).step == 3
+
+
+@pytest.mark.parametrize("family", ["gemma4-e2b", "gemma3n"])
+def test_training_leaves_every_frozen_weight_as_it_was(tmp_path, family):
+    trainer = build_trainer(tmp_path, family=family, modality="image", dropout=0.1)
+    gemma = trainer.model.get_base_model()
+    frozen = {n: t.clone() for n, t in gemma.state_dict().items() if "lora_" not in n}
+    trainer.fit()
+    for name, tensor in frozen.items():
+        assert torch.equal(gemma.state_dict()[name], tensor), name
+    assert not any(module.training for module in trainer.model.modules())
