@@ -23,6 +23,8 @@ def begin_training(model: Any, *, checkpointing: bool) -> None:
     if checkpointing:
         # Reentrant checkpointing loses the gradients of shared keys and values, silently.
         gemma.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        gemma.activation_checkpointing_disable()
     model.eval()
     for name, module in model.named_modules():
         # Each module's own flag: a layer checkpoints itself only while it trains.
