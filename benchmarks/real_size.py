@@ -25,7 +25,8 @@ import gemma_tuner as gt
 from gemma_tuner.collators.batch import Batch, Row, pad_rows
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.loading import load_model
-from gemma_tuner.training.loss import target_loss_sum, unwrap_peft
+from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.training.loss import target_loss_sum
 
 
 def save_random_checkpoint(config_folder: Path, folder: Path) -> None:

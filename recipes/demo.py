@@ -25,6 +25,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 import gemma_tuner as gt
+from gemma_tuner.training.script import run_script
 
 LOGIT_TOLERANCE = 1e-5
 STEPS = "160"
@@ -80,7 +81,7 @@ def run(name: str, base: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     out = parser.parse_args().out
@@ -107,8 +108,9 @@ def main() -> int:
             f"  {'same logits' if same else 'LOGITS DIFFER'}"
             f" (max difference {result['logit difference']:.1e}), {result['adapter']}"
         )
-    return int(failed)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_script(main)

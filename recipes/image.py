@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gemma_tuner as gt
+from gemma_tuner.training.script import exit_if_stopped, run_script
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> gt.Trainer:
 
     # 4. Train; the held-out loss is measured before, in between and after.
     result = trainer.fit(resume=args.resume)
+    exit_if_stopped(result, __file__, argv)
     adapter = trainer.save(Path(args.out) / "adapter")
     losses = " → ".join(f"{record.loss:.4f} (step {record.step})" for record in result.held_out)
     print(f"held-out loss: {losses}\nadapter: {adapter}")
@@ -75,4 +77,4 @@ def main(argv: Sequence[str] | None = None) -> gt.Trainer:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

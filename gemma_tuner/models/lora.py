@@ -8,6 +8,7 @@ regular expression over full module names, decided from the modules that the mod
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -19,6 +20,7 @@ from torch import nn
 
 from gemma_tuner.device import announce, seeded
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.models.settings import is_number, is_whole_number, name_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,6 +42,7 @@ _EXPERTS = _DECODER_LAYER + r"experts\.(gate_up_proj|down_proj)"
 TARGETS = (*_PATTERNS, "experts")
 
 
+@name_nearest
 @dataclass(frozen=True)
 class LoraConfig:
     """Where adapters go and how large they are.
@@ -58,7 +61,7 @@ class LoraConfig:
         seed: Decides the adapters' first weights.
 
     Raises:
-        ConfigError: A value outside its range.
+        ConfigError: An unknown setting, or a value out of its range or of another type.
     """
 
     _: KW_ONLY
@@ -71,41 +74,56 @@ class LoraConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ConfigError(f"rank is {self.rank}; it must be at least 1")
-        if self.alpha <= 0:
-            raise ConfigError(f"alpha is {self.alpha}; it must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise ConfigError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        self._check_numbers()
+        self._check_layers()
         if isinstance(self.targets, str):
             raise ConfigError(f"targets is the string {self.targets!r}; write ({self.targets!r},)")
+        if not isinstance(self.targets, Sequence) or not all(
+            isinstance(target, str) for target in self.targets
+        ):
+            raise ConfigError(f"targets is {self.targets!r}; it must be a tuple of strings")
         if not self.targets:
             raise ConfigError(f"targets is empty; it may hold {', '.join(TARGETS)} or a regex")
         if self.variant not in get_args(Variant):
             raise ConfigError(
                 f"variant is {self.variant!r}; it may be {', '.join(get_args(Variant))}"
-                f"{_suggest(self.variant, get_args(Variant))}"
+                f"{_suggest(str(self.variant), get_args(Variant))}"
             )
-        match self.layers:
-            case None:
-                pass
-            case int(last) if last >= 1:
-                pass
-            case (int(first), int(last)) if 0 <= first <= last:
-                pass
-            case _:
-                raise ConfigError(
-                    f"layers is {self.layers!r}; it may be how many of the last layers (at least "
-                    "1), or (first, last), both included and counted from 0"
-                )
         if "experts" in self.targets and (self.variant == "dora" or self.dropout):
             raise ConfigError(
                 "adapters on experts know neither dora nor dropout; use variant 'lora' or "
                 "'rslora' with dropout 0, or leave 'experts' out"
             )
 
+    def _check_numbers(self) -> None:
+        if not is_whole_number(self.rank) or self.rank < 1:
+            raise ConfigError(f"rank is {self.rank!r}; it must be a whole number of at least 1")
+        if not is_number(self.alpha) or not 0 < self.alpha < math.inf:
+            raise ConfigError(f"alpha is {self.alpha!r}; it must be a finite number above 0")
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise ConfigError(
+                f"dropout is {self.dropout!r}; it must be a number of at least 0 and below 1"
+            )
+        if not is_whole_number(self.seed) or not 0 <= self.seed < 2**63:
+            raise ConfigError(
+                f"seed is {self.seed!r}; it must be a whole number from 0 to 2^63 - 1"
+            )
 
-def add_lora(model: PreTrainedModel, config: LoraConfig) -> peft.PeftModel:
+    def _check_layers(self) -> None:
+        match self.layers:
+            case None:
+                return
+            case int(last) if last >= 1 and is_whole_number(last):
+                return
+            case (int(first), int(last)) if 0 <= first <= last:
+                return
+        raise ConfigError(
+            f"layers is {self.layers!r}; it may be how many of the last layers (at least 1), or "
+            "(first, last), both included and counted from 0"
+        )
+
+
+def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> peft.PeftModel:
     """Freeze a model and put adapters on the chosen parts.
 
     The adapters are float32 whatever the model's dtype, as small updates vanish in bfloat16; at
@@ -113,7 +131,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> peft.PeftModel:
 
     Args:
         model: From ``load_model``.
-        config: Where adapters go.
+        config: Where adapters go; None is ``LoraConfig()``, rank 16 on the decoder.
 
     Returns:
         The same model, wrapped; ``save_pretrained`` writes an adapter that stock PEFT loads.
@@ -124,6 +142,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> peft.PeftModel:
     """
     if isinstance(model, peft.PeftModel) or hasattr(model, "peft_config"):
         raise ConfigError("the model has adapters already; load it again, or unload() them first")
+    config = config or LoraConfig()
     modules = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = _choose_layers(model, config)
     patterns = []
@@ -169,6 +188,11 @@ def add_lora(model: PreTrainedModel, config: LoraConfig) -> peft.PeftModel:
             parameter.data = parameter.data.float().contiguous()
     _announce_adapters(wrapped, counts)
     return wrapped
+
+
+def unwrap_peft(model: Any) -> Any:
+    """The transformers model inside a PEFT wrapper (its adapters stay active), or the model."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _choose_layers(model: Any, config: LoraConfig) -> str:

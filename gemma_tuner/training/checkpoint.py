@@ -6,13 +6,13 @@
         adapter_config.json        the adapter as PEFT writes it: PeftModel.from_pretrained
         adapter_model.safetensors  loads this folder
         optimizer.safetensors      "<parameter>.exp_avg", ".exp_avg_sq", ".step"
-        rng.safetensors            torch generators; the library uses no other randomness
         trainer_state.json         step, stream, settings, totals, identity, versions
 
 A checkpoint is written beside its place under a hidden name, forced to the disk and renamed, so a
 killed or failed save leaves what was there before. One run owns its ``output_dir``: hidden
 leftovers of a killed save are removed by the next one.
 
+No random state is kept, as nothing depends on one: a step seeds its dropout with its number.
 Tensors are safetensors, the rest is JSON, nothing is pickled: loading runs no code. No file holds
 training data or a path of the user's machine.
 """
@@ -39,12 +39,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gemma_tuner.errors import CheckpointError, ResumeError
-from gemma_tuner.training.identity import describe_model, list_differences, portable_name
+from gemma_tuner.training.identity import (
+    describe_model,
+    list_differences,
+    portable_name,
+    shorten_differences,
+)
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _OPTIMIZER = "optimizer.safetensors"
-_RNG = "rng.safetensors"
 _STATE = "trainer_state.json"
 _FORMAT = 1
 _FOLDER = re.compile(r"step-(\d{8,})")
@@ -74,7 +78,6 @@ def save_checkpoint(
     state: TrainerState,
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
-    generators: Mapping[str, torch.Generator],
     *,
     keep: int,
 ) -> Path:
@@ -85,8 +88,6 @@ def save_checkpoint(
         state: Where the run is.
         model: Its adapter is saved.
         optimizer: Its moments are saved.
-        generators: Device names ("cpu", "mps") to the random generators that training draws
-            from.
         keep: How many checkpoints to keep, this one included.
 
     Returns:
@@ -98,9 +99,8 @@ def save_checkpoint(
     """
     folder = Path(output_dir) / "checkpoints" / f"step-{state.step:08d}"
     moments = _optimizer_tensors(model, optimizer)
-    rng = {name: generator.get_state() for name, generator in generators.items()}
     document = _encode_state(state, model)
-    tensors = [*_adapter_tensors(model).values(), *moments.values(), *rng.values()]
+    tensors = [*_adapter_tensors(model).values(), *moments.values()]
     with _errors_explained("save a checkpoint", Path(output_dir)):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for leftover in folder.parent.glob(".step-*"):
@@ -109,7 +109,6 @@ def save_checkpoint(
         with _replaced_folder(folder) as temporary:
             _write_adapter(model, temporary)
             save_file(moments, temporary / _OPTIMIZER)
-            save_file(rng, temporary / _RNG)
             (temporary / _STATE).write_text(document, encoding="utf-8")
     with _errors_explained("delete old checkpoints", folder.parent):
         for old in _list_checkpoints(folder.parent)[:-keep]:
@@ -165,11 +164,10 @@ def load_checkpoint(
     path: str | Path,
     model: PeftModel,
     optimizer: torch.optim.Optimizer,
-    generators: Mapping[str, torch.Generator],
     *,
     check: Callable[[TrainerState], None] | None = None,
 ) -> TrainerState:
-    """Put a run back to where it was saved: adapter, moments and generators, bit for bit.
+    """Put a run back to where it was saved: adapter and moments, bit for bit.
 
     Everything is read and compared before anything is changed.
 
@@ -177,7 +175,6 @@ def load_checkpoint(
         path: A checkpoint's folder, such as :func:`latest_checkpoint` gives.
         model: The same base with the same LoRA config; its adapter is overwritten.
         optimizer: From ``build_optimizer`` over this model; its moments are overwritten.
-        generators: The generators named when it was saved; their states are overwritten.
         check: Called with the rest of the state before anything is changed; raises to refuse.
 
     Returns:
@@ -185,28 +182,24 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: A file is missing or damaged.
-        ResumeError: The checkpoint is of another model, LoRA config, base or device.
+        ResumeError: The checkpoint is of another model, LoRA config or base.
     """
     folder = Path(path)
     document = _read_state(folder)
     adapter = _read_tensors(folder / _ADAPTER_WEIGHTS)
     moments = _read_tensors(folder / _OPTIMIZER)
-    rng = _read_tensors(folder / _RNG)
 
     here = _adapter_tensors(model)
     differences = (
         list_differences(document["identity"], describe_model(model))
         or _compare_tensors("adapter", adapter, here)
         or _compare_tensors("optimizer", moments, _expected_moments(model, moments))
-        or list_differences(
-            {"random generators": sorted(rng)}, {"random generators": sorted(generators)}
-        )
     )
     if differences:
         raise ResumeError(
             f"{folder.name} does not continue this run; saved there against here: "
-            f"{_shorten(differences)}. Load the model and add the adapter as that run did, on "
-            "the same kind of device, or start a new run in another output_dir"
+            f"{shorten_differences(differences)}. Load the model and add the adapter as that run "
+            "did, or start a new run in another output_dir"
         )
 
     state = TrainerState(
@@ -218,8 +211,6 @@ def load_checkpoint(
         for name, tensor in adapter.items():
             here[name].copy_(tensor)
     _load_moments(model, optimizer, moments)
-    for name, generator in generators.items():
-        generator.set_state(rng[name])
     return state
 
 
@@ -356,13 +347,6 @@ def _compare_tensors(
         return {f"{kind} {name}": f"{t.dtype} {list(t.shape)}" for name, t in tensors.items()}
 
     return list_differences(describe(saved), describe(expected))
-
-
-def _shorten(differences: list[str], limit: int = 8) -> str:
-    # The least nested tell most: the model's type before the shape of its hundredth matrix.
-    differences = sorted(differences, key=lambda line: line.partition(":")[0].count("."))
-    more = [f"and {len(differences) - limit} more"] if len(differences) > limit else []
-    return "; ".join(differences[:limit] + more)
 
 
 # --- the file system -------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.models.settings import is_number, is_whole_number, name_nearest
 
 Schedule = Literal["constant", "cosine", "linear"]
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine", "linear")
@@ -53,6 +53,7 @@ _SWITCHES = ("gradient_checkpointing", "progress")
 _LARGEST_SEED = 2**63 - 1
 
 
+@name_nearest
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
     """The settings of a training run. Values are checked, never converted.
@@ -76,10 +77,14 @@ class TrainConfig:
         gradient_checkpointing: Keep only each layer's input and compute the rest again in the
             backward pass: much less memory, about a third more time.
         loss_chunk_tokens: Target tokens whose logits exist at one time.
-        log_every_steps: Optimizer steps between two log records; each costs one device sync.
-        eval_every_steps: Optimizer steps between two measurements of the held-out loss; None
-            measures it at the end only.
-        save_every_steps: Optimizer steps between two checkpoints; None saves at the end only.
+        log_every_steps: Optimizer steps between two log records; each costs one device sync. The
+            first step and the last are logged in any case.
+        eval_every_steps: Optimizer steps between two measurements of the held-out loss. It is
+            measured before the first step and after the last in any case; None measures it then
+            only.
+        save_every_steps: Optimizer steps between two checkpoints. The last step, one that a
+            signal ended, and the last before an error are saved in any case; None saves those
+            only.
         keep_checkpoints: The newest so many checkpoints are kept.
         max_nonfinite_steps: Consecutive steps with an infinite or undefined gradient, each of
             which is skipped, before the run stops.
@@ -87,7 +92,7 @@ class TrainConfig:
         progress: Whether to show progress on stderr.
 
     Raises:
-        ConfigError: A value out of its range or of another type.
+        ConfigError: An unknown setting, or a value out of its range or of another type.
     """
 
     max_steps: int | None = None
@@ -106,7 +111,7 @@ class TrainConfig:
     loss_chunk_tokens: int = 256
     log_every_steps: int = 10
     eval_every_steps: int | None = None
-    save_every_steps: int | None = None
+    save_every_steps: int | None = 100
     keep_checkpoints: int = 2
     max_nonfinite_steps: int = 5
     output_dir: str | Path = "runs/default"
@@ -117,9 +122,9 @@ class TrainConfig:
             _check_whole_number(name, getattr(self, name), smallest)
         for name in _POSITIVE:
             value = getattr(self, name)
-            if not (_is_number(value) and 0 < value < math.inf):
+            if not (is_number(value) and 0 < value < math.inf):
                 raise _out_of_range(name, value, "a finite number above 0")
-        if not (_is_number(self.weight_decay) and 0 <= self.weight_decay < math.inf):
+        if not (is_number(self.weight_decay) and 0 <= self.weight_decay < math.inf):
             raise _out_of_range("weight_decay", self.weight_decay, "a finite number from 0 up")
         for name in _SWITCHES:
             if not isinstance(getattr(self, name), bool):
@@ -157,12 +162,6 @@ class TrainConfig:
         Raises:
             ConfigError: An unknown name, or a value that the field cannot have.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in settings:
-            if name not in known:
-                nearest = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-                hint = f"did you mean {nearest[0]!r}?" if nearest else f"it has {', '.join(known)}"
-                raise ConfigError(f"TrainConfig has no setting {name!r}; {hint}")
         values = dict(settings)
         if isinstance(values.get("betas"), list):
             values["betas"] = tuple(values["betas"])
@@ -189,8 +188,7 @@ class TrainConfig:
 def _check_whole_number(name: str, value: object, smallest: int) -> None:
     if value is None and name in _MAY_BE_NONE:
         return
-    # bool is a subclass of int: True would count as 1.
-    if isinstance(value, bool) or not isinstance(value, int) or value < smallest:
+    if not is_whole_number(value) or value < smallest:
         none = " or None" if name in _MAY_BE_NONE else ""
         raise _out_of_range(name, value, f"a whole number from {smallest} up{none}")
 
@@ -199,13 +197,9 @@ def _check_betas(betas: object) -> None:
     if not (
         isinstance(betas, tuple)
         and len(betas) == 2
-        and all(_is_number(beta) and 0 <= beta < 1 for beta in betas)
+        and all(is_number(beta) and 0 <= beta < 1 for beta in betas)
     ):
         raise _out_of_range("betas", betas, "a tuple of two numbers from 0 up and below 1")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _out_of_range(name: str, value: object, allowed: str) -> ConfigError:

@@ -1,7 +1,9 @@
 """Examples to optimizer steps, collated one step ahead of the device in a thread.
 
-Each step travels with the stream state that resumes after it, so reading ahead never moves the
-point at which a stopped run continues.
+A step is a fixed number of the stream's slots, over all processes; a slot whose example cannot be
+used is empty. So every process knows where every step begins, whatever the others meet. Each step
+travels with the stream state that resumes after it, so reading ahead never moves the point at
+which a stopped run continues.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from types import TracebackType
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from gemma_tuner.collators.batch import Batch
+from gemma_tuner.errors import DataError
 from gemma_tuner.records import Example
 
 T = TypeVar("T")
@@ -24,11 +27,41 @@ Collate = Callable[[Sequence[Example]], Batch]
 class Stream(Protocol):
     """What the trainer needs of a stream of examples; ``ExampleStream`` is one."""
 
-    def __iter__(self) -> Iterator[Example]: ...
-    def __len__(self) -> int: ...
-    def __getitem__(self, index: int) -> Example: ...
+    def __len__(self) -> int:
+        """Slots of an epoch."""
+        ...
+
+    def __getitem__(self, index: int) -> Example:
+        """One row of the data."""
+        ...
+
+    def read_slots(self) -> Iterator[Example | None]:
+        """Begin an epoch and hand it out slot by slot, None where an example was passed over."""
+        ...
+
+    def read_rows(self, indices: Iterable[int]) -> Iterator[Example | None]:
+        """Read rows of the data, None for one that was passed over; moves nothing."""
+        ...
+
+    def pass_over(self, error: DataError) -> None:
+        """Note that an example that was handed out cannot be used, or raise the error."""
+        ...
+
+    @property
+    def num_passed_over(self) -> int:
+        """Examples passed over so far."""
+        ...
+
+    def shard(self, index: int, count: int) -> Stream:
+        """Every ``count``-th slot, from slot ``index`` on."""
+        ...
+
+    def skip(self, num_slots: int) -> None:
+        """Go on as if so many slots had been handed out."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
-        """What resumes the stream after the examples handed out so far."""
+        """What resumes the stream after the slots handed out so far."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -42,60 +75,97 @@ class StepInput:
 
     Args:
         micro_batches: In order; this process's share.
-        num_examples: Examples of the step over all processes.
+        num_slots: Slots of the step over all processes.
+        num_passed_over: Those of this process's share whose examples could not be used.
         stream_state: What resumes the stream after this step.
     """
 
     micro_batches: tuple[Batch, ...]
-    num_examples: int
+    num_slots: int
+    num_passed_over: int
     stream_state: dict[str, Any]
 
 
 def read_steps(
     stream: Stream,
-    collate: Collate,
+    collate: Callable[[Stream, Sequence[Example]], Batch | None],
     *,
     batch_size: int,
     num_micro_batches: int,
-    num_examples: int | None = None,
+    num_slots: int,
     process_index: int = 0,
     num_processes: int = 1,
 ) -> Iterator[StepInput]:
-    """Group a stream's examples into optimizer steps, epoch after epoch.
+    """Group a stream's slots into optimizer steps, epoch after epoch.
 
-    Every process reads the whole stream and collates its own share, so that the stream's state
-    is the same number everywhere and any number of processes can resume it.
+    Every process reads its own shard, and so only its own media.
 
     Args:
-        stream: Where examples come from; iterated again at the end of each epoch.
-        collate: The collator.
+        stream: Where examples come from; begun again at the end of each epoch.
+        collate: Collates examples of a stream; None where none of them can be used.
         batch_size: Examples in a micro-batch.
         num_micro_batches: Micro-batches of a step in each process.
-        num_examples: Examples to read in all; None reads without end.
+        num_slots: Slots to read in all.
         process_index: This process.
         num_processes: How many there are.
 
     Yields:
-        Steps of ``batch_size * num_micro_batches * num_processes`` examples; the last may be
-        smaller when ``num_examples`` says so.
+        Steps of ``batch_size * num_micro_batches * num_processes`` slots; the last may be smaller
+        when ``num_slots`` says so.
     """
-    step_size = batch_size * num_micro_batches * num_processes
-    examples = islice(_repeat(stream), num_examples)
-    while group := list(islice(examples, step_size)):
-        share = group[process_index::num_processes]
+    is_shared = num_processes > 1
+    shard = stream.shard(process_index, num_processes) if is_shared else stream
+    slots = _repeat(shard)
+    step_slots = batch_size * num_micro_batches * num_processes
+    for first in range(0, num_slots, step_slots):
+        size = min(step_slots, num_slots - first)
+        # Steps begin at multiples of the number of processes; what is left over comes last.
+        num_own = len(range(process_index, size, num_processes))
+        passed_over = shard.num_passed_over
+        examples = [example for example in islice(slots, num_own) if example is not None]
+        batches = [
+            collate(shard, examples[start : start + batch_size])
+            for start in range(0, len(examples), batch_size)
+        ]
+        if is_shared:
+            stream.skip(size)
         yield StepInput(
-            micro_batches=tuple(
-                collate(share[start : start + batch_size])
-                for start in range(0, len(share), batch_size)
-            ),
-            num_examples=len(group),
+            micro_batches=tuple(batch for batch in batches if batch is not None),
+            num_slots=size,
+            num_passed_over=shard.num_passed_over - passed_over,
             stream_state=stream.state_dict(),
         )
 
 
-def _repeat(stream: Stream) -> Iterator[Example]:
+def collate_good(collate: Collate, stream: Stream, examples: Sequence[Example]) -> Batch | None:
+    """Collate examples, passing over those that the collator refuses.
+
+    Args:
+        collate: The collator.
+        stream: Where the examples are from; it notes what is passed over, or raises.
+        examples: At least one.
+
+    Returns:
+        The batch, or None where nothing is left.
+
+    Raises:
+        DataError: The collator's, where the stream does not allow it.
+    """
+    while examples:
+        try:
+            return collate(examples)
+        except DataError as error:
+            good = [example for example in examples if example.key != error.key]
+            if len(good) == len(examples):
+                raise
+            stream.pass_over(error)
+            examples = good
+    return None
+
+
+def _repeat(stream: Stream) -> Iterator[Example | None]:
     while True:
-        yield from stream
+        yield from stream.read_slots()
 
 
 class Prefetch(Generic[T]):

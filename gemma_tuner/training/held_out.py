@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
 
-from gemma_tuner.training.feed import Collate, Stream
+from gemma_tuner.collators.batch import COUNTS, Batch
+from gemma_tuner.errors import ConfigError
+from gemma_tuner.records import Example
+from gemma_tuner.training.feed import Stream
 from gemma_tuner.training.loss import target_loss_sum
 from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.processes import Processes
@@ -19,7 +25,7 @@ if TYPE_CHECKING:
 def measure_held_out(
     model: PeftModel,
     stream: Stream,
-    collate: Collate,
+    collate: Callable[[Stream, Sequence[Example]], Batch | None],
     *,
     step: int,
     batch_size: int,
@@ -31,7 +37,7 @@ def measure_held_out(
     Args:
         model: Put into eval mode, and left in it.
         stream: Read in the order of its rows; its position is not touched.
-        collate: The collator.
+        collate: Collates examples of a stream; None where none of them can be used.
         step: Optimizer steps done, for the record.
         batch_size: Examples in a forward pass; it does not change the result.
         chunk_tokens: As in ``target_loss_sum``.
@@ -41,26 +47,37 @@ def measure_held_out(
         The loss in nats and its perplexity.
 
     Raises:
-        DataError: An example that cannot be used.
+        ConfigError: None of the examples can be used.
+        DataError: An example that cannot be used, beyond what the stream passes over.
     """
-    indices = range(processes.index, len(stream), processes.count)
+    rows = iter(stream.read_rows(range(processes.index, len(stream), processes.count)))
     loss_sum = torch.zeros((), device=processes.device)
-    target_tokens = 0
+    passed_over = stream.num_passed_over
+    counts: Counter[str] = Counter()
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(indices), batch_size):
-            rows = indices[start : start + batch_size]
-            batch = collate([stream[index] for index in rows])
-            target_tokens += batch.num_target_tokens
+        while read := list(islice(rows, batch_size)):
+            batch = collate(stream, [example for example in read if example is not None])
+            if batch is None:
+                continue
+            counts["examples"] += len(batch.keys)
+            counts["target_tokens"] += batch.num_target_tokens
+            counts.update(batch.counts)
             loss_sum += target_loss_sum(
                 model, batch.to(processes.device), chunk_tokens=chunk_tokens
             )
-    target_tokens = processes.sum_count(target_tokens)
+    counts["passed_over"] = stream.num_passed_over - passed_over
+    names = ("examples", "target_tokens", *COUNTS, "passed_over")
+    sums = processes.sum_counts([counts[name] for name in names])
+    num_examples, target_tokens, *cuts = sums
+    if not target_tokens:
+        raise ConfigError("no example of the held-out stream can be used; see its quarantine")
     loss = float(processes.sum_tensor(loss_sum)) / target_tokens
     return EvalRecord(
         step=step,
         loss=loss,
         perplexity=math.exp(min(loss, 700.0)),
         target_tokens=target_tokens,
-        examples=len(stream),
+        examples=num_examples,
+        counts={name: cut for name, cut in zip(names[2:], cuts, strict=True) if cut},
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,10 +70,30 @@ def list_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[
     """
     left, right = _flatten(saved), _flatten(here)
     return [
-        f"{name}: {left.get(name, 'nothing')} against {right.get(name, 'nothing')}"
+        f"{name}: {_show(left, name)} against {_show(right, name)}"
         for name in sorted(left.keys() | right.keys())
         if name not in left or name not in right or left[name] != right[name]
     ]
+
+
+def shorten_differences(differences: Sequence[str], limit: int = 8) -> str:
+    """Make a readable part of a sentence out of however many differences.
+
+    Args:
+        differences: From :func:`list_differences`.
+        limit: How many are told; the others are counted.
+
+    Returns:
+        The least nested ones, which tell most: the model's type before the shape of its
+        hundredth matrix.
+
+    Example:
+        >>> shorten_differences(["lora.r: 16 against 8", "seed: 0 against 1"], limit=1)
+        'seed: 0 against 1; and 1 more'
+    """
+    told = sorted(differences, key=lambda line: line.partition(":")[0].count("."))[:limit]
+    num_more = len(differences) - len(told)
+    return "; ".join([*told, *([f"and {num_more} more"] if num_more else [])])
 
 
 def portable_name(name: str | None) -> str | None:
@@ -128,3 +148,8 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{name}"] = value
     return flat
+
+
+def _show(flat: Mapping[str, Any], name: str, limit: int = 80) -> str:
+    text = str(flat.get(name, "nothing"))
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gemma_tuner.collators.batch import IGNORED, Batch
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.models.lora import unwrap_peft
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -55,11 +56,6 @@ def target_loss_sum(model: Module, batch: Batch, *, chunk_tokens: int) -> Tensor
     return FrozenHeadCrossEntropy.apply(
         predicting, head.weight, batch.target_ids, softcap, chunk_tokens
     )
-
-
-def unwrap_peft(model: Any) -> Any:
-    """The transformers model inside a PEFT wrapper (its adapters stay active), or the model."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class FrozenHeadCrossEntropy(torch.autograd.Function):

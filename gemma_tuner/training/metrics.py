@@ -39,7 +39,8 @@ class StepRecord:
         skipped_steps: Steps skipped since the run began because of a non-finite gradient.
         epoch: Passes over the data, fractions included.
         counts: What collating cut or split since the run began, by name (``cut_rows``,
-            ``cut_tokens``, ``split_clips``); only what is above 0.
+            ``cut_tokens``, ``split_clips``), and examples that were ``passed_over``; only what is
+            above 0.
     """
 
     step: int
@@ -67,6 +68,8 @@ class EvalRecord:
         perplexity: ``exp(loss)``.
         target_tokens: How many tokens the mean is over.
         examples: How many examples there were.
+        counts: What collating cut or split and what was passed over, by name; only what is
+            above 0.
     """
 
     step: int
@@ -74,6 +77,7 @@ class EvalRecord:
     perplexity: float
     target_tokens: int
     examples: int
+    counts: Mapping[str, int] = field(default_factory=dict)
 
 
 class JsonlLog:
@@ -260,6 +264,11 @@ class Progress:
         if self._bar is not None:
             self._bar.stop()
 
+    def advance(self, step: int) -> None:
+        """Move the live bar; where there is none, a line a record is enough."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step)
+
     def step(self, record: StepRecord) -> None:
         """Show a step's record."""
         text = _describe(record)
@@ -276,6 +285,7 @@ class Progress:
             f"step {record.step}/{self._total_steps}  held-out loss {record.loss:.4f}  "
             f"perplexity {record.perplexity:.2f}  ({record.target_tokens} target tokens, "
             f"{record.examples} examples)"
+            + "".join(f"  {name} {count}" for name, count in record.counts.items())
         )
 
     def message(self, text: str) -> None:

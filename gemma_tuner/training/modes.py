@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gemma_tuner.training.loss import unwrap_peft
+from gemma_tuner.models.lora import unwrap_peft
 
 
 def begin_training(model: Any, *, checkpointing: bool) -> None:

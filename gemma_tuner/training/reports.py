@@ -60,6 +60,10 @@ class Reports:
     ) -> None:
         self._stack.close()
 
+    def advance(self, step: int) -> None:
+        """Show that a step is done; nothing is read from the device."""
+        self._progress.advance(step)
+
     def step(self, record: StepRecord) -> None:
         """Report an optimizer step."""
         if self._log is not None:

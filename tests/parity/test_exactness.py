@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from gemma_tuner.collators.multimodal import MultimodalCollator
-from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
 from gemma_tuner.testing import FAMILIES, tiny_model
-from gemma_tuner.training.loss import target_loss_sum, unwrap_peft
+from gemma_tuner.training.loss import target_loss_sum
 from tests.examples import example, picture, sound
 
 WITH_AUDIO = {"gemma4-e2b", "gemma4-12b", "gemma3n"}

@@ -41,15 +41,33 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def test_there_is_an_example_for_each_modality():
-    assert len(EXAMPLES) == 3
-    assert all(len(example.strip().splitlines()) <= 9 for example in EXAMPLES)
+def run_example(index):
+    """Run an example on the tiny model, for one step."""
+    code = EXAMPLES[index].replace("google/gemma-4-E2B-it", "model").replace("=500", "=1")
+    namespace = {}
+    exec("import gemma_tuner as gt\n" + code, namespace)
+    return namespace
+
+
+def test_there_is_an_example_for_each_modality_and_one_for_the_adapter():
+    assert len(EXAMPLES) == 4
+    assert all(len(example.strip().splitlines()) <= 9 for example in EXAMPLES[:3])
 
 
 @pytest.mark.parametrize("index", range(3))
 def test_an_example_runs(index, workplace, monkeypatch):
     monkeypatch.chdir(workplace)
-    code = EXAMPLES[index].replace("google/gemma-4-E2B-it", "model").replace("=500", "=1")
-    namespace = {}
-    exec("import gemma_tuner as gt\n" + code, namespace)
-    assert (Path(namespace["config"].output_dir) / "adapter/adapter_model.safetensors").is_file()
+    config = run_example(index)["config"]
+    assert (Path(config.output_dir) / "adapter/adapter_model.safetensors").is_file()
+
+
+def test_an_adapter_answers_without_this_library(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    if not Path("runs/tickets/adapter").exists():
+        run_example(0)
+    assert "gemma_tuner" not in EXAMPLES[3]
+    namespace = run_example(3)
+    assert any("lora_A" in name for name, _ in namespace["model"].named_parameters())
+    answer = namespace["processor"].decode(namespace["answer"], skip_special_tokens=True)
+    assert capsys.readouterr().out == answer + "\n"
+    assert 1 <= len(namespace["answer"]) <= 200

@@ -130,6 +130,12 @@ def test_variants_begin_at_the_base_and_reload(variant, dtype, checkpoints, make
         torch.testing.assert_close(reloaded(**batch).logits, after, atol=0, rtol=0)
 
 
+def test_without_a_config_the_decoder_gets_rank_16():
+    model = add_lora(tiny_model("gemma4-e2b")[0])
+    assert {p.shape[0] for name, p in model.named_parameters() if "lora_A" in name} == {16}
+    assert adapted(model) == adapted(wrap(tiny_model("gemma4-e2b")[0]))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_text_run_reaches_no_tower_even_when_they_are_loaded(family, tmp_path):
     """The adapter's pattern, too, must not reach a tower that another model has."""
@@ -245,6 +251,22 @@ def test_one_set_of_adapters_only():
     ("settings", "message"),
     [
         ({"rank": 0}, "rank is 0"),
+        ({"rank": "16"}, r"rank is '16'; it must be a whole number"),
+        ({"rank": True}, "rank is True"),
+        ({"alpha": "32"}, "alpha is '32'"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"dropout": None}, "dropout is None"),
+        ({"seed": 0.5}, "seed is 0.5"),
+        ({"seed": -1}, "seed is -1"),
+        ({"targets": 3}, "targets is 3; it must be a tuple of strings"),
+        ({"targets": ("language", 3)}, "it must be a tuple of strings"),
+        ({"variant": ["lora"]}, r"variant is \['lora'\]"),
+        ({"layers": True}, "layers is True"),
+        ({"layers": "2"}, "layers is '2'"),
+        ({"r": 16}, "no setting 'r'; did you mean 'rank'"),
+        ({"lora_alpha": 16}, "no setting 'lora_alpha'; did you mean 'alpha'"),
+        ({"lora_dropout": 0.1}, "no setting 'lora_dropout'; did you mean 'dropout'"),
+        ({"target_modules": ["q_proj"]}, "'target_modules'; did you mean 'targets'"),
         ({"alpha": 0}, "alpha is 0"),
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"targets": "language"}, r"\('language',\)"),

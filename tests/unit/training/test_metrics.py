@@ -141,6 +141,15 @@ def test_disabled_progress_is_silent():
     assert show(enabled=False) == ""
 
 
+def test_a_bar_moves_between_records_and_a_pipe_stays_quiet():
+    bar, pipe = io.StringIO(), io.StringIO()
+    for file, settings in ((bar, {"force_terminal": True}), (pipe, {})):
+        with Progress(20, console=Console(file=file, **settings)) as progress:
+            progress.advance(7)
+    assert "7/20" in bar.getvalue()
+    assert pipe.getvalue() == ""
+
+
 def test_a_resumed_bar_starts_where_the_run_does():
     file = io.StringIO()
     with Progress(20, done_steps=15, console=Console(file=file, force_terminal=True)):

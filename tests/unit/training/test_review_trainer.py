@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from gemma_tuner.errors import CheckpointError, ConfigError, ResumeError
-from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
 from gemma_tuner.testing import tiny_model
 from gemma_tuner.training.feed import Prefetch, read_steps
-from gemma_tuner.training.loss import FrozenHeadCrossEntropy, target_loss_sum, unwrap_peft
+from gemma_tuner.training.loss import FrozenHeadCrossEntropy, target_loss_sum
 from gemma_tuner.training.reports import Reports
 from gemma_tuner.training.trainer import Trainer
 from tests.examples import example, picture, sound
@@ -190,7 +190,13 @@ def test_steps_leave_no_tensor_behind(tmp_path):
 
 def test_leaving_the_feed_early_ends_its_thread(tmp_path):
     trainer = build_trainer(tmp_path)
-    steps = read_steps(trainer.stream, trainer.collator, batch_size=1, num_micro_batches=1)
+    steps = read_steps(
+        trainer.stream,
+        lambda stream, examples: trainer.collator(examples),
+        batch_size=1,
+        num_micro_batches=1,
+        num_slots=100,
+    )
     with Prefetch(steps) as feed:
         next(iter(feed))
         time.sleep(0.3)  # the thread has filled the queue and waits

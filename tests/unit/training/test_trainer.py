@@ -1,15 +1,23 @@
 """The loop: what a step is, what is reported, and what stops it."""
 
 import json
+import re
 import signal
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gemma_tuner.collators.audio import AudioCollator
+from gemma_tuner.collators.image import ImageCollator
+from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.errors import ConfigError, DataError, DivergedError, ResumeError
+from gemma_tuner.models.lora import add_lora
+from gemma_tuner.testing import tiny_model
 from gemma_tuner.training.loss import FrozenHeadCrossEntropy
 from gemma_tuner.training.optim import clip_gradients, guarded_step
+from gemma_tuner.training.trainer import Trainer
 from tests.runs import build_trainer, read_trace
 
 
@@ -48,6 +56,40 @@ def test_the_log_has_every_step_and_the_held_out_loss(tmp_path):
     assert steps[-1]["epoch"] == pytest.approx(2.0)
     assert steps[-1]["learning_rate"] < steps[0]["learning_rate"]
     assert all(record["grad_norm"] > 0 and record["tokens"] > 0 for record in steps)
+
+
+@pytest.mark.parametrize("stop_after", [None, 1, 3])
+def test_the_first_and_the_last_step_are_logged_whatever_is_configured(tmp_path, stop_after):
+    trainer = build_trainer(tmp_path, log_every_steps=4, max_steps=6)
+    trainer.stop_after = stop_after
+    trainer.fit()
+    if stop_after is not None:
+        assert [record["step"] for record in read_trace(tmp_path)] == [1]
+        build_trainer(tmp_path, log_every_steps=4, max_steps=6).fit(resume=True)
+    assert [record["step"] for record in read_trace(tmp_path)] == [1, 4, 6]
+
+
+def test_the_bar_moves_with_each_step_and_not_with_each_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, to rich
+    trainer = build_trainer(tmp_path, log_every_steps=100, progress=True)
+    trainer.stop_after = 3
+    trainer.fit()
+    assert [record["step"] for record in read_trace(tmp_path)] == [1]
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", capsys.readouterr().err)
+    assert re.findall(r"step (\d)/5", shown)[-1] == "3"
+
+
+def test_a_checkpoint_is_due_every_hundred_steps_unless_configured(tmp_path):
+    def due(**settings):
+        ledger = build_trainer(tmp_path, max_steps=1000, **settings).ledger
+        steps = []
+        for ledger.step in range(1, 301):
+            steps += [ledger.step] if ledger.save_is_due else []
+        return steps
+
+    assert due() == [100, 200, 300]
+    assert due(save_every_steps=150) == [150, 300]
+    assert due(save_every_steps=None) == []
 
 
 def test_epochs_end_with_the_data(tmp_path):
@@ -171,6 +213,49 @@ def test_resuming_another_run_names_what_differs(tmp_path, changed, match):
         build_trainer(tmp_path, **changed).fit(resume=True)
 
 
+def test_many_changed_settings_are_shortened(tmp_path):
+    build_trainer(tmp_path, max_steps=1).fit()
+    changed = {
+        "batch_size": 1,
+        "gradient_accumulation": 1,
+        "learning_rate": 1.0,
+        "schedule": "linear",
+        "weight_decay": 0.5,
+        "betas": (0.5, 0.5),
+        "epsilon": 0.5,
+        "max_grad_norm": 5.0,
+        "seed": 5,
+        "warmup_steps": 2,
+    }
+    with pytest.raises(ResumeError, match=r"batch_size: 2 against 1;.*; and 2 more. Use the same"):
+        build_trainer(tmp_path, **changed).fit(resume=True)
+
+
+def test_a_checkpoint_of_an_older_version_resumes_exactly(tmp_path):
+    build_trainer(tmp_path / "old", dropout=0.1, max_steps=2, schedule="constant").fit()
+    folder = tmp_path / "old/run/checkpoints/step-00000002"
+    save_file({"cpu": torch.get_rng_state()}, folder / "rng.safetensors")
+    document = json.loads((folder / "trainer_state.json").read_text())
+    del document["config"]["device"]
+    (folder / "trainer_state.json").write_text(json.dumps(document))
+    resumed = build_trainer(tmp_path / "old", dropout=0.1, schedule="constant")
+    assert resumed.fit(resume=True).step == 5
+    assert not (tmp_path / "old/run/checkpoints/step-00000005/rng.safetensors").exists()
+    whole = build_trainer(tmp_path / "constant", dropout=0.1, schedule="constant")
+    whole.fit()
+    assert torch.equal(adapter(resumed), adapter(whole))
+
+
+def test_a_run_of_another_device_is_not_continued(tmp_path):
+    build_trainer(tmp_path, max_steps=1).fit()
+    path = tmp_path / "run/checkpoints/step-00000001/trainer_state.json"
+    document = json.loads(path.read_text())
+    document["config"]["device"] = "mps"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ResumeError, match="device: mps against cpu"):
+        build_trainer(tmp_path).fit(resume=True)
+
+
 def test_resume_without_a_checkpoint_begins(tmp_path):
     assert build_trainer(tmp_path, max_steps=1).fit(resume=True).step == 1
 
@@ -198,19 +283,78 @@ def test_settings_and_state_hold_no_path_of_the_user(tmp_path):
     assert state["step"] == 1
 
 
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A trainer whose arguments are given to others, some of them changed."""
+    trainer = build_trainer(tmp_path_factory.mktemp("parts"))
+    names = ("model", "stream", "collator", "config", "eval_stream")
+    return {name: getattr(trainer, name) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "says"),
+    [
+        ("model", torch.nn.Linear(2, 2), r"^model is a Linear; .*add_lora\(model\)"),
+        ("model", (1, 2), r"^model is a tuple; wrap what load_model returns"),
+        ("collator", print, r"^collator is a builtin_function_or_method; give TextCollator\("),
+        ("config", {"max_steps": 1}, r"^config is a dict; give TrainConfig\(max_steps"),
+        (
+            "stream",
+            ["Rosebud"],
+            r"^stream is a list, .*no state_dict, load_state_dict; .*stream_l",
+        ),
+        ("stream", "rows.jsonl", r"^stream is a str, .*stream_local"),
+        ("stream", None, r"^stream is a NoneType, "),
+        ("eval_stream", ["Rosebud"], r"^eval_stream is a list, "),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused_with_the_remedy(parts, name, given, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        Trainer(**{**parts, name: given})
+    assert "Rosebud" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "other", "says"),
+    [
+        (
+            "gemma4-e2b",
+            "gemma3n",
+            r"model is Gemma 4 \(gemma4\), .* of Gemma 3n \(gemma3n\); give",
+        ),
+        (
+            "gemma3n",
+            "gemma4-e2b",
+            r"model is Gemma 3n \(gemma3n\), .* of Gemma 4 \(gemma4\); give",
+        ),
+        ("gemma4-12b", "gemma4-31b", r"\(gemma4_unified\), .*processor is of Gemma 4 \(gemma4\)"),
+    ],
+)
+def test_a_processor_of_another_family_is_refused(parts, family, other, says):
+    model, collator = add_lora(tiny_model(family)[0]), TextCollator(tiny_model(other)[1])
+    with pytest.raises(ConfigError, match=says + r".* that load_model returned together"):
+        Trainer(model, parts["stream"], collator, parts["config"])
+
+
+def test_a_collator_for_media_that_the_model_has_no_part_for_is_refused(parts):
+    model, processor = tiny_model("gemma4-31b")  # it has no audio part
+    model = add_lora(model)
+    Trainer(model, parts["stream"], ImageCollator(processor), parts["config"])
+    says = r"AudioCollator is for audio, .*\(it has text, image\); load it with .*'audio'\)"
+    with pytest.raises(ConfigError, match=says):
+        Trainer(model, parts["stream"], AudioCollator(processor), parts["config"])
+
+
 def test_media_without_a_tower_is_refused_with_the_remedy(tmp_path):
     from gemma_tuner.collators.multimodal import MultimodalCollator
     from gemma_tuner.models.loading import load_model
-    from gemma_tuner.models.lora import LoraConfig, add_lora
-    from gemma_tuner.testing import tiny_model
-    from gemma_tuner.training.trainer import Trainer
 
     for part in tiny_model("gemma4-e2b"):
         part.save_pretrained(tmp_path / "base")
     model, processor = load_model(tmp_path / "base", device="cpu")
     images = build_trainer(tmp_path, modality="image")
     trainer = Trainer(
-        add_lora(model, LoraConfig(rank=2)),
+        add_lora(model),
         images.stream,
         MultimodalCollator(processor),
         images.config,

@@ -1,0 +1,80 @@
+"""Whether a model, data, a collator and settings can train together, told before anything runs."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+
+from gemma_tuner.collators.text import TextCollator
+from gemma_tuner.errors import ConfigError
+from gemma_tuner.models.families import family_of, loaded_modalities
+from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.records import Audio, Image
+from gemma_tuner.training.config import TrainConfig
+
+_MODALITIES = {Image: "image", Audio: "audio"}
+
+
+def check_kinds(
+    model: object, stream: object, collator: object, config: object, eval_stream: object
+) -> None:
+    """Refuse arguments of the trainer that are something else.
+
+    Args:
+        model: From ``add_lora``.
+        stream: Something with the methods of an ``ExampleStream``, and at least one example.
+        collator: A ``TextCollator`` or one of its kin.
+        config: A ``TrainConfig``.
+        eval_stream: Like ``stream``, or None.
+
+    Raises:
+        ConfigError: One that is not; it names what was given and how to make the right one.
+    """
+    for name, given, kind, remedy in (
+        ("model", model, PeftModel, "wrap what load_model returns first: add_lora(model)"),
+        ("collator", collator, TextCollator, "give TextCollator(processor) or one of its kin"),
+        ("config", config, TrainConfig, "give TrainConfig(max_steps=...)"),
+    ):
+        if not isinstance(given, kind):
+            raise ConfigError(f"{name} is a {type(given).__name__}; {remedy}")
+    for name, given in (("stream", stream), ("eval_stream", eval_stream)):
+        if name == "eval_stream" and given is None:
+            continue
+        needed = ("__iter__", "__len__", "__getitem__", "state_dict", "load_state_dict")
+        missing = [method for method in needed if not hasattr(given, method)]
+        if missing:
+            raise ConfigError(
+                f"{name} is a {type(given).__name__}, which has no {', '.join(missing)}; make a "
+                "stream that can be resumed, such as stream_local(paths) returns"
+            )
+        if len(given) == 0:  # pyright: ignore[reportArgumentType]
+            raise ConfigError(f"{name} has no examples; check what it reads")
+
+
+def check_collator(model: PeftModel, collator: TextCollator) -> None:
+    """Refuse a collator whose prompts or media are not for this model.
+
+    Args:
+        model: From ``add_lora``.
+        collator: What makes its batches.
+
+    Raises:
+        ConfigError: Its processor is of another family, or it is for one kind of media and the
+            model has no part for that.
+        CheckpointError: A model of no family that this library knows.
+    """
+    gemma = unwrap_peft(model)
+    family = family_of(gemma.config)
+    if collator.family.model_type != family.model_type:
+        raise ConfigError(
+            f"the model is {family.name} ({family.model_type}), but the collator's processor is "
+            f"of {collator.family.name} ({collator.family.model_type}); give the collator the "
+            "processor that load_model returned together with the model"
+        )
+    takes = [_MODALITIES[kind] for kind in collator.media_types]
+    # One for all media serves data of text alone as well; one for a single kind says what comes.
+    if len(takes) == 1 and takes[0] not in (has := loaded_modalities(gemma)):
+        raise ConfigError(
+            f"{type(collator).__name__} is for {takes[0]}, but the model has no part for that (it "
+            f"has {', '.join(has)}); load it with load_model(..., modalities=('text', "
+            f"'{takes[0]}')) if its checkpoint offers it, or use TextCollator"
+        )

@@ -1,0 +1,286 @@
+"""A run's books: what it has done, what is due after a step, and what of it is saved."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gemma_tuner.device import memory_used_bytes
+from gemma_tuner.errors import ConfigError, DivergedError, ResumeError
+from gemma_tuner.training.checkpoint import (
+    TrainerState,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from gemma_tuner.training.config import TrainConfig
+from gemma_tuner.training.feed import StepInput, Stream
+from gemma_tuner.training.identity import list_differences, shorten_differences
+from gemma_tuner.training.metrics import StepRecord
+from gemma_tuner.training.optim import NonfiniteGuard
+from gemma_tuner.training.processes import Processes
+from gemma_tuner.training.reports import Reports
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class Ledger:
+    """Count what a run does, say what is due, save it, and take it up where it was saved.
+
+    Args:
+        config: The settings.
+        model: Its adapter is saved and read back.
+        optimizer: Its moments are saved and read back.
+        stream: Where examples come from; its length is an epoch's.
+        processes: The processes of the run.
+
+    Attributes:
+        step: Optimizer steps done.
+        num_slots: Slots of the stream read, over all processes; likewise the tokens.
+        num_tokens: Tokens read: prompts, media and targets, no padding.
+        num_target_tokens: Tokens trained on.
+        counts: What collating cut or split and what was passed over, by name.
+        guard: Steps that were skipped.
+        held_out_step: When the held-out loss was measured last; None before the first time.
+        stream_state: What resumes the stream after this step.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: PeftModel,
+        optimizer: torch.optim.Optimizer,
+        stream: Stream,
+        processes: Processes,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._optimizer = optimizer
+        self._stream = stream
+        self._processes = processes
+        self.step = 0
+        self.num_slots = 0
+        self.num_tokens = 0
+        self.num_target_tokens = 0
+        self.counts: Counter[str] = Counter()
+        self.guard = NonfiniteGuard(processes.device)
+        self.held_out_step: int | None = None
+        stream.read_slots()  # an epoch begun elsewhere is left: this run reads whole ones
+        self.stream_state = stream.state_dict()
+        self._settings: dict[str, Any] = {}  # what a resumed run must share, known once it begins
+        self._saved: tuple[int, int | None] | None = None  # what the newest checkpoint holds
+
+    # --- what is left, and what is due -------------------------------------------------------
+
+    @property
+    def slots_per_step(self) -> int:
+        """Slots of the stream in one optimizer step, over all processes."""
+        config = self._config
+        return config.batch_size * config.gradient_accumulation * self._processes.count
+
+    @property
+    def remaining_slots(self) -> int:
+        """Slots of the stream that are left to train on."""
+        if self._config.max_steps is not None:
+            return max(0, self._config.max_steps - self.step) * self.slots_per_step
+        return max(0, (self._config.epochs or 0) * len(self._stream) - self.num_slots)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; the last may have fewer examples."""
+        return self.step + math.ceil(self.remaining_slots / self.slots_per_step)
+
+    @property
+    def log_is_due(self) -> bool:
+        """Whether this step is logged: the first, the last, and as configured."""
+        return self.step in (1, self.total_steps) or self._is_every(self._config.log_every_steps)
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether to measure: before the first step, after the last, and as configured.
+
+        What a resumed run measured before it was stopped is in its log already.
+        """
+        is_due = self.step in (0, self.total_steps)
+        is_due |= self._is_every(self._config.eval_every_steps)
+        return is_due and self.step != self.held_out_step
+
+    @property
+    def save_is_due(self) -> bool:
+        """Whether a checkpoint is due between steps; the end saves one in any case."""
+        return self._is_every(self._config.save_every_steps)
+
+    def _is_every(self, every_steps: int | None) -> bool:
+        return every_steps is not None and self.step % every_steps == 0
+
+    # --- counting and logging ----------------------------------------------------------------
+
+    def count_step(
+        self, step_input: StepInput, num_tokens: int, num_target_tokens: int, counts: Counter[str]
+    ) -> None:
+        """Enter an optimizer step: from here on it is done, and what is saved says so.
+
+        Args:
+            step_input: What the step consumed.
+            num_tokens: Its tokens over all processes; likewise the next two.
+            num_target_tokens: Tokens trained on.
+            counts: What collating cut or split, and what was passed over.
+        """
+        self.step += 1
+        self.num_slots += step_input.num_slots
+        self.num_tokens += num_tokens
+        self.num_target_tokens += num_target_tokens
+        self.counts.update(counts)
+        self.stream_state = step_input.stream_state
+
+    def log_step(self, loss: Tensor, grad_norm: Tensor, reports: Reports) -> None:
+        """Report this step; waits for the device.
+
+        Args:
+            loss: ``[]`` float32, its mean loss.
+            grad_norm: ``[]`` float32, before clipping.
+            reports: Where it goes.
+
+        Raises:
+            DivergedError: Too many consecutive steps with non-finite gradients.
+        """
+        # The step's only read-back: four numbers in one transfer.
+        values = torch.stack([loss, grad_norm, self.guard.total, self.guard.consecutive])
+        loss_value, grad_norm_value, skipped, consecutive = values.tolist()
+        tokens_per_second, targets_per_second, data_wait_seconds = reports.read_clock(
+            self.num_tokens, self.num_target_tokens
+        )
+        record = StepRecord(
+            step=self.step,
+            loss=loss_value,
+            learning_rate=self._optimizer.param_groups[0]["lr"],
+            grad_norm=grad_norm_value,
+            tokens=self.num_tokens,
+            target_tokens=self.num_target_tokens,
+            tokens_per_second=tokens_per_second,
+            target_tokens_per_second=targets_per_second,
+            data_wait_seconds=data_wait_seconds,
+            memory_bytes=memory_used_bytes(self._processes.device),
+            skipped_steps=int(skipped),
+            epoch=self.num_slots / len(self._stream),
+            counts={name: count for name, count in self.counts.items() if count},
+        )
+        reports.step(record)
+        if consecutive >= self._config.max_nonfinite_steps:
+            raise DivergedError(
+                f"the last {int(consecutive)} steps up to step {self.step} had an infinite or "
+                "undefined gradient and were skipped; lower the learning rate (now "
+                f"{self._config.learning_rate}) or look for damaged media in the data"
+            )
+
+    # --- saving, and going on from there -----------------------------------------------------
+
+    def begin(self, collator: Mapping[str, Any], *, resume: bool) -> None:
+        """Take up the run in ``output_dir``, or begin one there.
+
+        Args:
+            collator: The collator's settings, which a resumed run must share.
+            resume: Whether to continue from the newest checkpoint, if there is one.
+
+        Raises:
+            ConfigError: ``output_dir`` holds a run and ``resume`` is False.
+            ResumeError: The checkpoint is of another model, data or configuration.
+            CheckpointError: It is damaged.
+        """
+        self._settings = {
+            **self._config.fixed_settings(),
+            "num_processes": self._processes.count,
+            "device": self._processes.device.type,
+            "collator": dict(collator),
+        }
+        checkpoint = latest_checkpoint(self._config.output_dir)
+        if checkpoint is not None and not resume:
+            raise ConfigError(
+                f"output_dir {Path(self._config.output_dir).resolve().name!r} already holds a run "
+                f"({checkpoint.name}); continue it with fit(resume=True), or choose another folder"
+            )
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        else:
+            # An attempt that ended in an error has read further, and may have steps in memory
+            # that a full disk did not take.
+            self._stream.load_state_dict(self.stream_state)
+            if self.step == 0:
+                self.held_out_step = None
+        if self._processes.sum_count(self.step) != self.step * self._processes.count:
+            raise ResumeError(
+                f"process {self._processes.index} is at step {self.step} and others are not; "
+                "output_dir must be one folder that all processes share"
+            )
+
+    def _resume(self, checkpoint: Path) -> None:
+        def check(state: TrainerState) -> None:
+            # Older checkpoints do not name their device.
+            saved = {"device": self._settings["device"], **state.config}
+            if differences := list_differences(saved, self._settings):
+                raise ResumeError(
+                    f"{checkpoint.name} was saved with other settings; saved there against here: "
+                    f"{shorten_differences(differences)}. Use the same settings, or start a new "
+                    "run in another output_dir"
+                )
+            self._stream.load_state_dict(dict(state.stream))
+
+        state = load_checkpoint(checkpoint, self._model, self._optimizer, check=check)
+        self.stream_state = dict(state.stream)
+        self.step = state.step
+        self.num_slots = state.totals["slots"]
+        self.num_tokens = state.totals["tokens"]
+        self.num_target_tokens = state.totals["target_tokens"]
+        self.counts = Counter(state.totals["counts"])
+        self.held_out_step = state.totals["held_out_step"]
+        self._saved = (self.step, self.held_out_step)
+        self.guard = NonfiniteGuard(
+            self._processes.device,
+            state.totals["skipped_steps"],
+            state.totals["consecutive_skipped_steps"],
+        )
+
+    def save(self, reports: Reports) -> None:
+        """Write a checkpoint, unless the newest one holds all of this already.
+
+        Args:
+            reports: Where it is reported.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        if self.step == 0 or self._saved == (self.step, self.held_out_step):
+            return
+        if self._processes.is_main:
+            skipped, consecutive = torch.stack([self.guard.total, self.guard.consecutive]).tolist()
+            state = TrainerState(
+                step=self.step,
+                stream=self.stream_state,
+                config=self._settings,
+                totals={
+                    "slots": self.num_slots,
+                    "tokens": self.num_tokens,
+                    "target_tokens": self.num_target_tokens,
+                    "counts": dict(self.counts),
+                    "skipped_steps": int(skipped),
+                    "consecutive_skipped_steps": int(consecutive),
+                    "held_out_step": self.held_out_step,
+                },
+            )
+            path = save_checkpoint(
+                self._config.output_dir,
+                state,
+                self._model,
+                self._optimizer,
+                keep=self._config.keep_checkpoints,
+            )
+            reports.event(self.step, "saved", f"saved {path.name}")
+        self._saved = (self.step, self.held_out_step)
+        reports.restart_clock(self.num_tokens, self.num_target_tokens)
