@@ -1,14 +1,15 @@
 """Example, Turn and media parts: one training example before any tensor.
 
-An example is a conversation or a plain document. Media parts hold where the media is (a path or
-URI), its encoded bytes, or its decoded form; :mod:`gemma_tuner.media` moves them from one to the
-next, so a part keeps its place in the conversation whatever state it is in.
+An example is a conversation or a plain document. Media parts hold where the media is (a path, a
+URI, or a stored object pinned to one version), its encoded bytes, or its decoded form;
+:mod:`gemma_tuner.streaming` fetches and :mod:`gemma_tuner.media` decodes, so a part keeps its
+place in the conversation whatever state it is in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from gemma_tuner.errors import DataError
@@ -29,10 +30,30 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class StoredObject:
+    """Bytes that are kept elsewhere, pinned to what they were when they were found.
+
+    Args:
+        uri: ``gs://bucket/name``; for a part of a local file, its path.
+        generation: The object's version in its bucket; None where none is known.
+        num_bytes: How many bytes these are; None where it is not known.
+        crc32c: Castagnoli checksum of the whole object as it is stored; None where it is not
+            known, and for a part.
+        start: Where in the object a part begins; None for the whole object.
+    """
+
+    uri: str
+    generation: int | None = None
+    num_bytes: int | None = None
+    crc32c: int | None = None
+    start: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Image:
     """A picture within a turn: a local path or URI, encoded bytes, or decoded RGB pixels."""
 
-    source: str | bytes | PIL.Image.Image
+    source: str | bytes | StoredObject | PIL.Image.Image
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +61,12 @@ class Audio:
     """A sound within a turn: a local path or URI, encoded bytes, or decoded samples.
 
     Args:
-        source: A path, encoded bytes, or float samples ``[frames]`` or ``[frames, channels]``.
+        source: A path or URI, a stored object, encoded bytes, or float samples ``[frames]`` or
+            ``[frames, channels]``.
         sample_rate_hz: The rate of decoded samples; None while ``source`` is encoded.
     """
 
-    source: str | bytes | numpy.ndarray
+    source: str | bytes | StoredObject | numpy.ndarray
     sample_rate_hz: int | None = None
 
 
@@ -100,9 +122,23 @@ class Example:
                 key=self.key,
             )
 
+    def replace_media(self, replacement: Callable[[Image | Audio], Image | Audio]) -> Example:
+        """Return the example with each media part replaced; itself where none is another."""
+        turns = tuple(_replace_media(turn, replacement) for turn in self.turns)
+        is_same = all(new is old for new, old in zip(turns, self.turns, strict=True))
+        return self if is_same else replace(self, turns=turns)
+
     @property
     def media(self) -> Iterator[Image | Audio]:
         """The media parts of all turns in reading order."""
         return (
             part for turn in self.turns for part in turn.parts if isinstance(part, Image | Audio)
         )
+
+
+def _replace_media(turn: Turn, replacement: Callable[[Image | Audio], Image | Audio]) -> Turn:
+    parts = tuple(
+        replacement(part) if isinstance(part, Image | Audio) else part for part in turn.parts
+    )
+    is_same = all(new is old for new, old in zip(parts, turn.parts, strict=True))
+    return turn if is_same else replace(turn, parts=parts)

@@ -55,18 +55,20 @@ class AudioCollator(TextCollator):
 
         def fit(part: Part) -> tuple[Part, ...]:
             nonlocal split_clips
-            if not isinstance(part, Audio) or len(part.source) <= max_frames:
+            if not isinstance(part, Audio):
+                return (part,)
+            samples = np.asarray(part.source)  # decoded: that is what this class is given
+            if len(samples) <= max_frames:
                 return (part,)
             if self.long_audio == "error":
                 raise DataError(
-                    f"a clip of {len(part.source) / SAMPLE_RATE_HZ:.1f} seconds is longer than "
+                    f"a clip of {len(samples) / SAMPLE_RATE_HZ:.1f} seconds is longer than "
                     f"max_seconds={self.max_seconds}; cut the recording together with its "
                     "transcript, or set long_audio='split'",
                     key=example.key,
                 )
             split_clips += 1
-            num_pieces = -(-len(part.source) // max_frames)
-            pieces = np.array_split(np.asarray(part.source), num_pieces)
+            pieces = np.array_split(samples, -(-len(samples) // max_frames))
             return tuple(replace(part, source=piece) for piece in pieces)
 
         turns = tuple(

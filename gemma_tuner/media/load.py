@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from gemma_tuner.media.audio import SAMPLE_RATE_HZ, decode_audio
 from gemma_tuner.media.encoded import read_uri_scheme
 from gemma_tuner.media.image import decode_image
-from gemma_tuner.records import Audio, Example, Image, Part, Turn
-
-Source = TypeVar("Source")
+from gemma_tuner.records import Audio, Example, Image
 
 
 def load_media(example: Example, *, root: Path | None = None) -> Example:
@@ -28,32 +25,19 @@ def load_media(example: Example, *, root: Path | None = None) -> Example:
     Raises:
         DataError: A part that cannot be decoded, or a URI: nothing is fetched here.
     """
-    turns = tuple(_load_turn(turn, example.key, root) for turn in example.turns)
-    if all(new is old for new, old in zip(turns, example.turns, strict=True)):
-        return example
-    return replace(example, turns=turns)
 
-
-def _load_turn(turn: Turn, key: str, root: Path | None) -> Turn:
-    parts = tuple(_load_part(part, key, root) for part in turn.parts)
-    if all(new is old for new, old in zip(parts, turn.parts, strict=True)):
-        return turn
-    return replace(turn, parts=parts)
-
-
-def _load_part(part: Part, key: str, root: Path | None) -> Part:
-    if isinstance(part, Image):
-        picture = decode_image(_resolve(part.source, root), key=key)
-        return part if picture is part.source else Image(picture)
-    if isinstance(part, Audio):
-        samples = decode_audio(
-            _resolve(part.source, root), key=key, sample_rate_hz=part.sample_rate_hz
-        )
+    def load(part: Image | Audio) -> Image | Audio:
+        source = _resolve(part.source, root)
+        if isinstance(part, Image):
+            picture = decode_image(source, key=example.key)
+            return part if picture is part.source else Image(picture)
+        samples = decode_audio(source, key=example.key, sample_rate_hz=part.sample_rate_hz)
         return part if samples is part.source else Audio(samples, SAMPLE_RATE_HZ)
-    return part
+
+    return example.replace_media(load)
 
 
-def _resolve(source: Source, root: Path | None) -> Source | Path:
+def _resolve(source: Any, root: Path | None) -> Any:
     """Place a relative path under ``root``; leave URIs and everything else as they are."""
     if root is None or not isinstance(source, str) or read_uri_scheme(source) is not None:
         return source

@@ -1,6 +1,7 @@
-"""Rows of local files, one at a time: JSON lines, CSV, Parquet, and media with captions.
+"""Rows of files, one at a time: JSON lines, CSV and Parquet, wherever the files lie.
 
-Every reader holds one row, one Parquet batch, or one ``.json`` array at most.
+Every reader holds one row, one Parquet batch, or one ``.json`` array at most. What is wrong with
+one row is handed out in its place; what is wrong with a file is raised.
 """
 
 from __future__ import annotations
@@ -10,24 +11,82 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import pyarrow
 import pyarrow.parquet
 
 from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.columns import Columns
 from gemma_tuner.sources.messages import describe_type, parse_json
 
-Format = Literal["jsonl", "csv", "parquet", "captions"]
+RowFormat = Literal["jsonl", "csv", "parquet"]
+"""What a file of rows holds."""
+Format = RowFormat | Literal["webdataset", "captions"]
+"""What a data file holds: rows, samples in a tar, or a picture or sound with a text beside it."""
 
 PEEKED_ROWS = 1000
 """JSON lines name their columns row by row: this many rows of each file decide what there is."""
 _PARQUET_ROWS = 64  # small, as rows may hold media
-_CAPTION_COLUMNS = ("file_name", "text")
+_GZIP_MAGIC = b"\x1f\x8b"  # by content: an object may be stored zipped under a plain name
+
+
+class DataFile(Protocol):
+    """A file of rows or samples."""
+
+    @property
+    def name(self) -> str:
+        """What origins call it: its path from the data's root."""
+        ...
+
+    @property
+    def folder(self) -> str | Path:
+        """Where relative paths in it start: a folder, or a URI ending in a slash."""
+        ...
+
+    def open(self) -> BinaryIO:
+        """Open it for reading from its first byte; seekable, to be closed by the caller.
+
+        Raises:
+            OSError: It cannot be opened.
+            SourceError: The same, of a file that is not local.
+        """
+        ...
+
+    def cut(self, start: int, num_bytes: int) -> StoredObject:
+        """Return a part of it, as examples refer to it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFile:
+    """A data file on this machine.
+
+    Args:
+        path: Where it is.
+        name: Its path from the data's root.
+    """
+
+    path: Path
+    name: str
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths in it start."""
+        return self.path.parent
+
+    def open(self) -> BinaryIO:
+        """Open it for reading from its first byte."""
+        return self.path.open("rb")
+
+    def cut(self, start: int, num_bytes: int) -> StoredObject:
+        """Return a part of it, as examples refer to it: by its path from the data's root."""
+        return StoredObject(self.name, num_bytes=num_bytes, start=start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +94,18 @@ class Row:
     """One row as it stands in a file.
 
     Args:
-        origin: The file, relative to the data's root, and the row's number from 1: the line of
-            JSON lines, the record below the header of CSV, the row of Parquet.
-        values: By column.
-        folder: Where the row's relative paths start.
+        origin: The file's name and the row's number from 1: the line of JSON lines, the record
+            below the header of CSV, the row of Parquet.
+        values: By column, or what is wrong with the row.
+        folder: Where the row's relative paths start: a folder, or a URI ending in a slash.
     """
 
     origin: str
-    values: Mapping[str, Any]
-    folder: Path
+    values: Mapping[str, Any] | DataError
+    folder: str | Path = ""
 
 
-def list_columns(files: Sequence[Path], file_format: Format) -> list[str]:
+def list_columns(files: Sequence[DataFile], file_format: RowFormat) -> list[str]:
     """List the columns of all files, in the order in which they appear.
 
     Args:
@@ -58,179 +117,194 @@ def list_columns(files: Sequence[Path], file_format: Format) -> list[str]:
         :data:`PEEKED_ROWS` rows of each file.
 
     Raises:
-        DataError: The first row is no JSON object.
-        SourceError: A file that cannot be read.
+        DataError: The first row of all is no JSON object.
+        SourceError: A file that cannot be read, or no columns.
     """
-    if file_format == "captions":
-        return list(_CAPTION_COLUMNS)
     names: dict[str, None] = {}
-    for path in files:
+    for file in files:
         if file_format == "parquet":
-            with _open_parquet(path) as file:
-                names.update(dict.fromkeys(file.schema_arrow.names))
+            with _open_parquet(file) as table:
+                names.update(dict.fromkeys(table.schema_arrow.names))
         elif file_format == "csv":
-            names.update(dict.fromkeys(next(_read_csv(path), (0, {}))[1]))
+            names.update(dict.fromkeys(_read_header(file)))
         else:
-            try:
-                for _, values in islice(_read_json(path, path.name), PEEKED_ROWS):
+            for _, values in islice(_read_json(file), PEEKED_ROWS):
+                if not isinstance(values, DataError):
                     names.update(dict.fromkeys(values))
-            except DataError:
-                if not names:
-                    raise
-                # Reading the rows meets it again, and can say how many were fine before.
+                elif not names:
+                    raise values
     if not names:
-        raise SourceError(f"{files[0].name!r} holds no rows")
+        raise SourceError(f"{_last(files[0])!r} holds no rows")
     return list(names)
 
 
 def read_rows(
-    files: Sequence[Path],
-    file_format: Format,
-    root: Path,
-    columns: Columns,
-) -> Iterator[Row]:
-    """Read the rows of all files.
+    file: DataFile, file_format: RowFormat, columns: Columns
+) -> Iterator[tuple[int, Mapping[str, Any] | DataError]]:
+    """Read the rows of a file.
 
     Args:
-        files: The data files, in order.
-        file_format: What they hold.
-        root: The folder that origins are relative to.
+        file: The data file.
+        file_format: What it holds.
         columns: Which columns are needed; Parquet reads no other.
 
-    Yields:
-        Each row.
+    Returns:
+        The number of each row, from 1, and its values by column, or what is wrong with it.
 
     Raises:
-        DataError: A row that cannot be read.
-        SourceError: A file that cannot be read.
+        SourceError: The file cannot be read, or not to its end.
     """
-    needed = set(columns.names.values())
-    for path in files:
-        name = path.relative_to(root).as_posix()
-        if file_format == "captions":
-            yield _read_caption(path, name)
-            continue
-        if file_format == "parquet":
-            rows = _read_parquet(path, needed)
-        elif file_format == "csv":
-            rows = _read_csv(path, name)
-        else:
-            rows = _read_json(path, name)
-        for number, values in rows:
-            yield Row(f"{name}:{number}", values, path.parent)
+    if file_format == "parquet":
+        return _read_parquet(file, set(columns.names.values()))
+    return _read_csv(file) if file_format == "csv" else _read_json(file)
 
 
-def _read_json(path: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    may_be_array = path.name.lower().removesuffix(".gz").endswith(".json")
-    for number, line in _read_lines(path):
+def read_text(file: DataFile) -> str:
+    """Read a whole text file.
+
+    Args:
+        file: UTF-8, with or without a byte order mark.
+
+    Returns:
+        Its text.
+
+    Raises:
+        SourceError: It cannot be read, or is not UTF-8.
+    """
+    return "".join(line for _, line in _read_lines(file))
+
+
+def _last(file: DataFile) -> str:
+    return file.name.rpartition("/")[2]
+
+
+def _read_json(file: DataFile) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    may_be_array = file.name.lower().removesuffix(".gz").endswith(".json")
+    for number, line in _read_lines(file):
         if may_be_array and line.lstrip().startswith("["):
-            yield from _read_array(path, name)
+            yield from _read_array(file)
             return
         if line.strip():
             may_be_array = False
-            row = parse_json(line, "the line", key=f"{name}:{number}")
-            yield number, _check_object(row, name, number)
+            try:
+                row = parse_json(line, "the line", key=f"{file.name}:{number}")
+            except DataError as error:
+                yield number, error
+            else:
+                yield number, _check_object(row, file, number)
 
 
-def _read_array(path: Path, name: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_array(file: DataFile) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     try:
-        rows = json.loads("".join(line for _, line in _read_lines(path)))
+        rows = json.loads(read_text(file))
     except (ValueError, RecursionError):
-        raise SourceError(f"{name!r} begins like a JSON array and is not valid JSON") from None
+        raise SourceError(
+            f"{_last(file)!r} begins like a JSON array and is not valid JSON"
+        ) from None
     for number, row in enumerate(rows, 1):
-        yield number, _check_object(row, name, number)
+        yield number, _check_object(row, file, number)
 
 
-def _check_object(value: Any, name: str, number: int) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(
-            f"the row is {describe_type(value)} and not an object of columns",
-            key=f"{name}:{number}",
-        )
-    return value
+def _check_object(value: Any, file: DataFile, number: int) -> dict[str, Any] | DataError:
+    if isinstance(value, dict):
+        return value
+    return DataError(
+        f"the row is {describe_type(value)} and not an object of columns",
+        key=f"{file.name}:{number}",
+    )
 
 
-def _read_csv(path: Path, name: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_header(file: DataFile) -> list[str]:
+    for _, fields in _read_fields(file):
+        return fields
+    return []
+
+
+def _read_csv(file: DataFile) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    fields_by_number = _read_fields(file)
+    _, header = next(fields_by_number)
+    for number, fields in fields_by_number:
+        if len(fields) == len(header):
+            yield number, dict(zip(header, fields, strict=True))
+        else:
+            yield (
+                number,
+                DataError(
+                    f"it has {len(fields)} fields and the header {len(header)}; put quotes around "
+                    "fields that hold commas or line breaks",
+                    key=f"{file.name}:{number}",
+                ),
+            )
+
+
+def _read_fields(file: DataFile) -> Iterator[tuple[int, list[str]]]:
+    """Read the header of a CSV file as number 0, then its records."""
     # The limit is the csv module's own, for all its readers: 131,072 characters unless raised.
     csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
-    lines = _read_lines(path)
-    reader = csv.reader((line for _, line in lines), strict=True)
+    reader = csv.reader((line for _, line in _read_lines(file)), strict=True)
     try:
         header = next(reader, None)
         if not header:
-            raise SourceError(f"{path.name!r} has no header; name the columns in its first line")
+            raise SourceError(f"{_last(file)!r} has no header; name the columns in its first line")
         if len(set(header)) < len(header):
             double = next(column for column in header if header.count(column) > 1)
-            raise SourceError(f"{path.name!r} names the column {double!r} twice; rename one")
-        if not name:  # the header is all that was asked for
-            yield 0, dict.fromkeys(header)
-            return
-        for number, fields in enumerate((fields for fields in reader if fields), 1):
-            if len(fields) != len(header):
-                raise DataError(
-                    f"it has {len(fields)} fields and the header {len(header)}; put quotes around "
-                    "fields that hold commas or line breaks",
-                    key=f"{name}:{number}",
-                )
-            yield number, dict(zip(header, fields, strict=True))
+            raise SourceError(f"{_last(file)!r} names the column {double!r} twice; rename one")
+        yield 0, header
+        yield from enumerate((fields for fields in reader if fields), 1)
     except csv.Error as error:
         raise SourceError(
-            f"{path.name!r} is not valid CSV at line {reader.line_num} ({error})"
+            f"{_last(file)!r} is not valid CSV at line {reader.line_num} ({error})"
         ) from error
 
 
-def _read_parquet(path: Path, needed: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _open_parquet(path) as file:
-        names = [name for name in file.schema_arrow.names if name in needed]
+def _read_parquet(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    with _open_parquet(file) as table:
+        names = [name for name in table.schema_arrow.names if name in needed]
         number = 0
         try:
-            for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=names):
+            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=names):
                 for values in batch.to_pylist():
                     number += 1
                     yield number, values
         except (pyarrow.ArrowException, OSError) as error:
             raise SourceError(
-                f"{path.name!r} is damaged after row {number:,} ({type(error).__name__}); write "
+                f"{_last(file)!r} is damaged after row {number:,} ({type(error).__name__}); write "
                 "or fetch it again"
             ) from None
 
 
-def _open_parquet(path: Path) -> pyarrow.parquet.ParquetFile:
-    try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise SourceError(
-            f"{path.name!r} cannot be read as Parquet ({type(error).__name__}); write or fetch it "
-            "again"
-        ) from None  # whose message holds the path
+@contextmanager
+def _open_parquet(file: DataFile) -> Iterator[pyarrow.parquet.ParquetFile]:
+    with ExitStack() as opened:
+        try:
+            stream = opened.enter_context(file.open())
+            table = opened.enter_context(pyarrow.parquet.ParquetFile(stream))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise SourceError(
+                f"{_last(file)!r} cannot be read as Parquet ({type(error).__name__}); write or "
+                "fetch it again"
+            ) from None  # whose message holds the path
+        yield table
 
 
-def _read_caption(path: Path, name: str) -> Row:
-    caption = path.with_suffix(".txt")
-    if not caption.is_file():
-        raise DataError(
-            f"it has no text: there is no {caption.name!r} beside it; write one, or move the file",
-            key=name,
-        )
-    text = "".join(line for _, line in _read_lines(caption)).strip()
-    return Row(name, dict(zip(_CAPTION_COLUMNS, (path.name, text), strict=True)), path.parent)
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, str]]:
+def _read_lines(file: DataFile) -> Iterator[tuple[int, str]]:
     """Read lines as UTF-8, split at line feeds alone, with their numbers from 1."""
     number = 0
     try:
-        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
+        with file.open() as stream:
+            is_zipped = stream.read(2) == _GZIP_MAGIC
+            stream.seek(0)
+            lines = gzip.GzipFile(fileobj=stream) if is_zipped else stream
+            for number, line in enumerate(lines, 1):
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"{path.name!r} is not UTF-8 at line {number}, byte {error.start + 1}; save it as "
+            f"{_last(file)!r} is not UTF-8 at line {number}, byte {error.start + 1}; save it as "
             "UTF-8"
         ) from None
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise SourceError(
-            f"{path.name!r} cannot be read at line {number} ({reason}); check that it is there, "
+            f"{_last(file)!r} cannot be read at line {number} ({reason}); check that it is there, "
             "whole and readable"
         ) from None

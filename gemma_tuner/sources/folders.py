@@ -1,11 +1,11 @@
 """Which files a path, a glob or a folder means, and which split each is of.
 
-A folder means, in this order:
+A folder, on this machine or in a bucket, means, in this order:
 
 1. its manifest, where it holds one: ``manifest.jsonl``, ``metadata.jsonl``, ``metadata.csv`` or
    ``metadata.parquet``
-2. else its data files (``.jsonl .ndjson .json .csv .parquet``, the first three also ``.gz``), or,
-   where it holds none itself, those of its subfolders; all of one kind
+2. else its data files (``.jsonl .ndjson .json .csv .parquet .tar``, the first three also
+   ``.gz``), or, where it holds none itself, those of its subfolders; all of one kind
 3. else every picture and sound in it and its subfolders, each with its text in a file of the same
    name ending in ``.txt``
 
@@ -20,25 +20,35 @@ from __future__ import annotations
 import glob
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.sources.files import Format
 from gemma_tuner.sources.messages import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 
 Paths = str | Path | Sequence[str | Path]
-FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet", "captions")
+FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet", "webdataset", "captions")
+MANIFESTS: Mapping[str, Format] = {
+    "manifest.jsonl": "jsonl",
+    "metadata.jsonl": "jsonl",
+    "metadata.csv": "csv",
+    "metadata.parquet": "parquet",
+}
+"""The manifests that a folder may have, first choice first."""
+NO_SPLIT = "(none)"
+"""What rows and files without a split are counted as."""
 
-_MANIFESTS = ("manifest.jsonl", "metadata.jsonl", "metadata.csv", "metadata.parquet")
 _FORMATS: Mapping[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".csv": "csv",
     ".parquet": "parquet",
+    ".tar": "webdataset",
 }
+_COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # What datasets saves beside its data files.
 _NOT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "state.json"})
 _SPLITS = {
@@ -52,8 +62,6 @@ _SPLITS = {
     "validation": "validation",
 }
 _SHARD = re.compile(r"-\d+-of-\d+$")
-NO_SPLIT = "(none)"
-"""What rows and files without a split are counted as."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +100,7 @@ def find_files(paths: Paths, file_format: str | None = None) -> LocalFiles:
         ConfigError: A format that is not known.
         SourceError: Nothing found, or files of two formats.
     """
-    if file_format is not None and file_format not in FORMATS:
-        raise ConfigError(f"format={file_format!r}; give one of {', '.join(FORMATS)}, or none")
+    wanted = check_format(file_format)
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
         raise SourceError("no paths were given; name a file, a glob or a folder")
@@ -101,20 +108,13 @@ def find_files(paths: Paths, file_format: str | None = None) -> LocalFiles:
     found: dict[Path, Format] = {}
     for place in places:
         if place.is_dir():
-            found.update(_look_into(place, file_format))
+            found.update(_look_into(place, wanted))
         else:
-            found[place] = _name_format(place, file_format)
-    formats: dict[Format, Path] = {kind: path for path, kind in found.items()}
-    if len(formats) > 1:
-        names = " and ".join(repr(path.name) for path in formats.values())
-        raise SourceError(
-            f"{names} are of different formats; name the files to read, or set format= to one of "
-            f"{', '.join(sorted(formats))}"
-        )
+            found[place] = name_format(place.name, wanted)
+    kind = choose_one_format({path.name: found[path] for path in found})
     folders = [place if place.is_dir() else place.parent for place in places]
     root = _find_root(folders)
     is_folder = len(places) == 1 and places[0].is_dir()
-    kind = next(iter(formats))
     if kind != "captions":
         return LocalFiles(tuple(found), kind, root, is_folder)
     captions = tuple(path.with_suffix(".txt") for path in found)
@@ -124,32 +124,193 @@ def find_files(paths: Paths, file_format: str | None = None) -> LocalFiles:
     )
 
 
+def check_format(file_format: str | None) -> Format | None:
+    """Return the format that the user asks for.
+
+    Raises:
+        ConfigError: It is not one of :data:`FORMATS`.
+    """
+    if file_format is None:
+        return None
+    for known in FORMATS:
+        if known == file_format:
+            return known
+    raise ConfigError(f"format={file_format!r}; give one of {', '.join(FORMATS)}, or none")
+
+
+def choose_manifest(names: Collection[str], wanted: Format | None) -> dict[str, Format]:
+    """Choose a folder's manifest.
+
+    Args:
+        names: Of the files that lie in the folder itself.
+        wanted: The format that the user asks for.
+
+    Returns:
+        The manifest and its format; empty where there is none.
+    """
+    for name, kind in MANIFESTS.items():
+        if wanted in (None, kind) and name in names:
+            return {name: kind}
+    return {}
+
+
+def choose_files(
+    names: Collection[str], wanted: Format | None, *, folder: str
+) -> dict[str, Format]:
+    """Choose the files that a folder without a manifest means.
+
+    Args:
+        names: Of all files in the folder and its subfolders, relative to it, with slashes.
+        wanted: The format that the user asks for.
+        folder: The folder's name, for errors.
+
+    Returns:
+        The names chosen, sorted, and what the files hold.
+
+    Raises:
+        SourceError: There are no such files.
+    """
+    shown = sorted((name for name in names if not _is_hidden(name)), key=_split_path)
+    if wanted != "captions":
+        for level in ([name for name in shown if "/" not in name], shown):
+            data: dict[str, Format] = {}
+            for name in level:
+                kind = _guess_format(name)
+                if kind is not None and wanted in (None, kind):
+                    data[name] = kind
+            if data:
+                return data
+    if wanted in (None, "captions"):
+        suffixes = IMAGE_SUFFIXES | AUDIO_SUFFIXES
+        media = [name for name in shown if _suffix(name) in suffixes]
+        if media:
+            _refuse_shared_captions(media)
+            found: dict[str, Format] = dict.fromkeys(media, "captions")
+            return found
+    for name in shown:
+        _refuse_compressed_tar(name)
+    counts = Counter(_suffix(name) or "without ending" for name in shown)
+    held = ", ".join(f"{count} {name}" for name, count in counts.most_common(5)) or "no files"
+    raise SourceError(
+        f"the folder {folder!r} holds {held}, and no "
+        f"{wanted or 'JSON lines, CSV, Parquet, tars, or media with .txt captions'}; name the "
+        "files, or set format="
+    )
+
+
+def name_format(name: str, wanted: Format | None) -> Format:
+    """Tell what one file holds.
+
+    Args:
+        name: Its name.
+        wanted: The format that the user asks for; read so whatever the name.
+
+    Returns:
+        The format.
+
+    Raises:
+        SourceError: The name does not tell, or the format is not for single files.
+    """
+    if wanted == "captions":
+        raise SourceError(
+            "format='captions' reads a folder of media with captions; give the folder"
+        )
+    _refuse_compressed_tar(name)
+    kind = wanted or _guess_format(name)
+    if kind is None:
+        raise SourceError(
+            f"{name!r} is of no known format; known endings are {', '.join(_FORMATS)} and "
+            ".jsonl.gz, or set format="
+        )
+    return kind
+
+
+def choose_one_format(found: Mapping[str, Format]) -> Format:
+    """Return the one format of all files.
+
+    Args:
+        found: Format by name; not empty.
+
+    Returns:
+        The format.
+
+    Raises:
+        SourceError: There are two.
+    """
+    formats: dict[Format, str] = {kind: name for name, kind in found.items()}
+    if len(formats) > 1:
+        names = " and ".join(repr(name) for name in formats.values())
+        raise SourceError(
+            f"{names} are of different formats; name the files to read, or set format= to one of "
+            f"{', '.join(sorted(formats))}"
+        )
+    return next(iter(formats))
+
+
 def name_canonically(split: str) -> str:
     """Return the one name of a split that has several (valid, val: validation)."""
     return _SPLITS.get(split.lower(), split)
 
 
-def name_split(path: Path, found: LocalFiles) -> str:
+def name_split(name: str, file_format: Format) -> str:
     """Tell which split a file is of.
 
     Args:
-        path: One of ``found.files``.
-        found: The data set.
+        name: Its path from the root of the data, with slashes.
+        file_format: What it holds.
 
     Returns:
         ``train``, ``test`` or ``validation`` where a folder above the file or a word of its name
         says so; else the file's name without ending and shard number (nothing of the name, where
         it names a picture or sound).
     """
-    relative = path.relative_to(found.root)
-    for part in reversed(relative.parts[:-1]):
+    *folders, last = name.split("/")
+    for part in reversed(folders):
         if part.lower() in _SPLITS:
             return _SPLITS[part.lower()]
-    stem = _SHARD.sub("", path.name.partition(".")[0])
-    if found.format == "captions":
+    if file_format == "captions":
         return NO_SPLIT  # what a picture's name tells is what it shows
+    stem = _SHARD.sub("", last.partition(".")[0])
     words = {_SPLITS[word] for word in re.split(r"[-_ ]", stem.lower()) if word in _SPLITS}
     return words.pop() if len(words) == 1 else stem
+
+
+def choose_split(
+    names: Iterable[str], file_format: Format, *, split: str | None, is_folder: bool
+) -> tuple[frozenset[str], list[str]]:
+    """Choose files by the splits that their names tell.
+
+    Args:
+        names: Of the data files, from the root of the data.
+        file_format: What they hold.
+        split: The split that the user asks for; None leaves out those held out of a folder.
+        is_folder: Whether the files are those of one folder.
+
+    Returns:
+        The names to read, and what to say of those left out.
+
+    Raises:
+        SourceError: No file is of the split.
+    """
+    by_split: dict[str, list[str]] = {}
+    for name in names:
+        by_split.setdefault(name_split(name, file_format), []).append(name)
+    everything = frozenset(name for chosen in by_split.values() for name in chosen)
+    if split is not None:
+        chosen = by_split.get(name_canonically(split))
+        if chosen is None:
+            raise SourceError(
+                f"there is no split {split!r}: there is no column 'split', and the files are of: "
+                f"{', '.join(sorted(by_split))}"
+            )
+        return frozenset(chosen), []
+    held_out = sorted(by_split.keys() & {"test", "validation"})
+    if not (is_folder and held_out and "train" in by_split):
+        return everything, []
+    left_out = [name for part in held_out for name in by_split[part]]
+    return everything.difference(left_out), [
+        f"files of other splits not read ({', '.join(held_out)}): {len(left_out):,}"
+    ]
 
 
 def _expand(item: str | Path) -> list[Path]:
@@ -170,49 +331,47 @@ def _expand(item: str | Path) -> list[Path]:
     return [Path(match) for match in matches]
 
 
-def _look_into(folder: Path, wanted: str | None) -> dict[Path, Format]:
+def _look_into(folder: Path, wanted: Format | None) -> dict[Path, Format]:
     """Find what a folder means; see the head of this module."""
-    if wanted != "captions":
-        for name in _MANIFESTS:
-            kind = _FORMATS[Path(name).suffix]
-            if wanted in (None, kind) and (folder / name).is_file():
-                return {folder / name: kind}
-        for files in (sorted(folder.iterdir()), _list_below(folder)):
-            data: dict[Path, Format] = {}
-            for path in files:
-                kind = _guess_format(path)
-                if kind is not None and wanted in (None, kind):
-                    data[path] = kind
-            if data:
-                return data
-    if wanted in (None, "captions"):
-        suffixes = IMAGE_SUFFIXES | AUDIO_SUFFIXES
-        media = [path for path in _list_below(folder) if path.suffix.lower() in suffixes]
-        if media:
-            _refuse_shared_captions(media)
-            found: dict[Path, Format] = dict.fromkeys(media, "captions")
-            return found
-    counts = Counter(path.suffix.lower() or "without ending" for path in _list_below(folder))
-    held = ", ".join(f"{count} {name}" for name, count in counts.most_common(5)) or "no files"
-    raise SourceError(
-        f"the folder {folder.name!r} holds {held}, and no "
-        f"{wanted or 'JSON lines, CSV, Parquet, or media with .txt captions'}; name the files, or "
-        "set format="
-    )
+    chosen = choose_manifest({name for name in MANIFESTS if (folder / name).is_file()}, wanted)
+    if not chosen:
+        names = [path.relative_to(folder).as_posix() for path in _list_below(folder)]
+        chosen = choose_files(names, wanted, folder=folder.name)
+    return {folder / name: kind for name, kind in chosen.items()}
 
 
 def _list_below(folder: Path) -> list[Path]:
     return sorted(
         path
         for path in folder.rglob("*")
-        if path.is_file()
-        and not any(part.startswith((".", "_")) for part in path.relative_to(folder).parts)
+        if path.is_file() and not _is_hidden(path.relative_to(folder).as_posix())
     )
 
 
-def _refuse_shared_captions(media: Iterable[Path]) -> None:
-    owners: dict[Path, Path] = {}
-    for path in media:
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith((".", "_")) for part in name.split("/"))
+
+
+def _split_path(name: str) -> list[str]:
+    return name.split("/")
+
+
+def _refuse_compressed_tar(name: str) -> None:
+    if name.lower().endswith(_COMPRESSED_TARS):
+        raise SourceError(
+            f"{PurePosixPath(name).name!r} is a compressed tar, in which nothing can be found "
+            "without unpacking what comes before it; unpack it to a plain .tar (pictures and "
+            "sounds are compressed already)"
+        )
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _refuse_shared_captions(media: Iterable[str]) -> None:
+    owners: dict[PurePosixPath, PurePosixPath] = {}
+    for path in map(PurePosixPath, media):
         other = owners.setdefault(path.with_suffix(".txt"), path)
         if other != path:
             raise SourceError(
@@ -221,29 +380,13 @@ def _refuse_shared_captions(media: Iterable[Path]) -> None:
             )
 
 
-def _guess_format(path: Path) -> Format | None:
-    if not path.is_file() or path.name.startswith((".", "_")) or path.name in _NOT_DATA:
+def _guess_format(name: str) -> Format | None:
+    path = PurePosixPath(name)
+    if path.name.startswith((".", "_")) or path.name in _NOT_DATA:
         return None
     is_zipped = path.suffix.lower() == ".gz"
-    kind = _FORMATS.get((Path(path.stem) if is_zipped else path).suffix.lower())
+    kind = _FORMATS.get(_suffix(path.stem if is_zipped else path.name))
     return None if is_zipped and kind != "jsonl" else kind
-
-
-def _name_format(path: Path, file_format: str | None) -> Format:
-    if file_format == "captions":
-        raise SourceError(
-            "format='captions' reads a folder of media with captions; give the folder"
-        )
-    for known in FORMATS:
-        if known == file_format:
-            return known
-    kind = _guess_format(path)
-    if kind is None:
-        raise SourceError(
-            f"{path.name!r} is of no known format; known endings are {', '.join(_FORMATS)} and "
-            ".jsonl.gz, or set format="
-        )
-    return kind
 
 
 def _find_root(folders: list[Path]) -> Path:

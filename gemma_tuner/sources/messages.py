@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gemma_tuner.errors import DataError
-from gemma_tuner.records import Audio, Image, Part, Role, Text, Turn
+from gemma_tuner.records import Audio, Image, Part, Role, StoredObject, Text, Turn
 
 MediaKind = Literal["image", "audio"]
 
@@ -87,8 +87,9 @@ def read_media(value: Any, kind: MediaKind, *, key: str) -> Image | Audio | None
 
     Args:
         value: A path or URI, encoded bytes, a ``data:`` URI with base64, ``{"bytes", "path"}``
-            (bytes first, as base64 where they are text), ``{"url"}``, ``{"data"}``, or, for audio,
-            ``{"array", "sampling_rate"}`` with one channel of samples between -1 and 1.
+            (bytes first, as base64 where they are text), ``{"url"}``, ``{"data"}``, BigQuery's
+            ObjectRef (``{"uri", "version", "details"}``), an object that a source has found, or,
+            for audio, ``{"array", "sampling_rate"}`` with one channel of samples between -1 and 1.
         kind: What the value holds.
         key: The example that it belongs to.
 
@@ -105,8 +106,12 @@ def read_media(value: Any, kind: MediaKind, *, key: str) -> Image | Audio | None
         encoded = next((value[name] for name in _BASE64 if isinstance(value.get(name), str)), "")
         if encoded:
             return part(_decode_base64(encoded, kind, key))
+        if value.get("uri") and "version" in value:
+            return part(_read_object_ref(value, kind, key))
         found = (value.get(name) for name in ("bytes", "path", "url"))
         value = next((item for item in found if item), None)
+    if isinstance(value, StoredObject):
+        return part(value)
     if value is None or value == "" or value == b"":
         return None
     if isinstance(value, bytes):
@@ -346,6 +351,31 @@ def _read_samples(value: Mapping[str, Any], key: str) -> Audio:
             key=key,
         )
     return Audio(samples.astype(np.float32), rate_hz)
+
+
+def _read_object_ref(value: Mapping[str, Any], kind: MediaKind, key: str) -> StoredObject:
+    """Read ``STRUCT<uri, version, authorizer, details>``, whose version is the generation."""
+    uri, version = value["uri"], value["version"]
+    if not isinstance(uri, str) or not (version is None or str(version).isdecimal()):
+        raise DataError(
+            f"its {kind} is an ObjectRef whose uri is {describe_type(uri)} and whose version is "
+            f"{describe_type(version)}; text and a generation are expected",
+            key=key,
+        )
+    if not uri.startswith("gs://"):
+        raise DataError(
+            f"its {kind} is an ObjectRef with no gs:// URI; name an object in a bucket", key=key
+        )
+    details = value.get("details")
+    if isinstance(details, str):
+        details = parse_json(details, f"the details of its {kind}", key=key)
+    metadata = details.get("gcs_metadata") if isinstance(details, Mapping) else None
+    size = str(metadata.get("size")) if isinstance(metadata, Mapping) else ""
+    return StoredObject(
+        uri,
+        generation=None if version is None else int(version),
+        num_bytes=int(size) if size.isdecimal() else None,
+    )
 
 
 def _decode_base64(text: str, kind: MediaKind, key: str) -> bytes:

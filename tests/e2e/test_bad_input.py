@@ -574,7 +574,7 @@ def test_a_run_of_other_data_or_settings_is_not_continued(finished):
     with refusal(gt.ResumeError, finished, *says):
         build_trainer(finished, batch_size=2).fit(resume=True)
     change_row(finished / SECRET, response="another answer")
-    with refusal(gt.ResumeError, finished, "fingerprint was", "same data, seed and subset"):
+    with refusal(gt.ResumeError, finished, "fingerprint was", "same data, seed, subset"):
         build_trainer(finished).fit(resume=True)
 
 

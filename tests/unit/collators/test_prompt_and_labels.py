@@ -147,7 +147,7 @@ def test_a_conversation_without_an_answer_is_refused(processor):
 
 @pytest.mark.parametrize("name", ["wikisql-mlx", "gsm8k", "multiturn", "optdigits", "fsdd"])
 def test_trained_text_of_the_sample_sets_is_exactly_their_answers(released, shared_data, name):
-    from gemma_tuner.streaming.stream import stream_local
+    from gemma_tuner.streaming.opening import stream_local
 
     stream = stream_local(shared_data / name, shuffle=False)
     manifest = (shared_data / name / "manifest.jsonl").read_text(encoding="utf-8")

@@ -2,44 +2,55 @@
 
 import gzip
 import json
+import re
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.columns import Columns
-from gemma_tuner.sources.files import list_columns, read_rows
+from gemma_tuner.sources.files import LocalFile, list_columns, read_rows, read_text
 
 ANY = Columns("document", {"text": "text"})
 
 
-def rows_of(path, file_format, columns=ANY):
-    rows = read_rows([path], file_format, path.parent, columns)
-    return [(row.origin, dict(row.values)) for row in rows]
+def file_of(path):
+    return LocalFile(path, f"sub/{path.name}")
+
+
+def rows_of(path, file_format, columns=ANY) -> list[Any]:
+    return list(read_rows(file_of(path), file_format, columns))
 
 
 def test_json_lines_are_numbered_by_line_and_blank_lines_passed_over(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('\ufeff{"text": "a\u2028b"}\n\n{"text": "c"}', encoding="utf-8")
     assert rows_of(path, "jsonl") == [
-        ("a.jsonl:1", {"text": "a\u2028b"}),
-        ("a.jsonl:3", {"text": "c"}),
+        (1, {"text": "a\u2028b"}),
+        (3, {"text": "c"}),
     ]
 
 
-def test_gzipped_json_lines_are_read(tmp_path):
-    path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"text": "a"}\n{"text": "b"}\n'))
-    assert [values["text"] for _, values in rows_of(path, "jsonl")] == ["a", "b"]
+def test_gzipped_json_lines_are_told_by_their_content(tmp_path):
+    content = b'{"text": "a"}\n{"text": "b"}\n'
+    for name, stored in (
+        ("a.jsonl.gz", gzip.compress(content)),
+        ("b.jsonl", gzip.compress(content)),  # as a bucket may keep it
+        ("c.jsonl.gz", content),
+    ):
+        (tmp_path / name).write_bytes(stored)
+        assert [values["text"] for _, values in rows_of(tmp_path / name, "jsonl")] == ["a", "b"]
 
 
 def test_a_json_file_may_be_an_array(tmp_path):
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "a"}, {"text": "b"}], indent=1))
-    assert rows_of(path, "jsonl") == [("a.json:1", {"text": "a"}), ("a.json:2", {"text": "b"})]
+    assert rows_of(path, "jsonl") == [(1, {"text": "a"}), (2, {"text": "b"})]
     path.write_text('{"text": "a"}\n{"text": "b"}\n')
-    assert rows_of(path, "jsonl") == [("a.json:1", {"text": "a"}), ("a.json:2", {"text": "b"})]
+    assert rows_of(path, "jsonl") == [(1, {"text": "a"}), (2, {"text": "b"})]
 
 
 def test_csv_with_quotes_line_breaks_a_bom_and_large_fields(tmp_path):
@@ -47,10 +58,10 @@ def test_csv_with_quotes_line_breaks_a_bom_and_large_fields(tmp_path):
     large = "x" * 300_000
     path.write_bytes(f'\ufefftext,b\r\n"one,\r\n""two""",1\r\n{large},2\r\n'.encode())
     assert rows_of(path, "csv") == [
-        ("a.csv:1", {"text": 'one,\r\n"two"', "b": "1"}),
-        ("a.csv:2", {"text": large, "b": "2"}),
+        (1, {"text": 'one,\r\n"two"', "b": "1"}),
+        (2, {"text": large, "b": "2"}),
     ]
-    assert list_columns([path], "csv") == ["text", "b"]
+    assert list_columns([file_of(path)], "csv") == ["text", "b"]
 
 
 def test_parquet_reads_only_the_columns_that_are_needed(tmp_path):
@@ -59,49 +70,58 @@ def test_parquet_reads_only_the_columns_that_are_needed(tmp_path):
     pq.write_table(table, path, row_group_size=40)
     rows = rows_of(path, "parquet")
     assert len(rows) == 150
-    assert rows[149] == ("a.parquet:150", {"text": "t149"})
-    assert list_columns([path], "parquet") == ["text", "huge"]
+    assert rows[149] == (150, {"text": "t149"})
+    assert list_columns([file_of(path)], "parquet") == ["text", "huge"]
 
 
 def test_columns_of_json_lines_are_gathered_over_rows_and_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": "a", "b": 1}\n')
     (tmp_path / "b.jsonl").write_text('{"c": 1}\n')
-    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    files = [file_of(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     assert list_columns(files, "jsonl") == ["text", "b", "c"]
 
 
-def test_captions_are_read_beside_their_media(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.jpg").write_bytes(b"x")
-    (tmp_path / "sub" / "a.txt").write_text("A frog.\n")
-    (row,) = read_rows([tmp_path / "sub" / "a.jpg"], "captions", tmp_path, ANY)
-    assert (row.origin, row.folder) == ("sub/a.jpg", tmp_path / "sub")
-    assert row.values == {"file_name": "a.jpg", "text": "A frog."}
-    (tmp_path / "sub" / "a.txt").unlink()
-    with pytest.raises(DataError, match=r"no 'a\.txt' beside it") as caught:
-        list(read_rows([tmp_path / "sub" / "a.jpg"], "captions", tmp_path, ANY))
-    assert caught.value.key == "sub/a.jpg"
+def test_a_local_file_knows_its_folder_and_its_parts(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("\ufeffA frog.\n", encoding="utf-8")
+    file = file_of(path)
+    assert read_text(file) == "A frog.\n"
+    assert file.folder == tmp_path
+    assert file.cut(3, 4) == StoredObject("sub/a.txt", start=3, num_bytes=4)
 
 
 @pytest.mark.parametrize(
     ("name", "content", "key", "words"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": "secret"\n', "a.jsonl:2", "not valid JSON"),
-        ("a.jsonl", b'{"text": "a"}\n["b"]\n', "a.jsonl:2", "a list and not an object"),
-        ("a.jsonl", b"[" * 100_000, "a.jsonl:1", "not valid JSON"),
-        ("a.json", b'[{"text": "a"}, 3]', "a.json:2", "a number and not an object"),
-        ("a.csv", b"text,b\n1,2\n1,2,3\n", "a.csv:2", "3 fields and the header 2"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "secret"\n', "sub/a.jsonl:2", "not valid JSON"),
+        ("a.jsonl", b'{"text": "a"}\n["b"]\n', "sub/a.jsonl:2", "a list and not an object"),
+        ("a.jsonl", b"[" * 100_000, "sub/a.jsonl:1", "not valid JSON"),
+        ("a.json", b'[{"text": "a"}, 3]', "sub/a.json:2", "a number and not an object"),
+        ("a.csv", b"text,b\n1,2\n1,2,3\n", "sub/a.csv:2", "3 fields and the header 2"),
     ],
 )
-def test_a_row_that_cannot_be_read_is_named_by_file_and_number(
+def test_a_row_that_cannot_be_read_comes_as_an_error_in_its_place(
     tmp_path, name, content, key, words
 ):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(DataError, match=words) as caught:
-        rows_of(path, "csv" if name.endswith("csv") else "jsonl")
-    assert caught.value.key == key
-    assert "secret" not in str(caught.value)
+    rows = rows_of(path, "csv" if name.endswith("csv") else "jsonl")
+    ((number, error),) = [row for row in rows if isinstance(row[1], DataError)]
+    assert error.key == key == f"sub/{name}:{number}"
+    assert re.search(words, str(error))
+    assert "secret" not in str(error)
+
+
+def test_rows_after_a_bad_one_are_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\nnonsense\n{"text": "c"}\n')
+    first, bad, last = rows_of(path, "jsonl")
+    assert (first, last) == ((1, {"text": "a"}), (3, {"text": "c"}))
+    assert isinstance(bad[1], DataError)
+    assert list_columns([file_of(path)], "jsonl") == ["text"]
+    path.write_text('nonsense\n{"text": "c"}\n')
+    with pytest.raises(DataError, match="not valid JSON"):
+        list_columns([file_of(path)], "jsonl")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +133,7 @@ def test_a_row_that_cannot_be_read_is_named_by_file_and_number(
         ("a.csv", b"text,text\n1,2\n", "'text' twice"),
         ("a.csv", b'text\n"open\n', "not valid CSV"),
         ("a.json", b'[{"text": ', "not valid JSON"),
-        ("a.jsonl.gz", b"not gzip", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"x")[:5] + b"not gzip", "cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], "cannot be read"),
         ("a.parquet", b"PAR1 nothing", "Parquet"),
     ],
@@ -141,4 +161,4 @@ def test_files_without_rows_are_told(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n")
     with pytest.raises(SourceError, match="holds no rows"):
-        list_columns([path], "jsonl")
+        list_columns([file_of(path)], "jsonl")

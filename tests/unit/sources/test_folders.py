@@ -3,7 +3,7 @@
 import pytest
 
 from gemma_tuner.errors import ConfigError, SourceError
-from gemma_tuner.sources.folders import find_files, name_canonically, name_split
+from gemma_tuner.sources.folders import choose_split, find_files, name_canonically, name_split
 
 
 def plant(root, *names):
@@ -28,6 +28,8 @@ def names_of(found):
         (["data/b.parquet", "data/a.parquet", "README.md"], "parquet", None),
         (["a.parquet", "dataset_info.json", "state.json", ".b.jsonl", "_c.csv"], "parquet", None),
         (["a.jpg", "a.txt", "sub/b.wav", "sub/b.txt"], "captions", ["a.jpg", "sub/b.wav"]),
+        (["b.tar", "a.tar", "notes.txt"], "webdataset", ["a.tar", "b.tar"]),
+        (["z.csv.gz", "sub-1/b.csv", "sub/a.csv"], "csv", ["sub/a.csv", "sub-1/b.csv"]),
     ],
 )
 def test_a_folder_means_the_first_of_manifest_data_files_captions(
@@ -96,6 +98,22 @@ def test_what_cannot_be_found_is_told(tmp_path, monkeypatch, paths, file_format,
         find_files(paths, file_format)
 
 
+def test_compressed_tars_are_refused_with_the_remedy(tmp_path):
+    plant(tmp_path, "a.tar.gz")
+    for path in (tmp_path, tmp_path / "a.tar.gz"):
+        with pytest.raises(SourceError, match=r"'a\.tar\.gz' is a compressed tar.*plain \.tar"):
+            find_files(path)
+
+
+def test_a_split_is_chosen_by_the_names_of_the_files():
+    names = ["train.tar", "val.tar", "extra.tar"]
+    chosen, notes = choose_split(names, "webdataset", split="validation", is_folder=True)
+    assert (chosen, notes) == ({"val.tar"}, [])
+    chosen, notes = choose_split(names, "webdataset", split=None, is_folder=True)
+    assert (chosen, len(notes)) == ({"train.tar", "extra.tar"}, 1)
+    assert choose_split(names, "webdataset", split=None, is_folder=False) == (set(names), [])
+
+
 def test_two_media_with_one_caption_are_refused(tmp_path):
     plant(tmp_path, "a.jpg", "a.wav", "a.txt")
     with pytest.raises(SourceError, match=r"'a\.jpg' and 'a\.wav' share"):
@@ -115,14 +133,11 @@ def test_two_media_with_one_caption_are_refused(tmp_path):
         ("training.jsonl.gz", "train"),
     ],
 )
-def test_the_split_of_a_file_is_in_its_name(tmp_path, name, split):
-    plant(tmp_path, name, "other/x.jsonl")
-    found = find_files(str(tmp_path / "**" / "*.jsonl*"))
-    assert name_split(tmp_path / name, found) == split
+def test_the_split_of_a_file_is_in_its_name(name, split):
+    assert name_split(name, "jsonl") == split
 
 
-def test_what_a_picture_is_called_is_no_split(tmp_path):
-    plant(tmp_path, "train_1.jpg", "test/b.jpg")
-    found = find_files(tmp_path)
-    assert [name_split(path, found) for path in found.files] == ["test", "(none)"]
+def test_what_a_picture_is_called_is_no_split():
+    assert name_split("train_1.jpg", "captions") == "(none)"
+    assert name_split("test/b.jpg", "captions") == "test"
     assert name_canonically("VAL") == name_canonically("valid") == "validation"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_tuner.errors import DataError
-from gemma_tuner.records import Audio, Image, Text, Turn
+from gemma_tuner.records import Audio, Image, StoredObject, Text, Turn
 from gemma_tuner.sources.messages import read_media, read_media_list, read_turns
 
 PNG = b"\x89PNG not really"
@@ -202,3 +202,43 @@ def test_values_that_hold_nothing_are_none(value):
 def test_lists_of_media_keep_their_order():
     assert read_media_list(["a", b"b"], "image", key="k") == [Image("a"), Image(b"b")]
     assert read_media_list([], "image", key="k") == []
+
+
+OBJECT_REF = {
+    "uri": "gs://bucket/a.png",
+    "version": "1700000000000001",
+    "authorizer": None,
+    "details": '{"gcs_metadata": {"content_type": "image/png", "md5_hash": "x", "size": 1234}}',
+}
+
+
+def test_an_object_ref_is_a_stored_object_in_its_version():
+    stored = StoredObject("gs://bucket/a.png", generation=1700000000000001, num_bytes=1234)
+    assert read_media(OBJECT_REF, "image", key="k") == Image(stored)
+    details = {"gcs_metadata": {"size": "1234"}}
+    assert read_media({**OBJECT_REF, "details": details}, "image", key="k") == Image(stored)
+    bare = {"uri": "gs://bucket/a.png", "version": None, "authorizer": None, "details": None}
+    assert read_media(bare, "image", key="k") == Image(StoredObject("gs://bucket/a.png"))
+    assert read_media(stored, "audio", key="k") == Audio(stored)
+    two = read_media_list([OBJECT_REF, bare], "image", key="k")
+    assert [part.source.generation for part in two] == [1700000000000001, None]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"uri": 3}, "uri is a number"),
+        ({"uri": "https://host/a.png"}, "no gs:// URI"),
+        ({"version": "new"}, "version is text"),
+        ({"details": "{"}, "not valid JSON"),
+    ],
+)
+def test_an_object_ref_that_cannot_be_read_is_told(change, words):
+    with pytest.raises(DataError, match=words):
+        read_media({**OBJECT_REF, **change}, "image", key="k")
+
+
+@pytest.mark.parametrize("details", [None, "null", "[]", {"gcs_metadata": None}, {"errors": []}])
+def test_an_object_ref_without_metadata_has_no_known_size(details):
+    part = read_media({**OBJECT_REF, "details": details}, "image", key="k")
+    assert part.source.num_bytes is None

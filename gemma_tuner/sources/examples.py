@@ -1,0 +1,180 @@
+"""Rows of any source to examples, with what was met on the way.
+
+What is wrong with one row comes out in its place, as the DataError that says it: whoever reads on
+decides whether it ends the reading. What is wrong with the data as a whole is raised.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.records import Audio, Example, Image, StoredObject
+from gemma_tuner.sources.columns import Columns, Keywords, recognise_columns
+from gemma_tuner.sources.files import Row
+from gemma_tuner.sources.folders import NO_SPLIT, name_canonically
+from gemma_tuner.sources.rows import RowReader
+
+Outcome = Example | DataError
+"""What a row makes: an example, or what is wrong with it."""
+
+Locate = Callable[[str, str, str | Path, str], str | StoredObject]
+"""Finds one picture or sound: ``(kind, source, folder, key)`` to what the manifest keeps."""
+
+
+class Source(Protocol):
+    """A data set that can be read from its beginning to its end."""
+
+    root: Path
+    """The folder that relative media paths start from."""
+
+    def read_identity(self) -> dict[str, Any]:
+        """Return what decides the examples, as JSON."""
+        ...
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return what the last complete iteration met, as JSON.
+
+        Returns:
+            ``format layout columns unused splits notes num_files``.
+        """
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, Outcome]]:
+        """Read every row: where it stands, and its example or what is wrong with it."""
+        ...
+
+
+class ExampleReader:
+    """Makes examples of the rows of one data set.
+
+    Args:
+        available: The columns there are, as far as they are known.
+        keywords: Column by part, as :func:`~gemma_tuner.sources.columns.recognise_columns`.
+        split: Keeps the rows whose column ``split`` has this value, where there is such a column.
+
+    Raises:
+        ConfigError: Keywords that exclude each other.
+        SourceError: Columns that make no example.
+    """
+
+    def __init__(
+        self, available: Collection[str], keywords: Keywords, *, split: str | None = None
+    ) -> None:
+        self.columns: Columns = recognise_columns(available, keywords)
+        self._known = dict.fromkeys(available)
+        self._keywords = keywords
+        self._split = split
+        self._reader = RowReader(self.columns)
+        self._splits: Counter[str] = Counter()
+
+    def read(self, rows: Iterable[Row], locate: Locate) -> Iterator[tuple[str, Outcome]]:
+        """Make an example of each row of the split.
+
+        Args:
+            rows: The rows.
+            locate: Called for each picture and sound that is named and not held by the row.
+
+        Yields:
+            Where the row stands, and its example or what is wrong with it.
+
+        Raises:
+            DataError: A row that shows that those before it were misread.
+            SourceError: There are rows and none of the split.
+        """
+        num_rows = 0
+        for row in rows:
+            if isinstance(row.values, DataError):
+                yield row.origin, row.values
+                continue
+            self._refuse_late_columns(row.values, row.origin)
+            if "split" in self.columns.names and not self._is_of_split(row.values):
+                continue
+            num_rows += 1
+            try:
+                key = self._reader.read_key(row.values, row.origin)
+                example = self._reader.read_example(row.values, key)
+                yield row.origin, _locate_media(example, row.folder, locate)
+            except DataError as error:
+                yield row.origin, error
+        if num_rows == 0 and self._splits:
+            raise SourceError(
+                f"there is no split {self._split!r}; the splits are: "
+                f"{', '.join(sorted(self._splits))}"
+            )
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return what the rows read so far made, as JSON.
+
+        Returns:
+            ``layout columns unused splits notes``.
+        """
+        return {
+            "layout": self.columns.layout,
+            "columns": dict(self.columns.names),
+            "unused": list(self.columns.unused),
+            "splits": dict(self._splits),
+            "notes": [f"{what}: {count:,}" for what, count in self._reader.read_notes().items()],
+        }
+
+    def _is_of_split(self, values: Mapping[str, Any]) -> bool:
+        value = values.get(self.columns.names["split"])
+        name = NO_SPLIT if value in (None, "") else str(value)
+        self._splits[name] += 1
+        return self._split is None or name_canonically(name) == name_canonically(self._split)
+
+    def _refuse_late_columns(self, values: Mapping[str, Any], origin: str) -> None:
+        """Refuse a row whose new columns would have changed how the rows before it were read."""
+        late = values.keys() - self._known.keys()
+        if not late:
+            return
+        self._known.update(dict.fromkeys(sorted(late)))
+        try:
+            names = recognise_columns(self._known, self._keywords).names
+        except SourceError:
+            names = None
+        if names != self.columns.names:
+            raise DataError(
+                f"the columns {', '.join(sorted(late))} come first here, after the rows that "
+                "decided which columns there are; name the columns to use by keyword, or give the "
+                "first row all of them, empty ones as null",
+                key=origin,
+            )
+
+
+def is_in_bucket(source: str, kind: str, *, key: str) -> bool:
+    """Tell a ``gs:`` URI from a path.
+
+    Args:
+        source: Where a picture or sound is.
+        kind: ``image`` or ``audio``.
+        key: The example that it belongs to.
+
+    Returns:
+        Whether it is in a bucket.
+
+    Raises:
+        DataError: It is a URI of another kind.
+    """
+    scheme, is_uri, _ = source.partition("://")
+    if is_uri and scheme != "gs":
+        raise DataError(
+            f"its {kind} is a {scheme[:12]}: URI, which is not fetched; download the file and "
+            "name it by its path, or keep it in a bucket (gs://)",
+            key=key,
+        )
+    return bool(is_uri)
+
+
+def _locate_media(example: Example, folder: str | Path, locate: Locate) -> Example:
+    def find(part: Image | Audio) -> Image | Audio:
+        if not isinstance(part.source, str):
+            return part
+        kind = "image" if isinstance(part, Image) else "audio"
+        return replace(part, source=locate(kind, part.source, folder, example.key))
+
+    return example.replace_media(find)

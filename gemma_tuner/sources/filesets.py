@@ -1,0 +1,129 @@
+"""The examples of a set of data files, of any format and wherever the files lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gemma_tuner.errors import DataError
+from gemma_tuner.sources.columns import Columns, Keywords
+from gemma_tuner.sources.examples import ExampleReader, Locate, Outcome
+from gemma_tuner.sources.files import (
+    DataFile,
+    Format,
+    Row,
+    list_columns,
+    read_rows,
+    read_text,
+)
+from gemma_tuner.sources.folders import choose_split
+from gemma_tuner.sources.tars import TarReader, list_tar_columns
+
+_CAPTION_COLUMNS = ("file_name", "text")
+
+
+@dataclass(frozen=True, slots=True)
+class FileSet:
+    """Data files that make one data set.
+
+    Args:
+        files: In the order in which they are read.
+        format: What they hold; of ``captions`` each file is a picture or sound, and one row.
+        is_folder: Whether they are those of one folder, which may hold more splits than one.
+        captions: The texts beside pictures and sounds, by the name of the file that each is for.
+        notes: What is to be said of the files that are not among them.
+    """
+
+    files: Sequence[DataFile]
+    format: Format
+    is_folder: bool = False
+    captions: Mapping[str, DataFile] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+
+
+@dataclass(slots=True)
+class FileSetReader:
+    """Reads the examples of data files, and keeps what it met on the way.
+
+    Args:
+        keywords: Column by part, as :func:`~gemma_tuner.sources.columns.recognise_columns`.
+        split: Keeps the rows or files of this split; None keeps all rows.
+        summary: What the last complete reading met: ``format layout columns unused splits notes
+            num_files``.
+    """
+
+    keywords: Keywords
+    split: str | None
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def read(self, found: FileSet, locate: Locate) -> Iterator[tuple[str, Outcome]]:
+        """Read every row of the files.
+
+        Args:
+            found: The files.
+            locate: As :meth:`ExampleReader.read`.
+
+        Yields:
+            Where the row stands (file and number), and its example or what is wrong with it.
+
+        Raises:
+            DataError: A row that shows that those before it were misread.
+            SourceError: Files or columns that cannot be read, or a split that is not there.
+        """
+        reader = ExampleReader(_list_columns(found), self.keywords, split=self.split)
+        files, notes = found.files, list(found.notes)
+        if self.split is None or "split" not in reader.columns.names:
+            names, left_out = choose_split(
+                [file.name for file in files],
+                found.format,
+                split=self.split,
+                is_folder=found.is_folder,
+            )
+            files = [file for file in files if file.name in names]
+            notes += left_out
+        tars = TarReader()
+        rows = (row for file in files for row in _read(file, found, reader.columns, tars))
+        yield from reader.read(rows, locate)
+        summary = reader.read_summary()
+        notes += [f"{what}: {count:,}" for what, count in sorted(tars.counts.items())]
+        self.summary = {
+            **summary,
+            "format": found.format,
+            "notes": notes + summary["notes"],
+            "num_files": len(files),
+        }
+
+
+def _list_columns(found: FileSet) -> Sequence[str]:
+    if found.format == "captions":
+        return _CAPTION_COLUMNS
+    if found.format == "webdataset":
+        return list_tar_columns(found.files)
+    return list_columns(found.files, found.format)
+
+
+def _read(file: DataFile, found: FileSet, columns: Columns, tars: TarReader) -> Iterator[Row]:
+    if found.format == "captions":
+        yield Row(file.name, _read_caption(file, found.captions), file.folder)
+        return
+    if found.format == "webdataset":
+        numbered = tars.read_samples(file)
+    else:
+        numbered = read_rows(file, found.format, columns)
+    for number, values in numbered:
+        yield Row(f"{file.name}:{number}", values, file.folder)
+
+
+def _read_caption(
+    file: DataFile, captions: Mapping[str, DataFile]
+) -> Mapping[str, Any] | DataError:
+    last = file.name.rpartition("/")[2]
+    if file.name not in captions:
+        return DataError(
+            f"it has no text: there is no {last.rpartition('.')[0] + '.txt'!r} beside it; write "
+            "one, or move the file",
+            key=file.name,
+        )
+    text = read_text(captions[file.name]).strip()
+    return dict(zip(_CAPTION_COLUMNS, (last, text), strict=True))
