@@ -1,0 +1,336 @@
+"""Examples of a data set on the Hugging Face Hub, or of a folder as ``datasets`` reads it.
+
+Media stay encoded: bytes that the rows hold go on as they are, and a picture or sound in a file
+of its own goes on as the file's path, or, where the data set is streamed, as its bytes.
+
+A column of class labels holds numbers, and what they stand for is kept beside them: the rows get
+the names, so that a response is ``cat`` and not ``3``. The summary counts them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from gemma_tuner.errors import ConfigError, DataError, SourceError
+from gemma_tuner.sources.columns import Keywords
+from gemma_tuner.sources.examples import ExampleReader, Outcome, is_in_bucket
+from gemma_tuner.sources.files import Row
+from gemma_tuner.sources.hub_loading import (
+    HubName,
+    OpenedSplit,
+    explain_failure,
+    list_failures,
+    open_split,
+    quiet_libraries,
+)
+from gemma_tuner.sources.messages import parse_json
+
+_BLOCK_ROWS = 16  # small, as rows may hold media
+
+
+class HubSource:
+    """The examples of one split, read anew each time it is iterated.
+
+    Origins are ``<name>/<subset>/<split>:<number>``, from 1.
+
+    Args:
+        name: ``owner/name`` of a data set on the Hub, or a folder: data files as they lie on the
+            Hub, or what ``save_to_disk`` wrote.
+        subset: One of its configurations; None for its only or default one.
+        split: One of its splits. ``valid``, ``val`` and ``validation`` are one.
+        revision: Branch, tag or commit; None for the present one. Which commit it was is in the
+            summary's notes.
+        streaming: Read rows over the network one by one, and keep nothing; False downloads the
+            whole subset and keeps it where ``datasets`` does.
+        max_rows: Read no more rows than these, such as of a data set without an end.
+        keywords: Column by part, as :func:`~gemma_tuner.sources.columns.recognise_columns`.
+
+    Raises:
+        ConfigError: An argument that cannot work.
+        SourceError: The name is a path, and leads to no folder.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        subset: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        streaming: bool = False,
+        max_rows: int | None = None,
+        keywords: Keywords | None = None,
+    ) -> None:
+        _check_arguments(
+            {"name": name, "subset": subset, "split": split, "revision": revision}, max_rows
+        )
+        folder = Path(name).expanduser().absolute()
+        if folder.is_file():
+            raise ConfigError(
+                f"{folder.name!r} is a file; stream_local reads files, and here a folder or a "
+                "data set on the Hub is named"
+            )
+        if not folder.is_dir() and (name[0] in "/.~" or name.count("/") > 1):
+            raise SourceError(
+                f"there is no folder {folder.name!r}; check the path, which starts from the "
+                "working directory where it is relative"
+            )
+        if folder.is_dir() and revision is not None:
+            raise ConfigError(
+                f"revision={revision!r}: {folder.name!r} is a folder, which has none; leave it out"
+            )
+        self.wanted = HubName(name, folder if folder.is_dir() else None, subset, split, revision)
+        # Nothing is relative to it where there is no folder: paths from the Hub are whole.
+        self.root = self.wanted.folder or Path.home()
+        self.streaming = streaming
+        self.max_rows = max_rows
+        self.keywords: Keywords = keywords or {}
+        self._summary: dict[str, Any] = {}
+
+    def read_identity(self) -> dict[str, Any]:
+        """Return what decides the examples, as JSON: the arguments, and the files of a folder.
+
+        A data set on the Hub is taken to be what it was: asking for its present commit would need
+        the network at every start, and a run could not go on after an upload. Naming another
+        revision reads it anew.
+
+        Returns:
+            A dictionary that differs whenever the examples may.
+
+        Raises:
+            SourceError: A file of the folder that cannot be read.
+        """
+        return {
+            "source": "hub",
+            "name": self.wanted.name if self.wanted.folder is None else str(self.wanted.folder),
+            "files": [] if self.wanted.folder is None else _list_states(self.wanted.folder),
+            "subset": self.wanted.subset,
+            "split": self.wanted.split,
+            "revision": self.wanted.revision,
+            "max_rows": self.max_rows,
+            "keywords": dict(self.keywords),
+        }
+
+    def read_summary(self) -> dict[str, Any]:
+        """Return what the last complete iteration met, as JSON.
+
+        Returns:
+            ``format layout columns unused splits notes num_files``.
+        """
+        return self._summary
+
+    def __iter__(self) -> Iterator[tuple[str, Outcome]]:
+        """Read every row of the split, up to ``max_rows``.
+
+        Yields:
+            Where the row stands, and its example or what is wrong with it.
+
+        Raises:
+            DataError: A row that shows that those before it were misread.
+            SourceError: The data set cannot be opened, read on, or makes no example.
+        """
+        opened = open_split(self.wanted, streaming=self.streaming)
+        reader = ExampleReader(list(opened.features), self.keywords)
+        rows = _Rows(opened, self.wanted)
+        stored = rows.read(reader.columns.names.values(), self.max_rows)
+        yield from reader.read(stored, partial(_locate, self.wanted))
+        summary = reader.read_summary()
+        self._summary = {
+            **summary,
+            "format": "hub data set",
+            "notes": [*opened.notes, *rows.list_notes(self.max_rows), *summary["notes"]],
+            "num_files": opened.num_files,
+        }
+
+
+class _Rows:
+    """Reads the rows of one split, and gives stored values the form that they stand for."""
+
+    def __init__(self, opened: OpenedSplit, wanted: HubName) -> None:
+        self._opened = opened
+        self._wanted = wanted
+        self._num_labels: Counter[str] = Counter()
+        self._num_rows = 0
+
+    def list_notes(self, max_rows: int | None) -> list[str]:
+        notes = [
+            f"class labels of {column!r} read as their names: {count:,}"
+            for column, count in self._num_labels.items()
+        ]
+        if self._num_rows == max_rows:
+            notes.append(f"stopped at max_rows: {max_rows:,}")
+        return notes
+
+    def read(self, columns: Collection[str], max_rows: int | None) -> Iterator[Row]:
+        opened = self._opened
+        tables = opened.tables
+        if tables.features is not None:
+            tables = tables.select_columns([name for name in tables.features if name in columns])
+        label = f"{self._wanted.label}/{opened.subset}/{opened.split}"
+        for number, stored in enumerate(self._read_stored(tables, max_rows), 1):
+            origin = f"{label}:{number}"
+            values: Mapping[str, Any] | DataError
+            try:
+                values = {
+                    name: self._restore(value, opened.features.get(name), name, origin)
+                    for name, value in stored.items()
+                }
+            except DataError as error:
+                values = error
+            yield Row(origin, values, self._wanted.folder or "")
+
+    def _read_stored(self, tables: Any, max_rows: int | None) -> Iterator[dict[str, Any]]:
+        """Read rows in blocks: the libraries are kept quiet for a block, not while it is used."""
+        failures = list_failures()
+        one_by_one = islice(tables.iter(batch_size=1), max_rows)
+        failure = None
+        is_at_end = False
+        while not is_at_end:
+            block: list[dict[str, Any]] = []
+            with quiet_libraries():
+                try:
+                    for table in islice(one_by_one, _BLOCK_ROWS):
+                        block += table.to_pylist()
+                except failures as error:
+                    failure = explain_failure(error)
+            self._num_rows += len(block)
+            yield from block
+            is_at_end = failure is not None or not block
+        if failure is not None:
+            raise SourceError(
+                f"{self._wanted.label!r} cannot be read further than {self._num_rows:,} rows of "
+                f"its split {self._opened.split!r} ({failure}); max_rows= reads those alone"
+            )
+
+    def _restore(self, value: Any, feature: Any, column: str, key: str) -> Any:
+        """Give a stored value its form: of labels the names, of JSON objects, of files bytes."""
+        import datasets
+
+        if value is None or isinstance(feature, datasets.Value):
+            return value
+        if isinstance(feature, datasets.ClassLabel):
+            return self._name_label(value, feature, column, key)
+        if isinstance(feature, datasets.Json):
+            return parse_json(value, f"its column {column!r}", key=key)
+        if isinstance(feature, datasets.Image | datasets.Audio):
+            return self._fetch(value, column, key)
+        if isinstance(feature, dict):
+            return {
+                name: self._restore(value[name], inner, column, key)
+                for name, inner in feature.items()
+            }
+        if isinstance(feature, datasets.List | datasets.LargeList):
+            if isinstance(feature.feature, datasets.Value):
+                return value
+            return [self._restore(item, feature.feature, column, key) for item in value]
+        return value
+
+    def _name_label(self, value: int, feature: Any, column: str, key: str) -> str:
+        if not 0 <= value < len(feature.names):
+            raise DataError(
+                f"its column {column!r} holds {value}, which is none of the {len(feature.names)} "
+                "class labels (-1 means that there is none); remove the row",
+                key=key,
+            )
+        self._num_labels[column] += 1
+        return feature.names[value]
+
+    def _fetch(self, value: Mapping[str, Any], column: str, key: str) -> Mapping[str, Any]:
+        """Read a file of the data set that is not on this machine, or lies in an archive."""
+        path = value.get("path")
+        if value.get("bytes") or not isinstance(path, str) or "://" not in path:
+            return value
+        import fsspec
+
+        inner, _, outer = path.rpartition("::")
+        base = self._opened.base
+        is_plain = not inner or (inner.startswith("zip://") and "::" not in inner)
+        is_within = base is not None and outer.startswith(f"{base}/") and ".." not in outer
+        if not (is_plain and is_within):
+            raise DataError(
+                f"its column {column!r} names a file outside of the data set, which is not read",
+                key=key,
+            )
+        try:
+            filesystem, within = fsspec.url_to_fs(path)
+            return {"bytes": filesystem.cat_file(within)}
+        except list_failures() as error:
+            raise DataError(
+                f"the file that its column {column!r} names cannot be fetched "
+                f"({type(error).__name__}); try again, or set streaming=False",
+                key=key,
+            ) from None
+
+
+def _check_arguments(texts: Mapping[str, Any], max_rows: Any) -> None:
+    for argument, value in texts.items():
+        may_be_none = argument in ("subset", "revision")
+        if not (value is None and may_be_none) and not (isinstance(value, str) and value):
+            raise ConfigError(
+                f"{argument}={value!r}; give text{', or None' if may_be_none else ''}"
+            )
+    if "://" in texts["name"]:
+        raise ConfigError(
+            "a data set is named as on its page on the Hub (owner/name), or is a folder; got a URL"
+        )
+    if max_rows is not None and (
+        isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1
+    ):
+        raise ConfigError(f"max_rows={max_rows!r}; give a whole number above 0, or None")
+
+
+def _list_states(folder: Path) -> list[list[Any]]:
+    """List the files of a folder with their sizes and times."""
+    states = []
+    for path in sorted(folder.rglob("*")):
+        try:
+            if path.is_file():
+                state = path.stat()
+                name = path.relative_to(folder).as_posix()
+                states.append([name, state.st_size, state.st_mtime_ns])
+        except OSError as error:
+            raise SourceError(
+                f"{path.name!r} cannot be read ({error.strerror}); check its permissions"
+            ) from None
+    return states
+
+
+def _locate(wanted: HubName, kind: str, source: str, folder: str | Path, key: str) -> str:
+    """Check that a media file is there, and that it is the user's or of the data set."""
+    if is_in_bucket(source, kind, key=key):
+        return source
+    path = Path(folder) / source
+    try:
+        is_there = path.is_file()
+    except OSError:  # a name that is too long, or a folder that may not be entered
+        is_there = False
+    if wanted.folder is None and not (is_there and _is_downloaded(path)):
+        raise DataError(
+            f"its {kind} is the name of a file, which the rows of {wanted.name!r} do not hold; "
+            "download the data set's files (hf download --repo-type dataset) and read them with "
+            "stream_local",
+            key=key,
+        )
+    if not is_there:
+        raise DataError(
+            f"{kind} {path.name[:80]!r} does not exist; paths are relative to the folder "
+            f"{wanted.label!r}",
+            key=key,
+        )
+    if wanted.folder is not None and path.is_relative_to(wanted.folder):
+        return path.relative_to(wanted.folder).as_posix()
+    return str(path)
+
+
+def _is_downloaded(path: Path) -> bool:
+    """Whether a path leads into the caches: rows from the Hub may name no other file here."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    caches = (datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
+    return any(path.resolve().is_relative_to(Path(cache).resolve()) for cache in caches)

@@ -1,0 +1,107 @@
+"""Pins the ``gs://`` media of examples, of whatever source, to what is in the bucket now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+
+from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.records import Audio, Example, Image, StoredObject
+from gemma_tuner.sources.examples import Outcome
+from gemma_tuner.sources.objects import ObjectStore
+
+_BATCH_EXAMPLES = 1000  # as many as a page of a listing holds
+
+
+def pin_media(
+    outcomes: Iterable[tuple[str, Outcome]], open_store: Callable[[], ObjectStore]
+) -> Iterator[tuple[str, Outcome]]:
+    """Give every ``gs://`` picture and sound its version, size and checksum.
+
+    Args:
+        outcomes: Where each row stands, and its example or what is wrong with it; media in a
+            bucket as URIs, or as stored objects of which something is not known.
+        open_store: Returns the store; called when the first such media are met, once.
+
+    Yields:
+        The same in the same order, up to 1,000 of them held at a time; an example whose media are
+        not there, are empty, or are not the version that it names, is what is wrong with it.
+
+    Raises:
+        SourceError: The store cannot be asked, or permission is missing.
+    """
+    store: ObjectStore | None = None
+    waiting: list[tuple[str, Outcome]] = []
+    uris: dict[str, None] = {}
+
+    def pin_waiting() -> Iterator[tuple[str, Outcome]]:
+        nonlocal store
+        if uris:
+            store = store or open_store()
+            pins = dict(zip(uris, store.pin_objects(list(uris)), strict=True))
+            for origin, outcome in waiting:
+                yield origin, _pin(outcome, pins)
+        waiting.clear()
+        uris.clear()
+
+    for origin, outcome in outcomes:
+        wanted = [uri for uri in map(_read_uri, _list_media(outcome)) if uri is not None]
+        if not wanted and not waiting:
+            yield origin, outcome
+            continue
+        waiting.append((origin, outcome))
+        uris.update(dict.fromkeys(wanted))
+        if len(waiting) == _BATCH_EXAMPLES or len(uris) >= _BATCH_EXAMPLES:
+            yield from pin_waiting()
+    yield from pin_waiting()
+
+
+def _list_media(outcome: Outcome) -> Iterable[Image | Audio]:
+    return outcome.media if isinstance(outcome, Example) else ()
+
+
+def _read_uri(part: Image | Audio) -> str | None:
+    """Return the URI of media that are in a bucket and of which something is not known."""
+    source = part.source
+    if isinstance(source, str):
+        return source if source.startswith("gs://") else None
+    if not isinstance(source, StoredObject) or source.start is not None:
+        return None
+    is_known = None not in (source.generation, source.num_bytes, source.crc32c)
+    return None if is_known or not source.uri.startswith("gs://") else source.uri
+
+
+def _pin(outcome: Outcome, pins: Mapping[str, StoredObject | SourceError]) -> Outcome:
+    if isinstance(outcome, DataError):
+        return outcome
+    key = outcome.key
+
+    def pin(part: Image | Audio) -> Image | Audio:
+        uri = _read_uri(part)
+        if uri is None:
+            return part
+        kind = "image" if isinstance(part, Image) else "audio"
+        found = pins[uri]
+        if isinstance(found, SourceError):
+            raise DataError(
+                f"its {kind}: {found}; put it there, or take the row out", key=key
+            ) from found
+        name = uri.rpartition("/")[2][:80]
+        if found.num_bytes == 0:
+            raise DataError(f"its {kind} {name!r} is empty (0 bytes); upload it again", key=key)
+        if isinstance(part.source, StoredObject) and part.source.generation not in (
+            None,
+            found.generation,
+        ):
+            raise DataError(
+                f"its {kind} {name!r} was overwritten: the row names generation "
+                f"{part.source.generation}, and {found.generation} is there; write the row's "
+                "reference anew",
+                key=key,
+            )
+        return replace(part, source=found)
+
+    try:
+        return outcome.replace_media(pin)
+    except DataError as error:
+        return error
