@@ -32,8 +32,13 @@ if TYPE_CHECKING:
     from gemma_tuner.records import Image as Image
     from gemma_tuner.records import Text as Text
     from gemma_tuner.records import Turn as Turn
+    from gemma_tuner.streaming.config import FetchConfig as FetchConfig
+    from gemma_tuner.streaming.mixing import mix as mix
+    from gemma_tuner.streaming.opening import stream_bigquery as stream_bigquery
+    from gemma_tuner.streaming.opening import stream_gcs as stream_gcs
+    from gemma_tuner.streaming.opening import stream_hub as stream_hub
+    from gemma_tuner.streaming.opening import stream_local as stream_local
     from gemma_tuner.streaming.stream import ExampleStream as ExampleStream
-    from gemma_tuner.streaming.stream import stream_local as stream_local
     from gemma_tuner.training.config import TrainConfig as TrainConfig
     from gemma_tuner.training.trainer import Trainer as Trainer
 
@@ -49,6 +54,7 @@ _HOME = {
     "DivergedError": "errors",
     "Example": "records",
     "ExampleStream": "streaming.stream",
+    "FetchConfig": "streaming.config",
     "GemmaTunerError": "errors",
     "Image": "records",
     "ImageCollator": "collators.image",
@@ -64,7 +70,11 @@ _HOME = {
     "Turn": "records",
     "add_lora": "models.lora",
     "load_model": "models.loading",
-    "stream_local": "streaming.stream",
+    "mix": "streaming.mixing",
+    "stream_bigquery": "streaming.opening",
+    "stream_gcs": "streaming.opening",
+    "stream_hub": "streaming.opening",
+    "stream_local": "streaming.opening",
 }
 
 __all__ = [*sorted(_HOME), "testing"]  # noqa: PLE0604

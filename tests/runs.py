@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.models.lora import LoraConfig, add_lora
-from gemma_tuner.streaming.stream import stream_local
+from gemma_tuner.streaming.opening import stream_local
 from gemma_tuner.testing import sample_data, tiny_model
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.trainer import Trainer

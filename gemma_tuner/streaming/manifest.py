@@ -1,8 +1,9 @@
 """The manifest: every example of a data set in one local Arrow file, written once, read at random.
 
-Rows keep text, media paths and what a template reads; media bytes only where the source held
-them inline. The last record batch is empty and carries what is known when all rows are written:
-their number, the fingerprint of their content, a checksum of each batch, and the source's summary.
+Rows keep text, media paths, stored objects with their versions, and what a template reads; media
+bytes only where the source held them inline. The last record batch is empty and carries what is
+known when all rows are written: the fingerprint of their content, a checksum of each batch, the
+rows at which shards begin, how much media there is to fetch, and the source's summary.
 
 ::
 
@@ -10,6 +11,9 @@ their number, the fingerprint of their content, a checksum of each batch, and th
     origin   string               "train.jsonl:7", also where an id column gives the key
     payload  string               {"turns": [{"role": "user", "parts": [["image", "a/7.png"], ...
     media    list<large_binary>   what ["image", {"inline": 0}] in the payload refers to
+
+A stored object stands in the payload as ``["image", {"stored": [uri, generation, num_bytes,
+crc32c, start]}]``.
 """
 
 from __future__ import annotations
@@ -17,10 +21,12 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+import mmap
 import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -30,9 +36,10 @@ import pyarrow
 import pyarrow.ipc
 
 from gemma_tuner.errors import DataError, SourceError
-from gemma_tuner.records import Audio, Example, Image, Part, Text, Turn
+from gemma_tuner.records import Audio, Example, Image, Part, StoredObject, Text, Turn
+from gemma_tuner.sources.examples import Outcome
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Raise it whenever the same source would make other rows: old manifests are then written anew."""
 
 _SCHEMA = pyarrow.schema(
@@ -47,13 +54,19 @@ _ENTRY = b"gemma_tuner.manifest"
 _ENTRY_CHECKSUM = b"gemma_tuner.manifest.crc32"
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 16 << 20
+_VERIFIED_AT_ONCE_BYTES = 128 << 20  # a larger manifest would make every start wait for its disk
+_READS_BETWEEN_FORGETTING = 256
 
 
 class Manifest:
     """An open manifest.
 
+    It is memory-mapped. Pages that were read are given back from time to time: they would count
+    as this process's memory until the whole file does.
+
     Args:
-        path: The file; it is memory-mapped, and every batch's checksum is verified.
+        path: The file. Every batch's checksum is verified: at once, or of a large manifest when
+            the batch is first read.
 
     Raises:
         SourceError: Damaged, incomplete, or of another format version.
@@ -62,25 +75,37 @@ class Manifest:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            # Arrow's map outlives the file object and the file's name.
-            with pyarrow.memory_map(str(path)) as file:
-                self.num_bytes = file.size()
-                reader = pyarrow.ipc.open_file(file)
-                self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-                _, metadata = reader.get_batch_with_custom_metadata(len(self._batches) - 1)
+            with path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self.num_bytes = len(self._map)
+            reader = pyarrow.ipc.open_file(pyarrow.py_buffer(self._map))
+            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            _, metadata = reader.get_batch_with_custom_metadata(len(self._batches) - 1)
             entry = json.loads(metadata[_ENTRY])
             is_whole = int(metadata[_ENTRY_CHECKSUM]) == zlib.crc32(metadata[_ENTRY])
-            checksums = [_checksum(batch) for batch in self._batches]
+            self._checksums = entry["checksums"]
+            is_whole &= len(self._checksums) == len(self._batches)
         except (pyarrow.ArrowException, OSError, LookupError, TypeError, ValueError) as error:
             raise SourceError(
                 f"the manifest {path.name} is damaged ({type(error).__name__})"
             ) from error
-        if not is_whole or entry["version"] != FORMAT_VERSION or entry["checksums"] != checksums:
+        if not is_whole or entry["version"] != FORMAT_VERSION:
             raise SourceError(f"the manifest {path.name} is damaged or of another version")
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
+        self._verified = bytearray(len(self._batches))
+        if self.num_bytes <= _VERIFIED_AT_ONCE_BYTES:
+            for index in range(len(self._batches)):
+                self._open_batch(index)
+        self._num_reads = 0
         self.fingerprint: str = entry["fingerprint"]
         self.root = Path(entry["root"])
         self.summary: dict[str, Any] = entry["summary"]
+        self.shards: list[int] = entry["shards"]
+        """The rows at which another file of the source begins."""
+        self.num_objects: int = entry["num_objects"]
+        """Stored objects that the examples refer to, one counted as often as it is named."""
+        self.object_bytes: int = entry["object_bytes"]
+        """Their bytes, of those whose size is known."""
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -91,40 +116,63 @@ class Manifest:
 
     def read_keys(self) -> Iterator[str]:
         """Return the keys of all rows in order."""
-        return (key for batch in self._batches for key in batch.column("key").to_pylist())
+        for index in range(len(self._batches)):
+            yield from self._open_batch(index).column("key").to_pylist()
+            self._forget_pages()
 
     def read_origin(self, row: int) -> str:
         """Return where in its source a row stands."""
         return self._read(row, "origin")
 
     def read_example(self, row: int) -> Example:
-        """Return the example of a row, its media encoded or as paths below :attr:`root`."""
+        """Return the example of a row, its media encoded, stored, or as paths below the root."""
         payload = json.loads(self._read(row, "payload"))
         return _unpack(self.read_key(row), payload, self._read(row, "media"))
 
     def _read(self, row: int, column: str) -> Any:
         index = bisect.bisect_right(self._starts, row) - 1
-        return self._batches[index].column(column)[row - self._starts[index]].as_py()
+        value = self._open_batch(index).column(column)[row - self._starts[index]].as_py()
+        self._num_reads += 1
+        if self._num_reads % _READS_BETWEEN_FORGETTING == 0:
+            self._forget_pages()
+        return value
+
+    def _open_batch(self, index: int) -> pyarrow.RecordBatch:
+        batch = self._batches[index]
+        if not self._verified[index]:
+            if _checksum(batch) != self._checksums[index]:
+                raise SourceError(
+                    f"the manifest {self.path.name} is damaged; delete it, and it is written anew"
+                )
+            self._verified[index] = True
+        return batch
+
+    def _forget_pages(self) -> None:
+        self._map.madvise(mmap.MADV_DONTNEED)
 
 
 def write_manifest(
     path: Path,
-    examples: Iterable[tuple[str, Example]],
+    outcomes: Iterable[tuple[str, Outcome]],
     *,
     root: Path,
     read_summary: Callable[[], Mapping[str, Any]],
+    pass_over: Callable[[str, DataError], None] | None = None,
 ) -> None:
     """Write a manifest, replacing what is there only once it is complete.
 
     Args:
         path: Where; its folder is created, for the user alone, if need be.
-        examples: Origin and example of each row; read once, a bounded number held at a time.
+        outcomes: Origin of each row, and its example or what is wrong with it; read once, a
+            bounded number held at a time.
         root: The folder that relative media paths start from. Not part of the fingerprint.
         read_summary: Called after the last example for what to keep about the source (JSON).
+        pass_over: Called with the origin of each row that cannot be kept and what is wrong with
+            it; raises to end the writing. None raises the first.
 
     Raises:
-        DataError: A row that cannot be kept: text that is not valid Unicode, or template fields
-            that are not JSON.
+        DataError: A row that cannot be kept: what is wrong with it, text that is not valid
+            Unicode, or template fields that are not JSON.
         SourceError: No rows, two rows with one key, or a folder that cannot be written.
     """
     try:
@@ -133,7 +181,7 @@ def write_manifest(
         temporary = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                _write(file, examples, root, read_summary)
+                _write(file, outcomes, root, read_summary, pass_over or _raise)
                 file.flush()
                 os.fsync(file.fileno())
             _refuse_double_keys(Manifest(temporary))
@@ -147,16 +195,23 @@ def write_manifest(
         ) from None
 
 
+def _raise(origin: str, error: DataError) -> None:
+    raise error
+
+
 def _write(
     file: Any,
-    examples: Iterable[tuple[str, Example]],
+    outcomes: Iterable[tuple[str, Outcome]],
     root: Path,
     read_summary: Callable[[], Mapping[str, Any]],
+    pass_over: Callable[[str, DataError], None],
 ) -> None:
     fingerprint = hashlib.sha256()
     checksums: list[int] = []
+    shards: list[int] = []
     rows: list[dict[str, Any]] = []
-    num_bytes = num_rows = 0
+    num_bytes = num_rows = num_objects = object_bytes = 0
+    shard = None
 
     with pyarrow.ipc.new_file(file, _SCHEMA) as writer:
 
@@ -166,12 +221,22 @@ def _write(
             writer.write_batch(batch)
             rows.clear()
 
-        for origin, example in examples:
-            payload, media = _pack(example)
+        for origin, outcome in outcomes:
+            try:
+                example = _need_example(outcome)
+                payload, media = _pack(example)
+            except DataError as error:
+                pass_over(origin, error)
+                continue
             for content in (example.key.encode(), payload.encode(), *media):
                 fingerprint.update(len(content).to_bytes(8, "little"))
                 fingerprint.update(content)
                 num_bytes += len(content)
+            for stored in list_stored(example):
+                num_objects += 1
+                object_bytes += stored.num_bytes or 0
+            if shard != (shard := origin.rpartition(":")[0]):
+                shards.append(num_rows)
             rows.append({"key": example.key, "origin": origin, "payload": payload, "media": media})
             num_rows += 1
             if len(rows) >= _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
@@ -186,11 +251,25 @@ def _write(
             "fingerprint": fingerprint.hexdigest(),
             "checksums": [*checksums, _checksum(end)],
             "root": str(root),
+            "shards": shards,
+            "num_objects": num_objects,
+            "object_bytes": object_bytes,
             "summary": read_summary(),
         }
         content = json.dumps(entry).encode()
         metadata = {_ENTRY: content, _ENTRY_CHECKSUM: str(zlib.crc32(content)).encode()}
         writer.write_batch(end, custom_metadata=metadata)
+
+
+def list_stored(example: Example) -> list[StoredObject]:
+    """Return the stored objects that an example refers to."""
+    return [part.source for part in example.media if isinstance(part.source, StoredObject)]
+
+
+def _need_example(outcome: Outcome) -> Example:
+    if isinstance(outcome, DataError):
+        raise outcome
+    return outcome
 
 
 def _checksum(batch: pyarrow.RecordBatch) -> int:
@@ -204,6 +283,9 @@ def _checksum(batch: pyarrow.RecordBatch) -> int:
 def _refuse_double_keys(manifest: Manifest) -> None:
     """Find two rows with one key, by sorting eight bytes of each: a set of them may not fit."""
     hashes = hash_keys(manifest.read_keys())
+    ordered = np.sort(hashes)
+    if not (ordered[1:] == ordered[:-1]).any():
+        return
     order = np.argsort(hashes, kind="stable")
     same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
     for place in same.tolist():
@@ -277,6 +359,8 @@ def _pack_part(part: Part, media: list[bytes]) -> list[Any]:
     kind = "image" if isinstance(part, Image) else "audio"
     if isinstance(part.source, str):
         return [kind, part.source]
+    if isinstance(part.source, StoredObject):
+        return [kind, {"stored": list(astuple(part.source))}]
     place: dict[str, Any] = {"inline": len(media)}
     if isinstance(part.source, bytes):
         media.append(part.source)
@@ -303,7 +387,12 @@ def _unpack(key: str, document: Mapping[str, Any], media: list[bytes]) -> Exampl
 def _unpack_part(kind: str, value: Any, media: list[bytes]) -> Part:
     if kind == "text":
         return Text(value)
-    source = value if isinstance(value, str) else media[value["inline"]]
+    if isinstance(value, str):
+        source = value
+    elif "stored" in value:
+        source = StoredObject(*value["stored"])
+    else:
+        source = media[value["inline"]]
     if kind == "image":
         return Image(source)
     if isinstance(value, dict) and "sample_rate_hz" in value and isinstance(source, bytes):

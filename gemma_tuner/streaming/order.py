@@ -1,5 +1,8 @@
 """The order of an epoch: a permutation computed place by place, from the seed and the epoch alone.
 
+:class:`Order` permutes all rows; :class:`ShardOrder` permutes shards, and the rows within each.
+:class:`Interleave` says from which of several streams each place of a mix is taken.
+
 A Feistel network permutes the numbers below a power of four; walking its cycles until a number
 falls below ``num_rows`` makes a permutation of exactly those rows. Nothing is stored and any
 place costs the same, so that resuming in the middle of an epoch is arithmetic.
@@ -11,7 +14,11 @@ G. Steele, D. Lea and C. Flood, "Fast Splittable Pseudorandom Number Generators"
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+from collections.abc import Sequence
+from fractions import Fraction
+from itertools import accumulate
 
 _NUM_ROUNDS = 6  # Four make it pseudorandom for large domains; small ones need a little more.
 _MASK_64 = (1 << 64) - 1
@@ -70,6 +77,90 @@ class Order:
         for key in self._round_keys:
             left, right = right, left ^ (_mix(right ^ key) & self._half_mask)
         return left << self._half_bits | right
+
+
+class ShardOrder:
+    """Shards one after the other in an order of the epoch's own, and so the rows of each shard.
+
+    Neighbours in time are neighbours in a file, which saves requests where files are large; the
+    shuffle is worse for it.
+
+    Args:
+        starts: The row at which each shard begins, ascending from 0.
+        num_rows: Rows of all shards.
+        seed: Any whole number.
+        epoch: From 0.
+    """
+
+    def __init__(self, starts: Sequence[int], num_rows: int, *, seed: int, epoch: int) -> None:
+        shards = Order(len(starts), seed=seed, epoch=epoch)
+        self._name = f"{seed}/{epoch}"
+        self._shards = [shards[place] for place in range(len(starts))]
+        self._starts = starts
+        sizes = [end - start for start, end in zip(starts, (*starts[1:], num_rows), strict=True)]
+        self._places = [0, *accumulate(sizes[shard] for shard in self._shards)]
+        self._latest: tuple[int, Order] | None = None
+
+    def __len__(self) -> int:
+        return self._places[-1]
+
+    def __getitem__(self, position: int) -> int:
+        """Return the row at a place of the epoch; every row comes at exactly one.
+
+        Args:
+            position: From 0 to ``len(self) - 1``.
+
+        Returns:
+            The row, from 0.
+
+        Raises:
+            IndexError: There is no such place.
+        """
+        if not 0 <= position < len(self):
+            raise IndexError(f"place {position} of an epoch of {len(self)} rows")
+        index = bisect.bisect_right(self._places, position) - 1
+        if self._latest is None or self._latest[0] != index:
+            size = self._places[index + 1] - self._places[index]
+            shard_seed = int.from_bytes(
+                hashlib.blake2b(f"{self._name}/{self._shards[index]}".encode()).digest()[:8]
+            )
+            self._latest = (index, Order(size, seed=shard_seed, epoch=0))
+        return self._starts[self._shards[index]] + self._latest[1][position - self._places[index]]
+
+
+class Interleave:
+    """Which of several streams each slot of a mix takes from: as even as whole numbers can be.
+
+    Of any ``n`` slots in a row from the first, each of two streams has its share of ``n`` to
+    within one; more streams are divided in halves, again and again. How often a stream was taken
+    from before a slot is computed, so that nothing needs to be remembered.
+
+    Args:
+        weights: One per stream, above 0; only their proportions count.
+    """
+
+    def __init__(self, weights: Sequence[Fraction]) -> None:
+        self._weights = weights
+
+    def locate(self, slot: int) -> tuple[int, int]:
+        """Say where a slot is taken from.
+
+        Args:
+            slot: From 0.
+
+        Returns:
+            The stream's index, and how many slots before this one were taken from it.
+        """
+        first, last = 0, len(self._weights)
+        while last - first > 1:
+            middle = (first + last) // 2
+            share = Fraction(sum(self._weights[first:middle])) / sum(self._weights[first:last])
+            before, after = (int((place * share * 2 + 1) // 2) for place in (slot, slot + 1))
+            if after > before:
+                last, slot = middle, before
+            else:
+                first, slot = middle, slot - before
+        return first, slot
 
 
 def _mix(value: int) -> int:

@@ -5,38 +5,48 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from gemma_tuner.records import Audio, Example, Part, Text
+from gemma_tuner.records import Audio, Example, Part, StoredObject, Text
+
+if TYPE_CHECKING:
+    from gemma_tuner.streaming.fetch import FetchCounts
+    from gemma_tuner.streaming.portion import Portion
 
 _SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class StreamReport:
-    """What a stream is made of, what was chosen by itself, and how far it is.
+class PortionReport:
+    """What one data set of a stream is made of, what was chosen by itself, and what it cost.
 
     Args:
-        rows: Rows of the stream.
+        rows: Rows of it in the stream.
         subset: Which of the data's rows they are.
-        files: Files that were read.
-        format: What the files hold.
+        share: How much of the stream is taken from it, 1 but in a mix.
+        files: Files, tables or data sets that were read.
+        format: What they hold.
         layout: What the columns make.
         columns: Column by the part that it plays.
         unused_columns: Columns that play no part.
         rows_by_split: Rows met in all by the value of the column ``split``; empty without one.
-        notes: What was defaulted, passed over or left out, with counts.
+        notes: What was defaulted, passed over or left out, with counts, and what reading cost.
+        bad_rows: Rows that could not be read and are not among ``rows``.
+        written: When the source was read, as ISO 8601 in UTC.
+        objects: Stored objects that the data set's rows refer to, to be fetched each epoch.
+        object_bytes: Their size, as far as it is known.
+        cache_budget_bytes: How much of them is kept on disk at most.
         manifest: The local file that holds the rows.
         manifest_bytes: Its size.
         fingerprint: SHA-256 of the data's content, the same wherever it lies.
         seed: Decides the order, with the epoch.
         shuffle: Whether rows are shuffled.
-        epoch: The epoch under way, from 0.
-        position: Examples of it that were handed out.
-        handed_out: Examples that this object handed out in all.
+        fetched: What fetching did so far.
     """
 
     rows: int
     subset: str
+    share: float
     files: int
     format: str
     layout: str
@@ -44,18 +54,22 @@ class StreamReport:
     unused_columns: tuple[str, ...]
     rows_by_split: Mapping[str, int]
     notes: tuple[str, ...]
+    bad_rows: int
+    written: str
+    objects: int
+    object_bytes: int
+    cache_budget_bytes: int
     manifest: Path
     manifest_bytes: int
     fingerprint: str
     seed: int
     shuffle: bool
-    epoch: int
-    position: int
-    handed_out: int
+    fetched: FetchCounts
 
     def __str__(self) -> str:
+        share = f"{self.share:.1%} of the mix: " if self.share < 1 else ""
         lines = [
-            f"{self.rows:,} rows ({self.subset}) of {self.files:,} {self.format} "
+            f"{share}{self.rows:,} rows ({self.subset}) of {self.files:,} {self.format} "
             f"file{'s' if self.files != 1 else ''}, read as {self.layout}",
             f"columns: {', '.join(f'{part} = {name!r}' for part, name in self.columns.items())}",
         ]
@@ -65,16 +79,127 @@ class StreamReport:
             counts = ", ".join(f"{name} {count:,}" for name, count in self.rows_by_split.items())
             lines.append(f"rows of the data by split: {counts}")
         lines += self.notes
+        if self.bad_rows:
+            lines.append(f"rows that could not be read, in quarantine: {self.bad_rows:,}")
+        if self.objects:
+            lines.append(
+                f"media in buckets: {self.objects:,} objects, {_show_bytes(self.object_bytes)}; "
+                "the first epoch downloads those of its rows, later ones what the cache "
+                f"({_show_bytes(self.cache_budget_bytes)} at most) does not hold"
+            )
         order = f"shuffled with seed {self.seed}" if self.shuffle else "in file order"
         lines.append(
-            f"{order}; epoch {self.epoch}, {self.position:,} of {self.rows:,} handed out "
-            f"({self.handed_out:,} in all)"
-        )
-        lines.append(
-            f"manifest {self.manifest.name}, {self.manifest_bytes:,} bytes, fingerprint "
-            f"{self.fingerprint[:12]}"
+            f"{order}; manifest {self.manifest.name} of {self.written}, "
+            f"{self.manifest_bytes:,} bytes, fingerprint {self.fingerprint[:12]}"
         )
         return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamReport:
+    """What a stream is made of and how far it is.
+
+    Attributes of the only data set of a stream that is no mix can be asked for here as well.
+
+    Args:
+        parts: Its data sets; more than one in a mix.
+        epoch: The epoch under way, from 0.
+        position: Slots of it that were handed out.
+        handed_out: Examples that this object handed out in all.
+        passed_over: Examples that it passed over because they could not be used.
+        wait_seconds: Time spent waiting for examples.
+    """
+
+    parts: tuple[PortionReport, ...]
+    epoch: int
+    position: int
+    handed_out: int
+    passed_over: int
+    wait_seconds: float
+
+    @property
+    def rows(self) -> int:
+        """Rows of all data sets."""
+        return sum(part.rows for part in self.parts)
+
+    def __getattr__(self, name: str) -> Any:
+        if len(self.parts) == 1 and not name.startswith("_"):
+            return getattr(self.parts[0], name)
+        raise AttributeError(f"the report of a mix has no {name!r}; ask each of its parts")
+
+    @property
+    def progress(self) -> str:
+        """How far it is, and what was fetched and passed over on the way."""
+        lines = [
+            f"epoch {self.epoch}, {self.position:,} of {self.rows:,} handed out "
+            f"({self.handed_out:,} in all), waited {self.wait_seconds:.1f} s"
+        ]
+        for number, part in enumerate(self.parts, 1):
+            if part.fetched.requests or part.fetched.hits:
+                which = f" of data set {number}" if len(self.parts) > 1 else ""
+                lines.append(f"media{which}: {_show_fetched(part.fetched)}")
+        if self.passed_over:
+            lines.append(f"passed over, in quarantine: {self.passed_over:,}")
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.parts), self.progress])
+
+
+def report_portion(portion: Portion, *, share: float, cache_bytes: int) -> PortionReport:
+    """Say what one data set of a stream is made of.
+
+    Args:
+        portion: The data set.
+        share: How much of the stream is taken from it.
+        cache_bytes: What the cache keeps at most.
+
+    Returns:
+        The figures.
+    """
+    manifest, summary = portion.manifest, portion.manifest.summary
+    return PortionReport(
+        rows=len(portion),
+        subset=portion.subset,
+        share=share,
+        files=summary["num_files"],
+        format=summary["format"],
+        layout=summary["layout"],
+        columns=summary["columns"],
+        unused_columns=tuple(summary["unused"]),
+        rows_by_split=summary["splits"],
+        notes=tuple(summary["notes"]),
+        bad_rows=summary["bad_rows"],
+        written=summary["written"],
+        objects=manifest.num_objects,
+        object_bytes=manifest.object_bytes,
+        cache_budget_bytes=cache_bytes,
+        manifest=manifest.path,
+        manifest_bytes=manifest.num_bytes,
+        fingerprint=manifest.fingerprint,
+        seed=portion.seed,
+        shuffle=portion.shuffle,
+        fetched=portion.fetcher.counts,
+    )
+
+
+def _show_fetched(counts: FetchCounts) -> str:
+    failures = ", ".join(
+        f"{number:,} {kind}" for kind, number in counts.failures.items() if number
+    )
+    return (
+        f"{_show_bytes(counts.bytes_downloaded)} in {counts.requests:,} requests, "
+        f"{counts.hits:,} from the cache; {counts.retries:,} retries, {counts.hedges:,} hedges "
+        f"({counts.hedges_won:,} answered first), failures: {failures or 'none'}"
+    )
+
+
+def _show_bytes(num_bytes: float) -> str:
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes /= 1000
+        units.pop(0)
+    return f"{num_bytes:.3g} {units[0]}"
 
 
 def show_example(example: Example) -> str:
@@ -101,7 +226,7 @@ def show_example(example: Example) -> str:
 def _show_part(part: Part) -> str:
     if isinstance(part, Text):
         return _shorten(part.text)
-    if isinstance(part.source, str | bytes):
+    if isinstance(part.source, str | bytes | StoredObject):
         return f"[{type(part).__name__.lower()}, not decoded]"
     if isinstance(part, Audio):
         return f"[audio {len(part.source) / (part.sample_rate_hz or 1):.2f} s]"

@@ -1,113 +1,33 @@
 """A stream of examples: shuffled anew each epoch, resumable at the exact next example.
 
-The rows are in a manifest (:mod:`gemma_tuner.streaming.manifest`) and their order is computed
-(:mod:`gemma_tuner.streaming.order`), so that the state of a stream is two numbers, epoch and
-position, beside what they refer to.
+A stream is a sequence of slots that runs on over the epochs. Which row a slot holds is computed
+from its number (:mod:`gemma_tuner.streaming.order`), so that the state of a stream is one number
+beside what it refers to; a row that cannot be used leaves its slot empty and moves no other.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Generic, Self, TypeVar
 
-import numpy as np
-
-from gemma_tuner.errors import ConfigError, ResumeError, SourceError
-from gemma_tuner.media.load import load_media
+from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.records import Example
-from gemma_tuner.sources.columns import KEYWORDS, Keywords
-from gemma_tuner.sources.folders import Paths
-from gemma_tuner.sources.local import LocalSource
-from gemma_tuner.streaming.manifest import FORMAT_VERSION, Manifest, hash_keys, write_manifest
-from gemma_tuner.streaming.order import Order
-from gemma_tuner.streaming.report import StreamReport, show_example
+from gemma_tuner.streaming.config import FetchConfig
+from gemma_tuner.streaming.manifest import list_stored
+from gemma_tuner.streaming.order import Interleave
+from gemma_tuner.streaming.portion import Portion
+from gemma_tuner.streaming.quarantine import BadExample, Stage, read_reason
+from gemma_tuner.streaming.report import StreamReport, report_portion, show_example
+from gemma_tuner.streaming.state import identify, read_state
+from gemma_tuner.streaming.window import Failure, Window
 
-logger = logging.getLogger(__name__)
+_REMEMBERED_EXAMPLES = 4096  # more than an optimizer step ever holds
 
-STATE_VERSION = 1
-"""Raise it whenever a saved state would mean another order."""
-
-
-def stream_local(
-    paths: Paths,
-    *,
-    format: str | None = None,  # noqa: A002 - the name of the public contract
-    messages: str | Literal[False] | None = None,
-    prompt: str | Literal[False] | None = None,
-    response: str | Literal[False] | None = None,
-    text: str | Literal[False] | None = None,
-    system: str | Literal[False] | None = None,
-    image: str | Literal[False] | None = None,
-    audio: str | Literal[False] | None = None,
-    id: str | Literal[False] | None = None,  # noqa: A002 - the name of the public contract
-    split: str | None = None,
-    seed: int = 0,
-    shuffle: bool = True,
-    cache_dir: str | Path | None = None,
-) -> ExampleStream:
-    """Stream the examples of local files.
-
-    Each of ``messages prompt response text system image audio id`` names the column that plays
-    this part; None takes the conventional one (:mod:`gemma_tuner.sources.columns` lists them),
-    False takes none. All rows are checked before the first example is handed out, and kept in a
-    manifest that is read again as long as the files do not change.
-
-    Args:
-        paths: A file (``.jsonl .json .csv .parquet``), a glob, a folder, or a list of them;
-            :mod:`gemma_tuner.sources.folders` says what a folder means.
-        format: ``jsonl csv parquet captions``, for files of another name or mixed folders.
-        messages: Conversations.
-        prompt: What is asked; rows with media and no such column get a default prompt, which
-            ``report()`` states.
-        response: What the model shall learn to answer.
-        text: Plain documents, trained on as a whole.
-        system: System turns.
-        image: A picture, or a list of them: a path relative to the data file, or bytes.
-        audio: A sound, or a list of them.
-        id: Keys; False numbers the rows (``train.jsonl:7``).
-        split: Keeps the rows whose column ``split`` has this value, or, where there is no such
-            column, the files named by it. ``valid``, ``val`` and ``validation`` are one.
-        seed: Decides the order, with the epoch.
-        shuffle: False hands out the rows as they stand.
-        cache_dir: Where the manifest is kept; None is ``~/.cache/gemma_tuner/manifests``.
-
-    Returns:
-        The stream.
-
-    Raises:
-        ConfigError: A setting that cannot work.
-        DataError: The first row that cannot be used, with its key.
-        SourceError: Files, columns or splits that are not there or cannot be read.
-    """
-    chosen = (messages, prompt, response, text, system, image, audio, id)
-    keywords: Keywords = dict(zip(KEYWORDS, chosen, strict=True))
-    for part, column in keywords.items():
-        if column is not None and column is not False and not isinstance(column, str):
-            raise ConfigError(f"{part}={column!r}; give a column's name, False for none, or None")
-    source = LocalSource(paths, file_format=format, split=split, keywords=keywords)
-    folder = Path.home() / ".cache" / "gemma_tuner" / "manifests"
-    if cache_dir is not None:
-        folder = Path(cache_dir).expanduser()
-    return ExampleStream(_spool(source, folder), seed=seed, shuffle=shuffle)
-
-
-def _spool(source: LocalSource, folder: Path) -> Manifest:
-    """Open the manifest of a source, after writing it if there is none or it is damaged."""
-    identity = json.dumps([FORMAT_VERSION, source.read_identity()], sort_keys=True)
-    path = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.arrow"
-    if path.exists():
-        try:
-            return Manifest(path)
-        except SourceError as error:
-            logger.warning("%s; it is written anew", error)
-    write_manifest(path, source, root=source.root, read_summary=source.read_summary)
-    return Manifest(path)
+T = TypeVar("T")
 
 
 class ExampleStream:
@@ -115,96 +35,186 @@ class ExampleStream:
 
     One iteration is one epoch, and the next is the next epoch. An iteration left before its end
     is left for good: the next one begins the next epoch, unless a state was loaded in between.
-    Only the latest iterator lives: an older one raises ConfigError when it is used again. An
-    example that cannot be decoded raises DataError and is not counted: asked again, the same
-    iterator tries the same example.
+    Only the latest iterator lives: an older one raises ConfigError when it is used again. Media
+    are fetched and decoded ahead, in threads; what is counted, and saved, is what was handed out.
+
+    An example that cannot be used is passed over, noted in the quarantine and counted, as far as
+    its source's budget allows; beyond, DataError is raised and the example is not counted: asked
+    again, the same iterator tries the same example.
 
     Args:
-        manifest: The rows.
-        seed: Decides the order, with the epoch.
-        shuffle: False hands out the rows as they stand.
-        rows: Those of the manifest's rows that are in this stream, in order; None for all.
-        subset: What ``rows`` are, in words; part of the state.
-        num_splits: How many times :meth:`split` led here; each divides by hashes of its own.
-
-    Raises:
-        ConfigError: ``seed`` or ``shuffle`` of another type.
-        SourceError: No rows.
+        portions: The rows of each data set in the stream.
+        weights: How much of each a mix takes; one, where there is one.
+        fetch: How media are fetched and kept.
+        shard: Which of how many equal shares this stream hands out.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
+        portions: Sequence[Portion],
+        weights: Sequence[Fraction] = (Fraction(1),),
         *,
-        seed: int = 0,
-        shuffle: bool = True,
-        rows: Sequence[int] | np.ndarray | None = None,
-        subset: str = "all",
-        num_splits: int = 0,
+        fetch: FetchConfig,
+        shard: tuple[int, int] = (0, 1),
     ) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ConfigError(f"seed={seed!r}; give a whole number")
-        if not isinstance(shuffle, bool):
-            raise ConfigError(f"shuffle={shuffle!r}; give True or False")
-        self.manifest = manifest
-        self.seed = seed
-        self.shuffle = shuffle
-        self._rows = range(len(manifest)) if rows is None else rows
-        if len(self._rows) == 0:
-            raise SourceError(
-                f"the stream ({subset}) holds no rows; check paths, split and subset"
-            )
-        self._subset = subset
-        self._num_splits = num_splits
+        self.portions = tuple(portions)
+        self.fetch = fetch
+        self._weights = tuple(weights)
+        self._interleave = Interleave(self._weights)
+        self._shard_index, self._num_shards = shard
         self._epoch = 0
-        self._position = 0
+        self._slot = 0
+        self._bad = [0] * len(self.portions)  # of each portion, in this epoch
+        self._consecutive_bad = 0
         self._num_handed_out = 0
+        self._num_passed_over = 0
+        self._wait_seconds = 0.0
         self._token = object()  # of the latest iterator
         self._is_begun = False  # whether that has handed out anything
+        self._is_finished = False  # whether it came to the end of its epoch
+        self._window: Window | None = None
+        self._ahead: Iterator[_Slot] = iter(())  # what the window will hand out
+        self._recent: dict[str, _Slot] = {}
 
     def __repr__(self) -> str:
+        subsets = " + ".join(portion.subset for portion in self.portions)
         return (
-            f"ExampleStream({len(self):,} rows, {self._subset}, seed={self.seed}, "
-            f"shuffle={self.shuffle}, epoch={self._epoch}, position={self._position:,})"
+            f"ExampleStream({len(self):,} rows, {subsets}, seed={self.portions[0].seed}, "
+            f"shuffle={self.portions[0].shuffle}, epoch={self._epoch}, "
+            f"position={self._slot - self._epoch * len(self):,})"
         )
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this is neither a mix nor a shard."""
+        return len(self.portions) == 1 and self._num_shards == 1
+
+    @property
+    def num_passed_over(self) -> int:
+        """Examples that this object passed over because they could not be used."""
+        return self._num_passed_over
+
     def __len__(self) -> int:
-        return len(self._rows)
+        return sum(map(len, self.portions))
 
     def __getitem__(self, index: int) -> Example:
-        """Return a row of the data as it stands in the files, decoded; counts as nothing.
+        """Return a row of the data as it stands in the source, decoded; counts as nothing.
 
         Args:
-            index: From 0; negative counts from the end.
+            index: From 0; negative counts from the end. The streams of a mix follow each other.
 
         Returns:
             The example.
 
         Raises:
-            DataError: Its media cannot be decoded.
+            DataError: It cannot be used.
             IndexError: There is no such row.
         """
-        place = operator.index(index)
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"row {place} of a stream of {len(self)} rows")
-        return self._read(place % len(self))
+        slot = self._find(index)
+        return slot.decode(slot.fetch(slot.read()))
+
+    def read_rows(self, indices: Iterable[int]) -> Iterator[Example | None]:
+        """Read rows as they stand in the source, ahead and in threads; counts as nothing.
+
+        Args:
+            indices: As for ``stream[index]``.
+
+        Yields:
+            The examples, None for one that was passed over.
+
+        Raises:
+            DataError: An example that cannot be used, beyond its source's budget.
+        """
+        slots = [self._find(index) for index in indices]
+        bad = [0] * len(self.portions)
+        consecutive = 0
+        window = Window(iter(slots), self.fetch)
+        try:
+            for slot, outcome in zip(slots, window, strict=True):
+                if isinstance(outcome, Example):
+                    consecutive = 0
+                    self._remember(slot, outcome)
+                    yield outcome
+                else:
+                    consecutive += 1
+                    bad[slot.index] += 1
+                    self._count_bad(
+                        slot, outcome.stage, outcome.error, bad[slot.index], consecutive
+                    )
+                    yield None
+        finally:
+            window.close()
 
     def __iter__(self) -> Iterator[Example]:
-        if self._is_begun or self._position == len(self):
-            self._epoch += 1
-            self._position = 0
-        self._is_begun = False
-        self._token = object()
-        order = Order(len(self), seed=self.seed, epoch=self._epoch, shuffle=self.shuffle)
-        return _Epoch(partial(self._hand_out, self._token, order))
+        return _Epoch(partial(_skip_empty, self.read_slots()))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return what resumes the stream after the last example that was handed out.
+    def read_slots(self) -> Iterator[Example | None]:
+        """Begin an epoch, as iterating does, and hand it out slot by slot.
 
         Returns:
-            ``version fingerprint rows subset seed shuffle epoch position``: small, and JSON.
+            An iterator of the examples, with None where one was passed over; so that every shard
+            takes the same number of slots, whatever is in them.
         """
-        return {**self._identity(), "epoch": self._epoch, "position": self._position}
+        if self._is_begun or self._slot == (self._epoch + 1) * len(self):
+            self._epoch += 1
+            self._bad = [0] * len(self.portions)
+            if not self._is_finished:
+                self._slot = self._epoch * len(self)
+        self._is_begun = self._is_finished = False
+        self._token = object()
+        self._drop_window()
+        return _Epoch(partial(self._hand_out, self._token))
+
+    def shard(self, index: int, count: int) -> ExampleStream:
+        """Return one of several streams that share the slots of this one evenly.
+
+        Slot ``n`` goes to shard ``n % count``. The shards keep the state of the whole: taken when
+        each has handed out as many slots as the others, it resumes any number of shards.
+
+        Args:
+            index: Which one, from 0.
+            count: How many there are.
+
+        Returns:
+            A stream of its own at the place of this one, with the rows and length of the whole.
+
+        Raises:
+            ConfigError: No such shard, or a shard of a shard.
+        """
+        numbers = isinstance(index, int) and isinstance(count, int)
+        if not numbers or not 0 <= index < count or self._num_shards > 1:
+            raise ConfigError(f"shard({index!r}, {count!r}) of {self!r}; give 0 <= index < count")
+        shard = ExampleStream(self.portions, self._weights, fetch=self.fetch, shard=(index, count))
+        shard.load_state_dict(self.state_dict())
+        return shard
+
+    def skip(self, num_slots: int) -> None:
+        """Go on as if so many slots had been handed out, over the ends of epochs.
+
+        Args:
+            num_slots: How many.
+        """
+        slot = self._slot + num_slots
+        if slot > (self._epoch + 1) * len(self):
+            self._bad = [0] * len(self.portions)
+        self._epoch = max(self._epoch, (slot - 1) // len(self))
+        self._slot = slot
+        self._token = object()
+        self._is_begun = self._is_finished = False
+        self._drop_window()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what resumes the stream after the last slot that was handed out.
+
+        Returns:
+            ``version``, what the stream is (``fingerprint rows subset seed shuffle locality``, of
+            a mix for each stream), ``epoch position bad``: small, and JSON.
+        """
+        epoch, position = self._epoch, self._slot - self._epoch * len(self)
+        if not 0 <= position <= len(self):  # a shard that is done with its epoch before others
+            epoch, position = divmod(self._slot, len(self))
+        bad = self._bad if epoch == self._epoch else [0] * len(self.portions)
+        return {**self._identity(), "epoch": epoch, "position": position, "bad": list(bad)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a state was taken: the next iteration is the rest of that epoch.
@@ -215,34 +225,16 @@ class ExampleStream:
         Raises:
             ResumeError: The state is of another stream; the message names what differs.
         """
-        if not isinstance(state, Mapping):
-            raise ResumeError(f"the stream's state is {type(state).__name__} and not a dictionary")
-        here = self._identity()
-        missing = [name for name in (*here, "epoch", "position") if name not in state]
-        if missing:
-            raise ResumeError(f"the stream's state lacks {', '.join(missing)}; it is not a state")
-        differing = [
-            f"{name} was {state[name]!r} and is {here[name]!r}"
-            for name in here
-            if state[name] != here[name]
-        ]
-        if differing:
-            raise ResumeError(
-                f"the saved state is of another stream: {'; '.join(differing)}; give the run the "
-                "same data, seed and subset, or start a new one"
-            )
-        epoch, position = state["epoch"], state["position"]
-        for value in (epoch, position):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ResumeError(f"the stream's state has epoch {epoch!r}, position {position!r}")
-        if position > len(self):
-            raise ResumeError(f"the stream's state is at position {position} of {len(self)} rows")
-        self._epoch, self._position = epoch, position
+        epoch, position, bad = read_state(state, self._identity(), num_rows=len(self))
+        self._epoch, self._slot = epoch, epoch * len(self) + position
+        self._bad = bad
+        self._consecutive_bad = 0
         self._token = object()
-        self._is_begun = False
+        self._is_begun = self._is_finished = False
+        self._drop_window()
 
-    def take(self, num_rows: int) -> Self:
-        """Return a stream of the first rows in the order of the files.
+    def take(self, num_rows: int) -> ExampleStream:
+        """Return a stream of the first rows in the order of the source.
 
         Args:
             num_rows: How many at most.
@@ -251,14 +243,16 @@ class ExampleStream:
             A stream of its own, at its beginning.
 
         Raises:
-            ConfigError: Not a whole number above 0.
+            ConfigError: Not a whole number above 0, or a mix.
         """
         if isinstance(num_rows, bool) or not isinstance(num_rows, int) or num_rows < 1:
             raise ConfigError(f"take({num_rows!r}); give a whole number above 0")
-        return self._select(self._rows[:num_rows], f"take {num_rows}", self._num_splits)
+        if not self.is_whole:
+            raise ConfigError("take() of a mix or shard; take rows of the streams, then mix those")
+        return ExampleStream([self.portions[0].take(num_rows)], fetch=self.fetch)
 
-    def split(self, fraction: float) -> tuple[Self, Self]:
-        """Divide the rows in two by hashes of their keys.
+    def split(self, fraction: float) -> tuple[ExampleStream, ExampleStream]:
+        """Divide the rows in two by hashes of their keys; of a mix, those of each stream.
 
         A key falls on the same side whatever rows are added or removed and whatever the seed.
 
@@ -276,18 +270,11 @@ class ExampleStream:
             raise ConfigError(f"split({fraction!r}); give a number between 0 and 1")
         if not 0 < fraction < 1:
             raise ConfigError(f"split({fraction}); give a number between 0 and 1, both left out")
-        hashes = hash_keys(self.manifest.read_keys(), salt=f"split {self._num_splits}")
-        rows = np.asarray(self._rows)
-        is_held_out = hashes[rows] < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
-        sides = []
-        for name, chosen in (("rest", rows[~is_held_out]), ("held out", rows[is_held_out])):
-            if not len(chosen):
-                raise SourceError(
-                    f"split({fraction}) of {len(self)} rows leaves none {name}; give another "
-                    "fraction, or more rows"
-                )
-            sides.append(self._select(chosen, f"split {fraction:g} {name}", self._num_splits + 1))
-        return sides[0], sides[1]
+        rest, held_out = zip(*(portion.split(fraction) for portion in self.portions), strict=True)
+        return (
+            ExampleStream(rest, self._weights, fetch=self.fetch),
+            ExampleStream(held_out, self._weights, fetch=self.fetch),
+        )
 
     def preview(self, count: int = 3) -> str:
         """Show the first rows of the data: keys, roles, text cut short, sizes of media.
@@ -304,76 +291,217 @@ class ExampleStream:
         return "\n\n".join(show_example(self[index]) for index in range(min(count, len(self))))
 
     def report(self) -> StreamReport:
-        """Say what the stream is made of, what was chosen by itself, and how far it is."""
-        summary = self.manifest.summary
+        """Say what the stream is made of, what it costs, what was chosen by itself, how far it is.
+
+        Returns:
+            Figures, which ``print`` shows as text.
+        """
+        total = sum(self._weights)
+        waited = self._wait_seconds + (self._window.wait_seconds if self._window else 0.0)
         return StreamReport(
-            rows=len(self),
-            subset=self._subset,
-            files=summary["num_files"],
-            format=summary["format"],
-            layout=summary["layout"],
-            columns=summary["columns"],
-            unused_columns=tuple(summary["unused"]),
-            rows_by_split=summary["splits"],
-            notes=tuple(summary["notes"]),
-            manifest=self.manifest.path,
-            manifest_bytes=self.manifest.num_bytes,
-            fingerprint=self.manifest.fingerprint,
-            seed=self.seed,
-            shuffle=self.shuffle,
+            parts=tuple(
+                report_portion(
+                    portion, share=float(weight / total), cache_bytes=self.fetch.cache_bytes
+                )
+                for portion, weight in zip(self.portions, self._weights, strict=True)
+            ),
             epoch=self._epoch,
-            position=self._position,
+            position=self._slot - self._epoch * len(self),
             handed_out=self._num_handed_out,
+            passed_over=self._num_passed_over,
+            wait_seconds=waited,
         )
 
-    def _identity(self) -> dict[str, Any]:
-        """What epoch and position refer to."""
-        return {
-            "version": STATE_VERSION,
-            "fingerprint": self.manifest.fingerprint,
-            "rows": len(self),
-            "subset": self._subset,
-            "seed": self.seed,
-            "shuffle": self.shuffle,
-        }
+    def pass_over(self, error: DataError) -> None:
+        """Note that an example that was handed out could not be used after all.
 
-    def _select(self, rows: Sequence[int] | np.ndarray, name: str, num_splits: int) -> Self:
-        return type(self)(
-            self.manifest,
-            seed=self.seed,
-            shuffle=self.shuffle,
-            rows=rows,
-            subset=f"{self._subset}, {name}",
-            num_splits=num_splits,
-        )
+        Args:
+            error: Why, with the example's key.
 
-    def _read(self, place: int) -> Example:
-        example = self.manifest.read_example(int(self._rows[place]))
-        return load_media(example, root=self.manifest.root)
+        Raises:
+            DataError: The same, where its source's budget allows no more.
+        """
+        slot = self._recent.get(error.key)
+        if slot is None:
+            raise error
+        self._bad[slot.index] += 1
+        self._count_bad(slot, "collate", error, self._bad[slot.index], consecutive=1)
 
-    def _hand_out(self, token: object, order: Order) -> Example:
+    def inspect_quarantine(self) -> list[BadExample]:
+        """Return the examples that could not be used, of this run and those before it.
+
+        Returns:
+            What is wrong with each; of all rows of the data, those of other splits too.
+        """
+        records = []
+        for quarantine in {portion.quarantine for portion in self.portions}:
+            records += quarantine.inspect()
+        return records
+
+    def retry_quarantine(self) -> tuple[int, int]:
+        """Try the examples in the quarantine again, and take out those that can be used now.
+
+        Every epoch tries them by itself; this is for looking after a repair. Rows that could not
+        be read at all are read again with ``refresh=True``; what a collator refused is not tried.
+
+        Returns:
+            How many can be used now, and how many remain.
+        """
+        num_mended = num_bad = 0
+        for portion in {portion.quarantine: portion for portion in self.portions}.values():
+            mended = []
+            for record in portion.quarantine.inspect():
+                if record.row is None or record.stage == "collate":
+                    num_bad += 1
+                    continue
+                slot = _Slot(0, record.row, portion)
+                try:
+                    slot.decode(slot.fetch(slot.read()))
+                except DataError:
+                    num_bad += 1
+                else:
+                    mended.append(record)
+            portion.quarantine.remove(mended)
+            num_mended += len(mended)
+        return num_mended, num_bad
+
+    def close(self) -> None:
+        """Stop reading ahead; the stream can be used again."""
+        self._drop_window()
+        for portion in self.portions:
+            portion.fetcher.close()
+
+    # --- one slot after the other -------------------------------------------------------------
+
+    def _hand_out(self, token: object) -> Example | None:
         if token is not self._token:
             raise ConfigError(
                 "this iterator was overtaken: the stream was iterated again or given a state; use "
                 "one iterator at a time, or make a second stream"
             )
-        if self._position == len(self):
-            raise StopIteration
-        example = self._read(order[self._position])
-        self._position += 1
-        self._num_handed_out += 1
+        if self._window is None:
+            slots = range(self._next_slot(), (self._epoch + 1) * len(self), self._num_shards)
+            self._ahead = map(self._locate, slots)
+            self._window = Window(map(self._locate, slots), self.fetch)
+        try:
+            outcome = next(self._window)
+        except StopIteration:
+            self._is_begun = self._is_finished = True
+            raise
+        except BaseException:
+            self._drop_window()
+            raise
+        slot = next(self._ahead)
+        if isinstance(outcome, Example):
+            self._consecutive_bad = 0
+            self._num_handed_out += 1
+            self._remember(slot, outcome)
+        else:
+            self._pass_over_slot(slot, outcome)
+        self._slot += self._num_shards
         self._is_begun = True
-        return example
+        return outcome if isinstance(outcome, Example) else None
+
+    def _pass_over_slot(self, slot: _Slot, failure: Failure) -> None:
+        bad, consecutive = self._bad[slot.index] + 1, self._consecutive_bad + 1
+        try:
+            self._count_bad(slot, failure.stage, failure.error, bad, consecutive)
+        except DataError:
+            self._drop_window()  # the next one begins with this slot again
+            raise
+        self._bad[slot.index], self._consecutive_bad = bad, consecutive
+
+    def _next_slot(self) -> int:
+        """The first slot of this shard that the whole has not come to."""
+        return self._slot + (self._shard_index - self._slot) % self._num_shards
+
+    def _locate(self, number: int) -> _Slot:
+        index, turn = self._interleave.locate(number)
+        portion = self.portions[index]
+        return _Slot(index, portion.find_row(turn), portion)
+
+    def _find(self, index: int) -> _Slot:
+        place = operator.index(index)
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"row {place} of a stream of {len(self)} rows")
+        place %= len(self)
+        for number, portion in enumerate(self.portions):
+            if place < len(portion):
+                return _Slot(number, int(portion.rows[place]), portion)
+            place -= len(portion)
+        raise IndexError(f"row {index} of a stream of {len(self)} rows")
+
+    def _drop_window(self) -> None:
+        if self._window is not None:
+            self._wait_seconds += self._window.wait_seconds
+            self._window.close()
+            self._window = None
+
+    def _identity(self) -> dict[str, Any]:
+        """What epoch and position refer to."""
+        return identify([portion.describe() for portion in self.portions], self._weights)
+
+    def _count_bad(
+        self, slot: _Slot, stage: Stage, error: DataError, bad: int, consecutive: int
+    ) -> None:
+        """Note a row in the quarantine, and raise its error where the budget allows no more."""
+        quarantine = slot.portion.quarantine
+        if quarantine.budget.max_bad_fraction:
+            quarantine.add(
+                BadExample(
+                    key=error.key,
+                    origin=slot.portion.manifest.read_origin(slot.row),
+                    row=slot.row,
+                    stage=stage,
+                    error=type(error.__cause__ or error).__name__,
+                    reason=read_reason(error),
+                    objects=tuple(
+                        f"{stored.uri}#{stored.generation}" for stored in list_stored(slot.read())
+                    ),
+                )
+            )
+        quarantine.budget.check(error, bad=bad, consecutive=consecutive, rows=len(slot.portion))
+        self._num_passed_over += 1
+
+    def _remember(self, slot: _Slot, example: Example) -> None:
+        self._recent[example.key] = slot
+        if len(self._recent) > _REMEMBERED_EXAMPLES:
+            del self._recent[next(iter(self._recent))]
 
 
-class _Epoch:
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """One slot's row, and how it is loaded."""
+
+    index: int
+    row: int
+    portion: Portion
+
+    def read(self) -> Example:
+        return self.portion.manifest.read_example(self.row)
+
+    def fetch(self, example: Example) -> Example:
+        return self.portion.fetch(example)
+
+    def decode(self, example: Example) -> Example:
+        return self.portion.decode(example)
+
+
+class _Epoch(Generic[T]):
     """The rest of one epoch; not a generator, which one failing example would end."""
 
-    def __init__(self, read_next: Callable[[], Example]) -> None:
+    def __init__(self, read_next: Callable[[], T]) -> None:
         self._read_next = read_next
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Example:
+    def __next__(self) -> T:
         return self._read_next()
+
+
+def _skip_empty(slots: Iterator[Example | None]) -> Example:
+    example = None
+    while example is None:
+        example = next(slots)
+    return example

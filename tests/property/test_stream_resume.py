@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_tuner.streaming.stream import stream_local
+from gemma_tuner.streaming.opening import stream_local
 
 EPOCHS = 2
 

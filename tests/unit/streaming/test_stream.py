@@ -19,8 +19,8 @@ import soundfile
 from gemma_tuner.errors import ConfigError, DataError, ResumeError, SourceError
 from gemma_tuner.records import Audio, Image
 from gemma_tuner.sources.rows import AUDIO_PROMPT, IMAGE_PROMPT
-from gemma_tuner.streaming import stream as module
-from gemma_tuner.streaming.stream import stream_local
+from gemma_tuner.streaming import spool as module
+from gemma_tuner.streaming.opening import stream_local
 
 CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 
@@ -245,7 +245,7 @@ def test_take_keeps_the_first_rows(tmp_path):
     taken = stream.take(4)
     assert len(taken) == 4
     assert {e.key for e in taken} == {f"a.jsonl:{i}" for i in range(1, 5)}
-    assert taken.seed == 3
+    assert taken.report().seed == 3
     assert len(stream.take(100)) == 9
     bad: Any
     for bad in (0, -1, 2.0, True):
@@ -256,7 +256,7 @@ def test_take_keeps_the_first_rows(tmp_path):
 def test_split_divides_by_keys_and_stays_when_rows_are_added(tmp_path):
     def sides(path, fraction=0.3):
         rest, held_out = stream_local(path, seed=2).split(fraction)
-        assert rest.seed == held_out.seed == 2
+        assert rest.report().seed == held_out.report().seed == 2
         return [{e.key for e in side} for side in (rest, held_out)]
 
     rows = [{"id": f"k{i}", "prompt": "Q", "response": "A"} for i in range(400)]
@@ -312,7 +312,7 @@ def test_the_manifest_is_reused_until_the_data_change(tmp_path, home, monkeypatc
     assert again.report().columns == first.report().columns
     assert len(stream_local(write_pairs(path, 4))) == 4
     assert len(stream_local(path, cache_dir=tmp_path / "cache")) == 4
-    assert len(list((tmp_path / "cache").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "manifests").iterdir())) == 1
 
 
 def test_a_damaged_manifest_is_written_anew(tmp_path, caplog):
@@ -378,7 +378,8 @@ def test_the_report_says_what_was_chosen_and_how_far_it_is(tmp_path):
         "prompt = 'prompt'",
         "columns not used: 'note'",
         "by split: train 2, test 1",
-        "seed 5; epoch 0, 1 of 3 handed out",
+        "shuffled with seed 5; manifest",
+        "epoch 0, 1 of 3 handed out",
     ):
         assert words in text
 
@@ -409,7 +410,7 @@ def test_a_run_continues_in_a_new_process(tmp_path):
     begun = [next(iterator).key for _ in range(13)]
     code = (
         "import json, sys\n"
-        "from gemma_tuner.streaming.stream import stream_local\n"
+        "from gemma_tuner.streaming.opening import stream_local\n"
         f"stream = stream_local({str(path)!r}, cache_dir={str(cache)!r})\n"
         "stream.load_state_dict(json.load(sys.stdin))\n"
         "print(json.dumps([e.key for _ in range(2) for e in stream]))"

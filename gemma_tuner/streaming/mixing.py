@@ -1,0 +1,52 @@
+"""Several streams as one, slot by slot in proportion to their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+from gemma_tuner.errors import ConfigError
+from gemma_tuner.streaming.stream import ExampleStream
+
+
+def mix(streams: Mapping[ExampleStream, float]) -> ExampleStream:
+    """Mix streams slot by slot, each in proportion to its weight.
+
+    The proportions are kept as evenly as whole numbers can be at every place of the mix. Each
+    stream goes on in its own order and begins anew when it is through, so that no row of it is
+    left out; an epoch of the mix is as long as all streams together.
+
+    Args:
+        streams: The weight of each stream, above 0; only the proportions count.
+
+    Returns:
+        The mix, at its beginning; where the streams themselves stand does not matter.
+
+    Raises:
+        ConfigError: No streams, a mix or a shard among them, or a weight that is not a number
+            above 0.
+
+    Example:
+        >>> import gemma_tuner as gt
+        >>> text = gt.stream_local(gt.testing.sample_data("text"), split="train")
+        >>> sounds = gt.stream_local(gt.testing.sample_data("audio"), split="train")
+        >>> both = gt.mix({text: 0.7, sounds: 0.3})
+        >>> len(both) == len(text) + len(sounds)
+        True
+    """
+    if not isinstance(streams, Mapping) or not streams:
+        raise ConfigError("mix() takes a dictionary of streams and weights: {stream: weight, ...}")
+    weights = []
+    for stream, weight in streams.items():
+        if not isinstance(stream, ExampleStream) or not stream.is_whole:
+            raise ConfigError(
+                f"mix() was given {stream!r}; give streams from stream_local, stream_gcs, "
+                "stream_bigquery or stream_hub, and shard the mix"
+            )
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not 0 < weight < math.inf:
+            raise ConfigError(f"mix() was given the weight {weight!r}; give a number above 0")
+        weights.append(Fraction(weight).limit_denominator(1_000_000))
+    portions = [portion for stream in streams for portion in stream.portions]
+    return ExampleStream(portions, weights, fetch=next(iter(streams)).fetch)

@@ -1,0 +1,223 @@
+"""Rows of one manifest in an order of their own: what a stream, or one stream of a mix, reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from gemma_tuner.errors import ConfigError, DataError, SourceError
+from gemma_tuner.media.load import load_media
+from gemma_tuner.records import Audio, Example, Image, StoredObject
+from gemma_tuner.sources.objects import CorruptReadError, ObjectChangedError, TransientReadError
+from gemma_tuner.streaming.fetch import Fetcher
+from gemma_tuner.streaming.manifest import Manifest, hash_keys
+from gemma_tuner.streaming.order import Order, ShardOrder
+from gemma_tuner.streaming.quarantine import Quarantine
+
+Locality = Literal["shard"]
+
+
+class Portion:
+    """Some rows of a manifest, how they are shuffled, and what loads them.
+
+    Args:
+        manifest: The rows.
+        fetcher: What fetches their media.
+        quarantine: Where those that cannot be used are noted.
+        seed: Decides the order, with the epoch.
+        shuffle: False keeps the rows as they stand.
+        locality: "shard" shuffles files, and rows within each; None shuffles all rows.
+        rows: Those of the manifest's rows that are in it, ascending; None for all.
+        subset: What ``rows`` are, in words.
+        num_splits: How many times :meth:`split` led here; each divides by hashes of its own.
+
+    Raises:
+        ConfigError: ``seed``, ``shuffle`` or ``locality`` of another type.
+        SourceError: No rows.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        fetcher: Fetcher,
+        quarantine: Quarantine,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        locality: Locality | None = None,
+        rows: Sequence[int] | np.ndarray | None = None,
+        subset: str = "all",
+        num_splits: int = 0,
+    ) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ConfigError(f"seed={seed!r}; give a whole number")
+        if not isinstance(shuffle, bool):
+            raise ConfigError(f"shuffle={shuffle!r}; give True or False")
+        if locality not in (None, "shard"):
+            raise ConfigError(f"locality={locality!r}; give 'shard' or None")
+        self.manifest = manifest
+        self.fetcher = fetcher
+        self.quarantine = quarantine
+        self.seed = seed
+        self.shuffle = shuffle
+        self.locality: Locality | None = locality
+        self.rows = range(len(manifest)) if rows is None else rows
+        self.subset = subset
+        self._num_splits = num_splits
+        if len(self.rows) == 0:
+            raise SourceError(
+                f"the stream ({subset}) holds no rows; check paths, split and subset"
+            )
+        self._latest_order: tuple[int, Order | ShardOrder] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def find_row(self, turn: int) -> int:
+        """Return the manifest's row that comes at a turn.
+
+        Args:
+            turn: From 0, running on over the epochs: the second begins at ``len(self)``.
+
+        Returns:
+            The row.
+        """
+        epoch, place = divmod(turn, len(self))
+        latest = self._latest_order
+        if latest is None or latest[0] != epoch:
+            latest = self._latest_order = (epoch, self._make_order(epoch))
+        return int(self.rows[latest[1][place]])
+
+    def _make_order(self, epoch: int) -> Order | ShardOrder:
+        if self.locality is None or not self.shuffle:
+            return Order(len(self), seed=self.seed, epoch=epoch, shuffle=self.shuffle)
+        starts = np.searchsorted(np.asarray(self.rows), self.manifest.shards)
+        starts = [int(start) for start in np.unique(starts) if start < len(self)]
+        return ShardOrder(starts, len(self), seed=self.seed, epoch=epoch)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what decides the rows and their order, as JSON."""
+        return {
+            "fingerprint": self.manifest.fingerprint,
+            "rows": len(self),
+            "subset": self.subset,
+            "seed": self.seed,
+            "shuffle": self.shuffle,
+            "locality": self.locality,
+        }
+
+    def take(self, num_rows: int) -> Self:
+        """Return the first rows, in the order of the source."""
+        return self._select(self.rows[:num_rows], f"take {num_rows}", self._num_splits)
+
+    def split(self, fraction: float) -> tuple[Self, Self]:
+        """Divide the rows by hashes of their keys.
+
+        Args:
+            fraction: How much to hold out; met on average.
+
+        Returns:
+            The rest, and what is held out.
+
+        Raises:
+            SourceError: One side would be empty.
+        """
+        hashes = hash_keys(self.manifest.read_keys(), salt=f"split {self._num_splits}")
+        rows = np.asarray(self.rows)
+        is_held_out = hashes[rows] < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+        sides = []
+        for name, chosen in (("rest", rows[~is_held_out]), ("held out", rows[is_held_out])):
+            if not len(chosen):
+                raise SourceError(
+                    f"split({fraction}) of {len(self)} rows leaves none {name}: each row falls by "
+                    f"chance of its key; {_suggest_fraction(hashes[rows])}, or give more rows"
+                )
+            sides.append(self._select(chosen, f"split {fraction:g} {name}", self._num_splits + 1))
+        return sides[0], sides[1]
+
+    def _select(self, rows: Sequence[int] | np.ndarray, name: str, num_splits: int) -> Self:
+        return type(self)(
+            self.manifest,
+            self.fetcher,
+            self.quarantine,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            locality=self.locality,
+            rows=rows,
+            subset=f"{self.subset}, {name}",
+            num_splits=num_splits,
+        )
+
+    # --- loading ------------------------------------------------------------------------------
+
+    def fetch(self, example: Example) -> Example:
+        """Replace each stored object of an example by its bytes.
+
+        Args:
+            example: As the manifest has it.
+
+        Returns:
+            The example.
+
+        Raises:
+            DataError: An object that is gone, changed, damaged, or cannot be read though others
+                can.
+            SourceError: Nothing can be read.
+        """
+
+        def read(part: Image | Audio) -> Image | Audio:
+            if not isinstance(part.source, StoredObject):
+                return part
+            return replace(part, source=self._read_object(part.source))
+
+        try:
+            return example.replace_media(read)
+        except (CorruptReadError, ObjectChangedError, TransientReadError) as error:
+            raise DataError(str(error), key=example.key) from error
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise DataError(
+                f"a file that holds its media cannot be read ({reason}); put it back",
+                key=example.key,
+            ) from None  # whose message holds the path
+
+    def decode(self, example: Example) -> Example:
+        """Decode the media of an example.
+
+        Args:
+            example: With media encoded or as local paths.
+
+        Returns:
+            The example, with pictures and samples.
+
+        Raises:
+            DataError: It cannot be decoded.
+        """
+        return load_media(example, root=self.manifest.root)
+
+    def _read_object(self, stored: StoredObject) -> bytes:
+        if "://" in stored.uri:
+            return self.fetcher.fetch(stored)
+        return _read_part(self.manifest.root / stored.uri, stored)
+
+
+def _read_part(path: Path, stored: StoredObject) -> bytes:
+    """Read a part of a local file, such as a member of a tar."""
+    with path.open("rb") as file:
+        file.seek(stored.start or 0)
+        content = file.read(stored.num_bytes)
+    if len(content) != (stored.num_bytes or len(content)):
+        raise ObjectChangedError(f"the file {path.name!r} is shorter than it was; put it back")
+    return content
+
+
+def _suggest_fraction(hashes: np.ndarray) -> str:
+    """Name a fraction that holds out at least one row and leaves at least one."""
+    if len(hashes) < 2:
+        return "one row cannot be divided"
+    first, second = np.sort(hashes)[:2].astype(float) / 2**64
+    return f"split({(first + second) / 2:.2g}) holds out one"

@@ -1,0 +1,192 @@
+"""What could not be used, why, and how much of it a run puts up with.
+
+A bad example is passed over and leaves a hole in the order, so that every later one keeps its
+place. Each is written once to a file beside the manifest, which only its owner can read::
+
+    {"key": "tickets:17", "origin": "tickets:17", "row": 16, "stage": "decode",
+     "error": "DataError", "reason": "image 'a.jpg' is damaged ...", "objects": ["gs://b/a.jpg#17"]}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from gemma_tuner.errors import ConfigError, DataError, SourceError
+
+Stage = Literal["row", "fetch", "decode", "collate"]
+
+
+@dataclass(frozen=True, slots=True)
+class BadExample:
+    """One example that could not be used.
+
+    Args:
+        key: Its key, or where it stands if it has none.
+        origin: Where in its source it stands.
+        row: Its row of the manifest; None where it was never written there.
+        stage: What failed: making the row an example, fetching its media, decoding, collating.
+        error: The kind of error.
+        reason: What is wrong and what would mend it.
+        objects: The stored objects that it names, ``uri#generation``.
+    """
+
+    key: str
+    origin: str
+    row: int | None
+    stage: Stage
+    error: str
+    reason: str
+    objects: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How much of the data may be bad.
+
+    Args:
+        max_bad_fraction: Of the rows of an epoch; 0 lets the first bad row end the run.
+        max_consecutive_bad: Bad rows without a good one between them.
+
+    Raises:
+        ConfigError: A value out of its range.
+    """
+
+    max_bad_fraction: float = 0.0
+    max_consecutive_bad: int = 100
+
+    def __post_init__(self) -> None:
+        fraction, consecutive = self.max_bad_fraction, self.max_consecutive_bad
+        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
+            raise ConfigError(f"max_bad_fraction={fraction!r}; give a number from 0 to 1")
+        if not 0 <= fraction <= 1:
+            raise ConfigError(f"max_bad_fraction={fraction}; give a number from 0 to 1")
+        if isinstance(consecutive, bool) or not isinstance(consecutive, int) or consecutive < 1:
+            raise ConfigError(
+                f"max_consecutive_bad={consecutive!r}; give a whole number from 1 up"
+            )
+
+    def count_allowed(self, rows: int) -> int:
+        """Return how many of so many rows may be bad."""
+        return int(self.max_bad_fraction * rows)
+
+    def check(self, error: DataError, *, bad: int, consecutive: int, rows: int) -> None:
+        """Raise if the bad rows so far are more than the budget allows.
+
+        Args:
+            error: The latest.
+            bad: Bad rows of the epoch, the latest included.
+            consecutive: Bad rows since the last good one.
+            rows: Rows of the epoch.
+
+        Raises:
+            DataError: They are; of the latest row.
+        """
+        allowed = self.count_allowed(rows)
+        if bad <= allowed and consecutive < self.max_consecutive_bad:
+            return
+        if not allowed:
+            raise error
+        limit = (
+            f"max_bad_fraction={self.max_bad_fraction:g} of {rows:,} rows allows {allowed:,}"
+            if bad > allowed
+            else f"max_consecutive_bad={self.max_consecutive_bad:,}"
+        )
+        raise DataError(
+            f"{read_reason(error)} It is bad row {bad:,} ({consecutive:,} in a row), and {limit}; "
+            "inspect_quarantine() lists them",
+            key=error.key,
+        ) from error
+
+
+class Quarantine:
+    """The bad examples of one manifest.
+
+    Args:
+        path: The file; made when the first is added.
+        budget: How many are put up with.
+    """
+
+    def __init__(self, path: Path, budget: Budget) -> None:
+        self.path = path
+        self.budget = budget
+        self._known = {_identify(record) for record in self.inspect()}
+
+    def add(self, record: BadExample) -> None:
+        """Write an example to the file, if it is not there with the same fault.
+
+        Args:
+            record: The example.
+
+        Raises:
+            SourceError: The file cannot be written.
+        """
+        if _identify(record) in self._known:
+            return
+        self._known.add(_identify(record))
+        # A line of its own, also after one that a kill cut off.
+        line = "\n" + json.dumps(dataclasses.asdict(record), ensure_ascii=False)
+        try:
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                os.write(descriptor, line.encode("utf-8", "replace"))
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise SourceError(
+                f"the quarantine {self.path.name} cannot be written ({error.strerror}); free some "
+                "space there, or choose another folder by cache_dir="
+            ) from None
+
+    def inspect(self) -> list[BadExample]:
+        """Read what is in the file; a last line that was cut off by a kill is passed over."""
+        try:
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise SourceError(
+                f"the quarantine {self.path.name} cannot be read ({error.strerror}); make it "
+                "readable, or choose another folder by cache_dir="
+            ) from None
+        records = []
+        for line in lines:
+            try:
+                fields = json.loads(line)
+                fields["objects"] = tuple(fields["objects"])
+                records.append(BadExample(**fields))
+            except (ValueError, TypeError, KeyError):
+                continue
+        return records
+
+    def clear(self) -> None:
+        """Forget everything; the data are read anew."""
+        self.path.unlink(missing_ok=True)
+        self._known.clear()
+
+    def remove(self, records: Collection[BadExample]) -> None:
+        """Take examples that have been mended out of the file.
+
+        Args:
+            records: As :meth:`inspect` returned them.
+        """
+        mended = {_identify(record) for record in records}
+        kept = [record for record in self.inspect() if _identify(record) not in mended]
+        self.clear()
+        for record in kept:
+            self.add(record)
+
+
+def read_reason(error: DataError) -> str:
+    """Return an error's message without the key that it begins with."""
+    return str(error).removeprefix(f"example {error.key!r}: ")
+
+
+def _identify(record: BadExample) -> tuple[str, str, str]:
+    return record.origin, record.stage, record.error

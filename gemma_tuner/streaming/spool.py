@@ -1,0 +1,179 @@
+"""Reading a source once into its manifest, or finding the manifest that was written before."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.sources.examples import Outcome, Source
+from gemma_tuner.sources.objects import ObjectStore
+from gemma_tuner.sources.pins import pin_media
+from gemma_tuner.streaming.manifest import FORMAT_VERSION, Manifest, write_manifest
+from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine, read_reason
+
+logger = logging.getLogger(__name__)
+
+
+def open_manifest(
+    source: Source,
+    open_store: Callable[[], ObjectStore],
+    *,
+    folder: Path,
+    budget: Budget,
+    refresh: bool = False,
+) -> tuple[Manifest, Quarantine]:
+    """Open the manifest of a source, after writing it where there is none that can be used.
+
+    Of several processes that need it at the same time one writes it, and the others wait.
+
+    Args:
+        source: The data.
+        open_store: Makes the store in which ``gs://`` media are looked up, if there are any.
+        folder: Where manifests and quarantines are kept.
+        budget: How many rows may be unusable.
+        refresh: Write it anew, unless another process has done so while this one waited.
+
+    Returns:
+        The manifest, and the quarantine of its rows.
+
+    Raises:
+        DataError: A row that cannot be used, beyond the budget.
+        SourceError: The source cannot be read, or the manifest not be written.
+    """
+    name = name_source(source)
+    path = folder / "manifests" / f"{name}.arrow"
+    quarantine = Quarantine(folder / "quarantine" / f"{name}.jsonl", budget)
+    wanted_since = time.time() if refresh else 0.0
+    manifest = _find(path, budget, wanted_since)
+    if manifest is None:
+        with _locked(folder / "locks" / f"{name}.lock"):
+            manifest = _find(path, budget, wanted_since)
+            if manifest is None:
+                _write(path, source, open_store, quarantine)
+                manifest = Manifest(path)
+    return manifest, quarantine
+
+
+def name_source(source: Source) -> str:
+    """Return a name for what is kept of a source, which differs whenever its examples may."""
+    identity = json.dumps([FORMAT_VERSION, source.read_identity()], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()[:32]
+
+
+def _find(path: Path, budget: Budget, wanted_since: float) -> Manifest | None:
+    try:
+        if path.stat().st_mtime < wanted_since:
+            return None
+        manifest = Manifest(path)
+    except (FileNotFoundError, NotADirectoryError):  # writing explains the second
+        return None
+    except SourceError as error:
+        logger.warning("%s; it is written anew", error)
+        return None
+    # A manifest that was written with a larger budget lacks rows which this one asks about.
+    bad_rows = manifest.summary["bad_rows"]
+    return manifest if bad_rows <= budget.count_allowed(len(manifest) + bad_rows) else None
+
+
+def _write(
+    path: Path,
+    source: Source,
+    open_store: Callable[[], ObjectStore],
+    quarantine: Quarantine,
+) -> None:
+    quarantine.clear()
+    tally = _Tally(quarantine)
+
+    def read_summary() -> dict[str, Any]:
+        tally.check_all()
+        return {
+            **source.read_summary(),
+            "bad_rows": tally.num_bad,
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+
+    write_manifest(
+        path,
+        tally.count(pin_media(source, open_store)),
+        root=source.root,
+        read_summary=read_summary,
+        pass_over=tally.pass_over,
+    )
+
+
+class _Tally:
+    """Counts rows as they are written, and those that cannot be used against their budget."""
+
+    def __init__(self, quarantine: Quarantine) -> None:
+        self._quarantine = quarantine
+        self._num_rows = 0
+        self._num_consecutive = 0
+        self._latest: tuple[int, DataError] | None = None
+        self.num_bad = 0
+
+    def count(self, outcomes: Iterator[tuple[str, Outcome]]) -> Iterator[tuple[str, Outcome]]:
+        for outcome in outcomes:
+            self._num_rows += 1
+            yield outcome
+
+    def pass_over(self, origin: str, error: DataError) -> None:
+        """Note a row that cannot be used, and raise where the first or a row of them is one."""
+        budget = self._quarantine.budget
+        if not budget.max_bad_fraction:
+            raise DataError(
+                f"{read_reason(error)} ({self._num_rows - 1:,} rows were fine)", key=error.key
+            ) from error.__cause__
+        is_next = self._latest is not None and self._latest[0] == self._num_rows - 1
+        self._num_consecutive = self._num_consecutive + 1 if is_next else 1
+        self._latest = (self._num_rows, error)
+        self.num_bad += 1
+        self._quarantine.add(
+            BadExample(
+                key=error.key,
+                origin=origin,
+                row=None,
+                stage="row",
+                error=type(error.__cause__ or error).__name__,
+                reason=read_reason(error),
+            )
+        )
+        if self._num_consecutive >= budget.max_consecutive_bad:
+            self.check_all()
+
+    def check_all(self) -> None:
+        """Raise if the rows read so far hold more bad ones than the budget allows."""
+        if self._latest is not None:
+            self._quarantine.budget.check(
+                self._latest[1],
+                bad=self.num_bad,
+                consecutive=self._num_consecutive,
+                rows=self._num_rows,
+            )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a manifest; it is released when its holder ends, however that is."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise SourceError(
+            f"the manifest cannot be written to the folder {path.parent.name!r} "
+            f"({error.strerror}); free some space there, or choose another by cache_dir="
+        ) from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
