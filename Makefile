@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 INSTALLED = .venv/.installed
 
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo demo-cloud test test-slow check format clean
 .DEFAULT_GOAL = help
 
 help: ## list these targets
@@ -14,6 +14,9 @@ help: ## list these targets
 
 demo: $(INSTALLED) ## train a tiny model on the bundled samples, without network
 	.venv/bin/python recipes/demo.py
+
+demo-cloud: $(INSTALLED) ## train from local stand-ins for BigQuery and Cloud Storage
+	.venv/bin/python recipes/stream_bigquery.py
 
 test: $(INSTALLED) ## the fast tests, in minutes on two cores
 	.venv/bin/pytest
