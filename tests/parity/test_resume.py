@@ -1,10 +1,11 @@
 """A run that was stopped anywhere and resumed elsewhere is the run that never stopped."""
 
 import multiprocessing
+import signal
 
 import pytest
 
-from tests.runs import read_trace, run
+from tests.runs import read_trace, run, run_in_cloud
 
 STEPS = 5
 
@@ -17,11 +18,11 @@ def processes():
     return context
 
 
-def run_in_new_process(processes, folder, **options):
-    process = processes.Process(target=run, args=(folder,), kwargs=options)
+def run_in_new_process(processes, folder, *, target=run, exit_code=0, **options):
+    process = processes.Process(target=target, args=(folder,), kwargs=options)
     process.start()
     process.join()
-    assert process.exitcode == 0
+    assert process.exitcode == exit_code
 
 
 @pytest.fixture(scope="module", params=["text", "image"])
@@ -42,3 +43,26 @@ def test_stop_anywhere_and_resume(processes, uninterrupted, tmp_path, stop_after
     assert read_trace(tmp_path, "eval") == read_trace(whole, "eval")
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("modality", ["text", "image", "audio"])
+def test_a_run_from_the_cloud_is_killed_twice_and_ends_as_if_it_never_was(
+    processes, tmp_path, modality
+):
+    options = {"target": run_in_cloud, "modality": modality}
+    run_in_new_process(processes, tmp_path / "whole", **options)
+    killed = tmp_path / "killed"
+    for kill_after in (2, 4):
+        run_in_new_process(
+            processes,
+            killed,
+            kill_after=kill_after,
+            resume=kill_after > 2,
+            exit_code=-signal.SIGKILL,
+            **options,
+        )
+    run_in_new_process(processes, killed, resume=True, **options)
+    assert read_trace(killed) == read_trace(tmp_path / "whole")
+    assert read_trace(killed, "eval") == read_trace(tmp_path / "whole", "eval")
+    name = "adapter/adapter_model.safetensors"
+    assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -15,7 +15,7 @@ import gemma_tuner as gt
 from gemma_tuner.testing import tiny_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-TRAINING = ("audio", "image", "text")
+TRAINING = ("audio", "image", "stream_bigquery", "text")
 
 
 def load_recipe(name):
