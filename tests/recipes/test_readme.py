@@ -5,9 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
+import pyarrow
 import pytest
 
-from gemma_tuner.testing import sample_data, tiny_model
+from gemma_tuner.testing import BigQueryServer, sample_data, tiny_model
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -41,16 +42,17 @@ def workplace(tmp_path_factory):
     return folder
 
 
-def run_example(index):
+def run_example(index, replaced=(), **namespace):
     """Run an example on the tiny model, for one step."""
-    code = EXAMPLES[index].replace("google/gemma-4-E2B-it", "model").replace("=500", "=1")
-    namespace = {}
+    code = EXAMPLES[index]
+    for old, new in (("google/gemma-4-E2B-it", "model"), ("=500", "=1"), *replaced):
+        code = code.replace(old, new)
     exec("import gemma_tuner as gt\n" + code, namespace)
     return namespace
 
 
-def test_there_is_an_example_for_each_modality_and_one_for_the_adapter():
-    assert len(EXAMPLES) == 4
+def test_there_is_an_example_for_each_modality_the_adapter_and_the_cloud():
+    assert len(EXAMPLES) == 5
     assert all(len(example.strip().splitlines()) <= 9 for example in EXAMPLES[:3])
 
 
@@ -71,3 +73,21 @@ def test_an_adapter_answers_without_this_library(workplace, monkeypatch, capsys)
     answer = namespace["processor"].decode(namespace["answer"], skip_special_tokens=True)
     assert capsys.readouterr().out == answer + "\n"
     assert 1 <= len(namespace["answer"]) <= 200
+
+
+def test_rows_in_bigquery(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    rows = read_samples("text")
+    columns = {"question": "prompt", "answer": "response"}
+    table = pyarrow.table({name: [row[old] for row in rows] for name, old in columns.items()})
+    with BigQueryServer() as server:
+        server.put_table("my-project.support.tickets", table)
+        options = {
+            "bigquery_client": server.client("my-project"),
+            "bigquery_read_client": server.read_client(),
+            "cache_dir": "cache",
+        }
+        added = [('"answer")', '"answer", **options)')]
+        stream = run_example(4, added, options=options)["train"]
+    assert len(stream) == len(rows)
+    assert "30 rows (all)" in capsys.readouterr().out
