@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import datetime
 import threading
-from typing import TYPE_CHECKING
 
 import grpc
 import pyarrow
@@ -25,9 +24,6 @@ from gemma_tuner.errors import ConfigError
 from gemma_tuner.testing.bigquery_read_service import ReadService
 from gemma_tuner.testing.bigquery_rest import RestService
 from gemma_tuner.testing.bigquery_tables import BigQueryFault, Call, Catalogue, TableName
-
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["BigQueryFault", "BigQueryServer", "Call"]
 
@@ -71,12 +67,7 @@ class BigQueryServer:
     def __enter__(self) -> BigQueryServer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     def stop(self) -> None:

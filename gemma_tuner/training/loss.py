@@ -19,6 +19,7 @@ from torch import Tensor
 from gemma_tuner.collators.batch import IGNORED, Batch
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.models.target_only import target_only_of
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -50,11 +51,26 @@ def target_loss_sum(model: Module, batch: Batch, *, chunk_tokens: int) -> Tensor
             "the vocabulary head is trainable, but this loss computes no gradient for it; freeze "
             "it (gemma_tuner's LoRA targets never include it)"
         )
-    hidden = gemma.model(**batch.inputs, use_cache=False).last_hidden_state
-    predicting = hidden.flatten(0, 1).index_select(0, batch.target_positions)
+    predicting = predicting_hidden_states(model, batch)
     softcap = gemma.config.get_text_config().final_logit_softcapping
     return FrozenHeadCrossEntropy.apply(
         predicting, head.weight, batch.target_ids, softcap, chunk_tokens
+    )
+
+
+def predicting_hidden_states(model: Module, batch: Batch) -> Tensor:
+    """Compute the final hidden states that predict a batch's targets.
+
+    Args:
+        model: A Gemma model, as loaded or wrapped by PEFT.
+        batch: On the model's device.
+
+    Returns:
+        ``[N, H]``, in the order of ``batch.target_ids``; where that is :data:`IGNORED`, the state
+        of some other position.
+    """
+    return target_only_of(unwrap_peft(model)).hidden_states(
+        batch.inputs, batch.target_rows, batch.target_slots
     )
 
 

@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import Self, TypeVar
 
 from gemma_tuner.training.metrics import EvalRecord, JsonlLog, Progress, StepRecord
@@ -52,12 +51,7 @@ class Reports:
         self._stack.enter_context(self._progress)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._stack.close()
 
     def advance(self, step: int) -> None:
