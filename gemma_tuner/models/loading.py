@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors
 import transformers
@@ -16,10 +17,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
+from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from gemma_tuner.device import announce, choose_device, choose_dtype, prepare_environment
 from gemma_tuner.errors import CheckpointError, ConfigError
+from gemma_tuner.models import embeddings
 from gemma_tuner.models.families import MODALITIES, Family, Modality, family_of
 
 if TYPE_CHECKING:
@@ -39,6 +42,7 @@ def load_model(
     modalities: Sequence[Modality] = ("text",),
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    per_layer_embeddings: Literal["disk", "device"] | None = None,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a Gemma model and its processor, and say on which device, in which dtype, and why.
@@ -51,6 +55,9 @@ def load_model(
         modalities: What the data holds. Towers of other modalities are neither built nor read.
         device: Where to compute; by default MPS, CUDA or CPU, whichever is there.
         dtype: ``bfloat16`` or ``float32``; by default what suits device and checkpoint.
+        per_layer_embeddings: Where the per-layer table of E2B, E4B and Gemma 3n is: mapped from
+            the checkpoint's file, of which a step reads the rows it needs, or with the other
+            weights. By default on disk for MPS, whose memory is the machine's.
         revision: A branch, tag or commit on the Hub.
 
     Returns:
@@ -85,9 +92,13 @@ def load_model(
     _check_tokenizer(name, processor.tokenizer, family, config)
     processor.tokenizer.padding_side = "right"
 
+    is_mapped = _choose_mapped(config, device, per_layer_embeddings)
+    if is_mapped:
+        left_out.append(f"language_model.{embeddings.NAME}")
+
     model_class = getattr(transformers, family.model_class)
     with _explained(source):
-        loaded: Any = _without_towers(model_class, family, config, left_out).from_pretrained(
+        loaded: Any = _without_parts(model_class, family, config, left_out).from_pretrained(
             source,
             config=config,
             revision=revision or "main",
@@ -100,6 +111,12 @@ def load_model(
     model, loading_info = loaded
     _check_loaded(name, loading_info)
     model.__class__ = model_class
+    if is_mapped:
+        with _explained(source):
+            table = embeddings.map_per_layer_embeddings(
+                model, partial(_find_file, source, revision), dtype
+            )
+        announce(f"{name}: {table.num_bytes / 1e9:.2f} GB of per-layer embeddings stay on disk")
     model.eval().requires_grad_(requires_grad=False)
     announce(
         f"{name}: {', '.join(modalities)} on {device} ({device_reason}), "
@@ -133,13 +150,13 @@ def _choose_left_out(
     ]
 
 
-def _without_towers(
+def _without_parts(
     model_class: type[PreTrainedModel],
     family: Family,
     config: PreTrainedConfig,
     left_out: Collection[str],
 ) -> type[PreTrainedModel]:
-    """Derive the class that loads without some towers; their keys are passed over silently.
+    """Derive the class that loads without some parts; their keys are passed over silently.
 
     Where the configuration can say that a tower is absent, it does (``config`` is changed);
     Gemma 3n always builds its towers, so they are taken off again, while they have no memory.
@@ -153,17 +170,34 @@ def _without_towers(
                 setattr(config, part, None)
     pattern = [rf"^model\.({'|'.join(left_out)})\."] if left_out else []
 
-    class WithoutTowers(model_class):
+    class WithoutParts(model_class):
         _keys_to_ignore_on_load_unexpected = pattern
 
         def __init__(self, config: PreTrainedConfig) -> None:
             super().__init__(config)
             for name in left_out:
-                setattr(self.model, name, None)
+                parent, _, part = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), part, None)
 
-    WithoutTowers.__name__ = model_class.__name__
-    WithoutTowers.__module__ = model_class.__module__  # else it is taken for a checkpoint's code
-    return WithoutTowers
+    WithoutParts.__name__ = model_class.__name__
+    WithoutParts.__module__ = model_class.__module__  # else it is taken for a checkpoint's code
+    return WithoutParts
+
+
+def _choose_mapped(config: PreTrainedConfig, device: torch.device, wanted: str | None) -> bool:
+    """Decide whether the per-layer table, where there is one, stays on disk."""
+    if wanted not in (None, "disk", "device"):
+        raise ConfigError(f"per_layer_embeddings={wanted!r}; give 'disk', 'device' or None")
+    if not getattr(config.get_text_config(), "hidden_size_per_layer_input", 0):
+        return False
+    return wanted == "disk" or (wanted is None and device.type == "mps")
+
+
+def _find_file(source: str, revision: str | None, name: str) -> Path | None:
+    found = cached_file(
+        source, name, revision=revision, _raise_exceptions_for_missing_entries=False
+    )
+    return None if found is None else Path(found)
 
 
 def _check_processor(

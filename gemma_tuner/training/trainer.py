@@ -15,6 +15,7 @@ from torch import Tensor
 from gemma_tuner.collators.batch import COUNTS, Batch
 from gemma_tuner.collators.preview import Preview, preview_row
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError
+from gemma_tuner.models.embeddings import find_mapped_embedding
 from gemma_tuner.models.families import loaded_modalities
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.records import Example
@@ -97,6 +98,7 @@ class Trainer:
         check_collator(model, collator)
         self.device = self.trainable[0].device
         self._modalities = loaded_modalities(unwrap_peft(model))
+        self._mapped_embedding = find_mapped_embedding(model)
         self.processes = Processes(self.device)
         self.optimizer = build_optimizer(model.named_parameters(), config, self.device)
         self.ledger = Ledger(config, model, self.optimizer, stream, self.processes)
@@ -318,6 +320,8 @@ class Trainer:
                     f"load_model(..., modalities=('text', '{modality}'))",
                     key=batch.keys[0],
                 )
+        if batch and self._mapped_embedding is not None:
+            self._mapped_embedding.warm(batch.inputs["input_ids"])
         return batch
 
     def _read_steps(self) -> Iterable[StepInput]:
