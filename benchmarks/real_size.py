@@ -1,11 +1,13 @@
 """One LoRA step at a checkpoint's real size, plain transformers + PEFT against ours, on a GPU.
 
-    python benchmarks/real_size.py FOLDER [--batch 16] [--sequence 850] [--targets 80]
+    python benchmarks/real_size.py FOLDER [--shape 16x850x80 --shape 4x2048x2047 ...]
 
 FOLDER holds a released ``config.json`` with its processor and tokenizer. A model of that size with
 random weights is saved once in bf16 and loaded by ``load_model`` (text only), so that loading at
-real size is exercised too. Random weights cost what trained ones do. Memory is the peak over what
-is resident before the step.
+real size is exercised too. Random weights cost what trained ones do. A shape is rows x tokens a
+row x targets at each row's end. Memory is the peak over what is resident before the step; work is
+what torch's flop counter counts in one step. Losses are printed to be
+compared.
 """
 
 import argparse
@@ -20,13 +22,19 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import gemma_tuner as gt
 from gemma_tuner.collators.batch import Batch, Row, pad_rows
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.models.target_only import target_only_of
 from gemma_tuner.training.loss import target_loss_sum
+from gemma_tuner.training.modes import begin_training
+
+# Rows, tokens a row, targets a row: short answers on long prompts; all text; one short example.
+SHAPES = ("16x850x80", "4x2048x2047", "1x1024x64")
 
 
 def save_random_checkpoint(config_folder: Path, folder: Path) -> None:
@@ -54,6 +62,10 @@ def make_batch(batch: int, sequence: int, targets: int, vocabulary: int) -> Batc
 
 
 def measure(model: Any, loss: Callable[[], Tensor], steps: int) -> dict[str, float]:
+    with FlopCounterMode(display=False) as counter:
+        loss().backward()
+    model.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
     resident = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     seconds, value = [], 0.0
@@ -67,20 +79,61 @@ def measure(model: Any, loss: Callable[[], Tensor], steps: int) -> dict[str, flo
         value = float(result.detach())
         del result
         model.zero_grad(set_to_none=True)
+    median = statistics.median(seconds[2:])
     return {
-        "seconds": round(statistics.median(seconds[2:]), 4),
+        "seconds": round(median, 4),
         "extra_peak_gb": round((torch.cuda.max_memory_allocated() - resident) / 1e9, 2),
+        "tflop": round(counter.get_total_flops() / 1e12, 2),
+        "tflop_per_second": round(counter.get_total_flops() / 1e12 / median),
         "loss": round(value, 5),
     }
+
+
+def measure_shape(model: Any, shape: str, steps: int, chunk: int) -> None:
+    rows, sequence, targets = map(int, shape.split("x"))
+    vocabulary = unwrap_peft(model).config.get_text_config().vocab_size
+    batch = make_batch(rows, sequence, targets, vocabulary)
+
+    def plain() -> Tensor:
+        return model(**batch.inputs, labels=batch.labels, use_cache=False).loss
+
+    def ours() -> Tensor:
+        return target_loss_sum(model, batch, chunk_tokens=chunk) / batch.num_target_tokens
+
+    plain_seconds = None
+    gemma = unwrap_peft(model)
+    for name, loss, checkpointing in (
+        ("plain", plain, True),
+        ("ours", ours, True),
+        ("ours, checkpointing what runs at all positions", ours, True),
+        ("ours without checkpointing", ours, False),
+    ):
+        begin_training(model, checkpointing=checkpointing)
+        if "what runs" in name:
+            first = target_only_of(gemma).first_layer + 1
+            for layer in gemma.model.language_model.layers[first:]:
+                layer.gradient_checkpointing = False
+        result: dict[str, object] = {"shape": shape, "step": name}
+        try:
+            found = measure(model, loss, steps)
+        except torch.OutOfMemoryError:
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            result["extra_peak_gb"] = "out of memory"
+        else:
+            plain_seconds = plain_seconds or (found["seconds"] if name == "plain" else None)
+            result |= found
+            if plain_seconds:
+                result["of_plain_seconds"] = round(found["seconds"] / plain_seconds, 3)
+        print(json.dumps(result), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config_folder", type=Path)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--sequence", type=int, default=850)
-    parser.add_argument("--targets", type=int, default=80)
+    parser.add_argument("--shape", action="append", help="rows x tokens x targets, as 16x850x80")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--chunk", type=int, default=256, help="rows of the head at a time")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -101,30 +154,9 @@ def main() -> None:
         )
     )
     model = gt.add_lora(model, gt.LoraConfig(rank=16))
-    model.train()
-    gemma = unwrap_peft(model)
-    vocabulary = gemma.config.get_text_config().vocab_size
-    batch = make_batch(args.batch, args.sequence, args.targets, vocabulary)
-    for checkpointing in (True, False):
-        if checkpointing:
-            gemma.activation_checkpointing_enable({"use_reentrant": False})
-        else:
-            gemma.activation_checkpointing_disable()
-        for name, loss in (
-            ("plain", lambda: model(**batch.inputs, labels=batch.labels, use_cache=False).loss),
-            (
-                "ours",
-                lambda: target_loss_sum(model, batch, chunk_tokens=256) / batch.num_target_tokens,
-            ),
-        ):
-            result = {"step": name, "checkpointing": checkpointing}
-            try:
-                result |= measure(model, loss, args.steps)
-            except torch.OutOfMemoryError:
-                model.zero_grad(set_to_none=True)
-                torch.cuda.empty_cache()
-                result["extra_peak_gb"] = "out of memory"
-            print(json.dumps(result), flush=True)
+    print(json.dumps({"fallback": target_only_of(unwrap_peft(model)).reason}))
+    for shape in args.shape or SHAPES:
+        measure_shape(model, shape, args.steps, args.chunk)
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}))
 
 

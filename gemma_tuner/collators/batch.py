@@ -53,6 +53,10 @@ class Batch:
         labels: ``[B, T]`` int64, not shifted, :data:`IGNORED` where there is no loss.
         target_positions: ``[N]`` int64: positions in the flattened ``[B * T]`` whose hidden state
             predicts a target (the position before it). Padded with zeros.
+        target_rows: ``[B, M]`` int64: the same positions within each row, padded with one of them
+            (with the row's first token where it has none).
+        target_slots: ``[N]`` int64: where in the flattened ``[B * M]`` each of
+            ``target_positions`` lies. Padded with zeros.
         target_ids: ``[N]`` int64: the tokens to predict there, padded with :data:`IGNORED`.
         num_target_tokens: Targets, padding not counted.
         num_tokens: Tokens, padding not counted.
@@ -63,6 +67,8 @@ class Batch:
     inputs: Mapping[str, Tensor]
     labels: Tensor
     target_positions: Tensor
+    target_rows: Tensor
+    target_slots: Tensor
     target_ids: Tensor
     num_target_tokens: int
     num_tokens: int
@@ -72,13 +78,31 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on another device."""
+        """The same batch with its tensors on another device; on MPS, targets in few shapes."""
+        batch = self.with_bucketed_targets() if device.type == "mps" else self
+        return replace(
+            batch,
+            inputs={name: tensor.to(device) for name, tensor in batch.inputs.items()},
+            labels=batch.labels.to(device),
+            target_positions=batch.target_positions.to(device),
+            target_rows=batch.target_rows.to(device),
+            target_slots=batch.target_slots.to(device),
+            target_ids=batch.target_ids.to(device),
+        )
+
+    def with_bucketed_targets(self) -> Batch:
+        """The same batch with ``M`` and ``N`` padded to lengths of :func:`bucket_length`."""
+        width, length = self.target_rows.shape[1], self.labels.shape[1]
+        new_width = min(bucket_length(width), length)
+        missing = bucket_length(len(self.target_ids)) - len(self.target_ids)
+        row, rank = self.target_slots // width, self.target_slots % width
+        first = self.target_rows[:, :1].expand(-1, new_width - width)
         return replace(
             self,
-            inputs={name: tensor.to(device) for name, tensor in self.inputs.items()},
-            labels=self.labels.to(device),
-            target_positions=self.target_positions.to(device),
-            target_ids=self.target_ids.to(device),
+            target_positions=pad(self.target_positions, (0, missing), value=0),
+            target_rows=torch.cat([self.target_rows, first], dim=1),
+            target_slots=pad(row * new_width + rank, (0, missing), value=0),
+            target_ids=pad(self.target_ids, (0, missing), value=IGNORED),
         )
 
 
@@ -98,6 +122,11 @@ def bucket_length(length: int) -> int:
     while bucket < length:
         bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
     return bucket
+
+
+def _round_up(count: int) -> int:
+    """Round a number of targets up to a multiple of 8, which costs little and fits GPUs."""
+    return max(8, -(-count // 8) * 8)
 
 
 def pad_rows(
@@ -126,9 +155,10 @@ def pad_rows(
     input_ids = stack([row.input_ids for row in rows], fill=pad_token_id)
     labels = input_ids.masked_fill(~targets, IGNORED)
     target_positions = targets.flatten().nonzero()[:, 0] - 1
+    target_rows, target_slots = _lay_out_by_row(targets)
     target_ids = labels[targets]
     num_targets = len(target_ids)
-    target_padding = (0, bucket_length(num_targets) - num_targets)
+    target_padding = (0, _round_up(num_targets) - num_targets)
     inputs = {
         "input_ids": input_ids,
         "attention_mask": stack([torch.ones_like(row.input_ids) for row in rows], fill=0),
@@ -143,11 +173,32 @@ def pad_rows(
         inputs=inputs,
         labels=labels,
         target_positions=pad(target_positions, target_padding, value=0),
+        target_rows=target_rows,
+        target_slots=pad(target_slots, target_padding, value=0),
         target_ids=pad(target_ids, target_padding, value=IGNORED),
         num_target_tokens=num_targets,
         num_tokens=sum(len(row.input_ids) for row in rows),
         counts=dict(counts),
     )
+
+
+def _lay_out_by_row(targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Table the positions before targets, row by row.
+
+    Args:
+        targets: ``[B, T]`` bool, False at each row's first token.
+
+    Returns:
+        ``target_rows`` and ``target_slots`` of :class:`Batch`, the latter not padded.
+    """
+    counts = targets.sum(1)
+    width = min(_round_up(int(counts.max())), targets.shape[1])
+    row, column = targets.nonzero(as_tuple=True)
+    rank = targets.cumsum(1)[row, column] - 1
+    first = (targets.int().argmax(1) - 1).clamp_min(0)
+    rows = first.unsqueeze(1).repeat(1, width)
+    rows[row, rank] = column - 1
+    return rows, row * width + rank
 
 
 def _concatenate_media(media: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
