@@ -211,7 +211,8 @@ class PartFolder:
 
     def __init__(self, folder: Path, identity: str) -> None:
         self.folder = folder
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path in (folder.parent, folder):  # parents made on the way are everybody's to read
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         self._lock = _open_private(folder / "lock")
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol
+from typing import Any, BinaryIO, Literal, Protocol, cast
 
 import pyarrow
 import pyarrow.parquet
@@ -277,8 +278,10 @@ def _read_parquet(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[
 def _open_parquet(file: DataFile) -> Iterator[pyarrow.parquet.ParquetFile]:
     with ExitStack() as opened:
         try:
-            stream = opened.enter_context(file.open())
-            table = opened.enter_context(pyarrow.parquet.ParquetFile(stream))
+            stream = cast("io.BufferedReader", opened.enter_context(file.open()))
+            # Nothing is read ahead: what lies behind a column in the file is another one.
+            exact = opened.enter_context(io.BufferedReader(stream.raw, 1))
+            table = opened.enter_context(pyarrow.parquet.ParquetFile(exact, pre_buffer=True))
         except (pyarrow.ArrowException, OSError) as error:
             raise SourceError(
                 f"{_last(file)!r} cannot be read as Parquet ({type(error).__name__}); write or "

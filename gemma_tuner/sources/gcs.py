@@ -204,8 +204,9 @@ class GcsSource:
             if part == ".." and parts:
                 parts.pop()
             elif part == ".." or (source.startswith("/") and not part):
+                last = _last(source.partition("?")[0])[:80]  # what follows may be a signature
                 raise DataError(
-                    f"its {kind} {_last(source)[:80]!r} lies outside the bucket {bucket!r}; name "
+                    f"its {kind} {last!r} lies outside the bucket {bucket!r}; name "
                     "it by a path from the folder of its data file, or by its gs:// URI",
                     key=key,
                 )

@@ -98,7 +98,7 @@ def explain(error: Exception, bucket: str, name: str = "") -> SourceError:
 
 def describe(bucket: str, name: str = "") -> str:
     """Name an object by the last part of its name, or a bucket, in a message."""
-    last = name.rstrip("/").rpartition("/")[2][:80]
+    last = name.partition("?")[0].rstrip("/").rpartition("/")[2][:80]  # what follows may be signed
     return f"{last!r} in the bucket {bucket!r}" if last else f"the bucket {bucket!r}"
 
 

@@ -110,7 +110,7 @@ class LocalSource:
         if is_in_bucket(source, kind, key=key):
             return source
         path = Path(folder) / source
-        name = path.name[:80]
+        name = path.name.partition("?")[0][:80]  # what follows may be a signature
         try:
             num_bytes = path.stat().st_size if path.is_file() else None
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the path

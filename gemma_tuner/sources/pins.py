@@ -86,7 +86,7 @@ def _pin(outcome: Outcome, pins: Mapping[str, StoredObject | SourceError]) -> Ou
             raise DataError(
                 f"its {kind}: {found}; put it there, or take the row out", key=key
             ) from found
-        name = uri.rpartition("/")[2][:80]
+        name = uri.partition("?")[0].rpartition("/")[2][:80]  # what follows may be a signature
         if found.num_bytes == 0:
             raise DataError(f"its {kind} {name!r} is empty (0 bytes); upload it again", key=key)
         if isinstance(part.source, StoredObject) and part.source.generation not in (

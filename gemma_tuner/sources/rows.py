@@ -219,12 +219,13 @@ class RowReader:
         elif self._first_without_media is None:
             self._first_without_media = key
         if self._num_with_media and self._first_without_media is not None:
+            without, self._first_without_media = self._first_without_media, None  # told once
             columns = " and ".join(map(repr, list_media_columns(self.columns.names)))
             raise DataError(
                 f"it has nothing in {columns}, and other rows have; fill it, read rows without "
                 'media as a stream of their own, or use messages with {"type": "image"} or '
                 '{"type": "audio"} where media belong',
-                key=self._first_without_media,
+                key=without,
             )
 
     def _read_tools(self, row: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], ...]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import math
 import random
 import threading
 import time
@@ -28,6 +27,7 @@ from gemma_tuner.errors import SourceError
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.objects import (
     CorruptReadError,
+    ObjectChangedError,
     ObjectStore,
     TransientReadError,
 )
@@ -133,7 +133,6 @@ class Fetcher:
         self._state = threading.Lock()  # Guards what follows.
         self._counts: Counter[str] = Counter()
         self._seconds_waited = 0.0
-        self._succeeded = -math.inf  # when a read did last
 
     def fetch(self, stored: StoredObject) -> bytes:
         """Return an object, or the part of one, from the cache or the store.
@@ -145,8 +144,8 @@ class Fetcher:
             The bytes; those that are stored zipped by gzip are unzipped.
 
         Raises:
-            TransientReadError: No attempt succeeded within ``total_timeout_seconds``, though
-                others did.
+            TransientReadError: No attempt succeeded within ``total_timeout_seconds``, though the
+                store answers.
             CorruptReadError: Damaged twice in a row, or damaged as it is stored.
             ObjectChangedError: It is no longer what it was when it was found.
             AccessDeniedError: Credentials or a permission are missing.
@@ -259,7 +258,7 @@ class Fetcher:
         self._racer.grant_hedges()
         while True:
             try:
-                content = self._racer.race(attempt, what=piece.name, deadline=deadline)
+                return self._racer.race(attempt, what=piece.name, deadline=deadline)
             except CorruptReadError:
                 num_corrupt += 1
                 if num_corrupt > 1:
@@ -268,31 +267,12 @@ class Fetcher:
                 num_transient += 1
                 seconds = self._draw_backoff(num_transient, error.retry_after_seconds)
                 if self._clock() + seconds >= deadline:
-                    raise self._give_up(piece, began, num_transient, error) from error
+                    seconds = self._clock() - began
+                    raise _give_up(store, piece, seconds, num_transient, error) from error
                 with self._state:
                     self._seconds_waited += seconds
                 self._sleep(seconds)
-            else:
-                self._succeeded = self._clock()
-                return content
             self._count("retries")
-
-    def _give_up(
-        self, piece: _Piece, began: float, num_failures: int, error: TransientReadError
-    ) -> SourceError:
-        """Tell an object that alone cannot be read from a store of which nothing can."""
-        seconds = self._clock() - began
-        if self._succeeded >= began:
-            return TransientReadError(
-                f"{piece.name} could not be read: {num_failures} attempts failed in "
-                f"{seconds:.0f} s, the last one with: {error}; others could: look at this object",
-                retry_after_seconds=error.retry_after_seconds,
-            )
-        return SourceError(
-            f"nothing could be read for {seconds:.0f} s: {num_failures} attempts at {piece.name} "
-            f"failed, the last one with: {error}; check the network and go on later, or raise "
-            "total_timeout_seconds"
-        )
 
     def _attempt(self, store: ObjectStore, piece: _Piece, timeout_seconds: float) -> bytes:
         self._count("requests")
@@ -307,6 +287,31 @@ class Fetcher:
         """Return how long to wait: at random up to a doubling bound, or what the store asks."""
         most = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2.0 ** (num_failures - 1))
         return max(self._rng.uniform(0.0, most), retry_after_seconds or 0.0)
+
+
+def _give_up(
+    store: ObjectStore, piece: _Piece, seconds: float, num_failures: int, error: TransientReadError
+) -> SourceError:
+    """Tell an object that alone cannot be read from a store that cannot be asked anything."""
+    if _can_be_asked(store, piece.stored.uri):
+        return TransientReadError(
+            f"{piece.name} could not be read: {num_failures} attempts failed in {seconds:.0f} s, "
+            f"the last one with: {error}; its store answers: look at this object",
+            retry_after_seconds=error.retry_after_seconds,
+        )
+    return SourceError(
+        f"nothing could be read for {seconds:.0f} s: {num_failures} attempts at {piece.name} "
+        f"failed, the last one with: {error}; check the network and go on later, or raise "
+        "total_timeout_seconds"
+    )
+
+
+def _can_be_asked(store: ObjectStore, uri: str) -> bool:
+    try:
+        (answer,) = store.pin_objects([uri])
+    except SourceError:
+        return False
+    return isinstance(answer, StoredObject | ObjectChangedError)
 
 
 class _RangeReader(io.RawIOBase):

@@ -55,7 +55,10 @@ _ENTRY_CHECKSUM = b"gemma_tuner.manifest.crc32"
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 16 << 20
 _VERIFIED_AT_ONCE_BYTES = 128 << 20  # a larger manifest would make every start wait for its disk
-_READS_BETWEEN_FORGETTING = 256
+# Pages that are mapped at most before they are given back. One that is touched brings those around
+# it along: on Linux 64 KiB, and since 6.18 as much as the kernel keeps together, up to 2 MiB.
+_MAPPED_BYTES = 64 << 20
+_AROUND_BYTES = 2 << 20
 
 
 class Manifest:
@@ -74,12 +77,16 @@ class Manifest:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._touched_bytes = 0
         try:
             with path.open("rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self.num_bytes = len(self._map)
             reader = pyarrow.ipc.open_file(pyarrow.py_buffer(self._map))
-            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+            self._batches: list[pyarrow.RecordBatch] = []
+            for index in range(reader.num_record_batches):
+                self._batches.append(reader.get_batch(index))
+                self._touch(0)
             _, metadata = reader.get_batch_with_custom_metadata(len(self._batches) - 1)
             entry = json.loads(metadata[_ENTRY])
             is_whole = int(metadata[_ENTRY_CHECKSUM]) == zlib.crc32(metadata[_ENTRY])
@@ -96,7 +103,6 @@ class Manifest:
         if self.num_bytes <= _VERIFIED_AT_ONCE_BYTES:
             for index in range(len(self._batches)):
                 self._open_batch(index)
-        self._num_reads = 0
         self.fingerprint: str = entry["fingerprint"]
         self.root = Path(entry["root"])
         self.summary: dict[str, Any] = entry["summary"]
@@ -132,9 +138,7 @@ class Manifest:
     def _read(self, row: int, column: str) -> Any:
         index = bisect.bisect_right(self._starts, row) - 1
         value = self._open_batch(index).column(column)[row - self._starts[index]].as_py()
-        self._num_reads += 1
-        if self._num_reads % _READS_BETWEEN_FORGETTING == 0:
-            self._forget_pages()
+        self._touch(len(value) if isinstance(value, str) else sum(map(len, value)))
         return value
 
     def _open_batch(self, index: int) -> pyarrow.RecordBatch:
@@ -145,10 +149,18 @@ class Manifest:
                     f"the manifest {self.path.name} is damaged; delete it, and it is written anew"
                 )
             self._verified[index] = True
+            self._touch(batch.nbytes)
         return batch
+
+    def _touch(self, num_bytes: int) -> None:
+        """Count bytes that were read at one place, and give all pages back after some MiB."""
+        self._touched_bytes += _AROUND_BYTES + num_bytes
+        if self._touched_bytes >= _MAPPED_BYTES:
+            self._forget_pages()
 
     def _forget_pages(self) -> None:
         self._map.madvise(mmap.MADV_DONTNEED)
+        self._touched_bytes = 0
 
 
 def write_manifest(
@@ -177,6 +189,8 @@ def write_manifest(
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{path.stem}.*"):  # by a writer that was killed
+            left.unlink(missing_ok=True)
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
         temporary = Path(name)
         try:

@@ -9,6 +9,8 @@ from fractions import Fraction
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.streaming.stream import ExampleStream
 
+_FINEST = 1_000_000  # Weights are fractions with denominators up to it.
+
 
 def mix(streams: Mapping[ExampleStream, float]) -> ExampleStream:
     """Mix streams slot by slot, each in proportion to its weight.
@@ -45,8 +47,10 @@ def mix(streams: Mapping[ExampleStream, float]) -> ExampleStream:
                 "stream_bigquery or stream_hub, and shard the mix"
             )
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not is_number or not 0 < weight < math.inf:
-            raise ConfigError(f"mix() was given the weight {weight!r}; give a number above 0")
-        weights.append(Fraction(weight).limit_denominator(1_000_000))
+        if not is_number or not 1 / _FINEST <= weight < math.inf:
+            raise ConfigError(
+                f"mix() was given the weight {weight!r}; give a number of {1 / _FINEST:g} or more"
+            )
+        weights.append(Fraction(weight).limit_denominator(_FINEST))
     portions = [portion for stream in streams for portion in stream.portions]
     return ExampleStream(portions, weights, fetch=next(iter(streams)).fetch)

@@ -335,9 +335,9 @@ def stream_bigquery(
     )
     name = name_source(make_source(folder=options.folder))
     source = make_source(folder=options.folder / "parts" / name)
-    stream = _open_stream(options, lambda store, fetcher: source, refresh=refresh)
-    source.discard()  # what an interrupted reading would have gone on with is in the manifest
-    return stream
+    return _open_stream(
+        options, lambda store, fetcher: source, refresh=refresh, discard=source.discard
+    )
 
 
 @_spell_out()
@@ -397,6 +397,7 @@ def _open_stream(
     make_source: Callable[[GcsStore, Fetcher], Source],
     *,
     refresh: bool = False,
+    discard: Callable[[], None] = lambda: None,
 ) -> ExampleStream:
     """Open the manifest of a source, after writing it where there is none that can be used."""
     config = options.fetch
@@ -415,6 +416,7 @@ def _open_stream(
         folder=options.folder,
         budget=Budget(options.max_bad_fraction, options.max_consecutive_bad),
         refresh=refresh,
+        discard=discard,
     )
     portion = Portion(
         manifest,

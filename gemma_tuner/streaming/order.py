@@ -82,8 +82,8 @@ class Order:
 class ShardOrder:
     """Shards one after the other in an order of the epoch's own, and so the rows of each shard.
 
-    Neighbours in time are neighbours in a file, which saves requests where files are large; the
-    shuffle is worse for it.
+    Neighbours in time are neighbours in a file: a disk reads a large tar from one end to the other
+    instead of here and there. The shuffle is worse for it.
 
     Args:
         starts: The row at which each shard begins, ascending from 0.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,10 @@ class Portion:
                 f"the stream ({subset}) holds no rows; check paths, split and subset"
             )
         self._latest_order: tuple[int, Order | ShardOrder] | None = None
+        # The same rows may lie in other files, which changes their order and no fingerprint.
+        shards = np.asarray(manifest.shards, dtype="<i8").tobytes()
+        digest = hashlib.sha256(shards).hexdigest()[:16]
+        self._layout = {} if locality is None else {"shards": digest}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -108,6 +113,7 @@ class Portion:
             "seed": self.seed,
             "shuffle": self.shuffle,
             "locality": self.locality,
+            **self._layout,
         }
 
     def take(self, num_rows: int) -> Self:

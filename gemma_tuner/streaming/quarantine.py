@@ -12,7 +12,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,9 +74,17 @@ class Budget:
 
     def count_allowed(self, rows: int) -> int:
         """Return how many of so many rows may be bad."""
-        return int(self.max_bad_fraction * rows)
+        return int(self.max_bad_fraction * rows + 1e-9)  # 0.29 of 100 is 28.999999999999996
 
-    def check(self, error: DataError, *, bad: int, consecutive: int, rows: int) -> None:
+    def check(
+        self,
+        error: DataError,
+        *,
+        bad: int,
+        consecutive: int,
+        rows: int,
+        read_records: Callable[[], Iterable[BadExample]],
+    ) -> None:
         """Raise if the bad rows so far are more than the budget allows.
 
         Args:
@@ -83,12 +92,13 @@ class Budget:
             bad: Bad rows of the epoch, the latest included.
             consecutive: Bad rows since the last good one.
             rows: Rows of the epoch.
+            read_records: Lists the bad examples, for the most frequent reasons.
 
         Raises:
             DataError: They are; of the latest row.
         """
         allowed = self.count_allowed(rows)
-        if bad <= allowed and consecutive < self.max_consecutive_bad:
+        if bad <= allowed and consecutive <= self.max_consecutive_bad:
             return
         if not allowed:
             raise error
@@ -98,8 +108,8 @@ class Budget:
             else f"max_consecutive_bad={self.max_consecutive_bad:,}"
         )
         raise DataError(
-            f"{read_reason(error)} It is bad row {bad:,} ({consecutive:,} in a row), and {limit}; "
-            "inspect_quarantine() lists them",
+            f"{read_reason(error)}. It is bad row {bad:,} ({consecutive:,} in a row), and "
+            f"{limit}. Most frequent: {_list_reasons(read_records())}",
             key=error.key,
         ) from error
 
@@ -147,7 +157,8 @@ class Quarantine:
     def inspect(self) -> list[BadExample]:
         """Read what is in the file; a last line that was cut off by a kill is passed over."""
         try:
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            # Not splitlines(): JSON leaves line separators of Unicode as they are.
+            lines = self.path.read_text(encoding="utf-8").split("\n")
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:
@@ -165,27 +176,36 @@ class Quarantine:
                 continue
         return records
 
-    def clear(self) -> None:
-        """Forget everything; the data are read anew."""
-        self.path.unlink(missing_ok=True)
-        self._known.clear()
-
-    def remove(self, records: Collection[BadExample]) -> None:
-        """Take examples that have been mended out of the file.
+    def replace(self, records: Iterable[BadExample]) -> None:
+        """Let the file hold these and no others; it is the old or the new one at any time.
 
         Args:
-            records: As :meth:`inspect` returned them.
+            records: The examples.
+
+        Raises:
+            SourceError: The file cannot be written.
         """
-        mended = {_identify(record) for record in records}
-        kept = [record for record in self.inspect() if _identify(record) not in mended]
-        self.clear()
-        for record in kept:
-            self.add(record)
+        fresh = Quarantine(self.path.with_suffix(".new"), self.budget)
+        fresh.path.unlink(missing_ok=True)
+        fresh._known.clear()
+        for record in records:
+            fresh.add(record)
+        if fresh._known:
+            fresh.path.replace(self.path)
+        else:
+            self.path.unlink(missing_ok=True)
+        self._known = fresh._known
 
 
 def read_reason(error: DataError) -> str:
     """Return an error's message without the key that it begins with."""
     return str(error).removeprefix(f"example {error.key!r}: ")
+
+
+def _list_reasons(records: Iterable[BadExample]) -> str:
+    """Name the five most frequent reasons and how often each came."""
+    counts = Counter(f"{record.stage}: {record.reason}" for record in records)
+    return "; ".join(f"{count:,} × {reason[:120]}" for reason, count in counts.most_common(5))
 
 
 def _identify(record: BadExample) -> tuple[str, str, str]:

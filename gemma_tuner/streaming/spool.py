@@ -31,6 +31,7 @@ def open_manifest(
     folder: Path,
     budget: Budget,
     refresh: bool = False,
+    discard: Callable[[], None] = lambda: None,
 ) -> tuple[Manifest, Quarantine]:
     """Open the manifest of a source, after writing it where there is none that can be used.
 
@@ -42,6 +43,8 @@ def open_manifest(
         folder: Where manifests and quarantines are kept.
         budget: How many rows may be unusable.
         refresh: Write it anew, unless another process has done so while this one waited.
+        discard: Deletes what an interrupted reading of the source has left; called when the
+            manifest is written, and before a refresh.
 
     Returns:
         The manifest, and the quarantine of its rows.
@@ -56,10 +59,13 @@ def open_manifest(
     wanted_since = time.time() if refresh else 0.0
     manifest = _find(path, budget, wanted_since)
     if manifest is None:
-        with _locked(folder / "locks" / f"{name}.lock"):
+        with _locked(folder, name):
             manifest = _find(path, budget, wanted_since)
             if manifest is None:
+                if refresh:
+                    discard()
                 _write(path, source, open_store, quarantine)
+                discard()
                 manifest = Manifest(path)
     return manifest, quarantine
 
@@ -91,14 +97,13 @@ def _write(
     open_store: Callable[[], ObjectStore],
     quarantine: Quarantine,
 ) -> None:
-    quarantine.clear()
-    tally = _Tally(quarantine)
+    tally = _Tally(quarantine.budget)
 
     def read_summary() -> dict[str, Any]:
         tally.check_all()
         return {
             **source.read_summary(),
-            "bad_rows": tally.num_bad,
+            "bad_rows": len(tally.records),
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
@@ -109,17 +114,18 @@ def _write(
         read_summary=read_summary,
         pass_over=tally.pass_over,
     )
+    quarantine.replace(tally.records)
 
 
 class _Tally:
     """Counts rows as they are written, and those that cannot be used against their budget."""
 
-    def __init__(self, quarantine: Quarantine) -> None:
-        self._quarantine = quarantine
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self._num_rows = 0
         self._num_consecutive = 0
         self._latest: tuple[int, DataError] | None = None
-        self.num_bad = 0
+        self.records: list[BadExample] = []
 
     def count(self, outcomes: Iterator[tuple[str, Outcome]]) -> Iterator[tuple[str, Outcome]]:
         for outcome in outcomes:
@@ -128,7 +134,7 @@ class _Tally:
 
     def pass_over(self, origin: str, error: DataError) -> None:
         """Note a row that cannot be used, and raise where the first or a row of them is one."""
-        budget = self._quarantine.budget
+        budget = self._budget
         if not budget.max_bad_fraction:
             raise DataError(
                 f"{read_reason(error)} ({self._num_rows - 1:,} rows were fine)", key=error.key
@@ -136,8 +142,7 @@ class _Tally:
         is_next = self._latest is not None and self._latest[0] == self._num_rows - 1
         self._num_consecutive = self._num_consecutive + 1 if is_next else 1
         self._latest = (self._num_rows, error)
-        self.num_bad += 1
-        self._quarantine.add(
+        self.records.append(
             BadExample(
                 key=error.key,
                 origin=origin,
@@ -147,30 +152,33 @@ class _Tally:
                 reason=read_reason(error),
             )
         )
-        if self._num_consecutive >= budget.max_consecutive_bad:
+        if self._num_consecutive > budget.max_consecutive_bad:
             self.check_all()
 
     def check_all(self) -> None:
         """Raise if the rows read so far hold more bad ones than the budget allows."""
         if self._latest is not None:
-            self._quarantine.budget.check(
+            self._budget.check(
                 self._latest[1],
-                bad=self.num_bad,
+                bad=len(self.records),
                 consecutive=self._num_consecutive,
                 rows=self._num_rows,
+                read_records=lambda: self.records,
             )
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(folder: Path, name: str) -> Iterator[None]:
     """Hold the lock of a manifest; it is released when its holder ends, however that is."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        for path in (folder, folder / "locks"):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT
+        descriptor = os.open(folder / "locks" / f"{name}.lock", flags, 0o600)
     except OSError as error:
         raise SourceError(
-            f"the manifest cannot be written to the folder {path.parent.name!r} "
-            f"({error.strerror}); free some space there, or choose another by cache_dir="
+            f"the manifest cannot be written to the folder {folder.name!r} ({error.strerror}); "
+            "free some space there, or choose another by cache_dir="
         ) from None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)

@@ -14,7 +14,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any, Generic, Self, TypeVar
 
-from gemma_tuner.errors import ConfigError, DataError
+from gemma_tuner.errors import ConfigError, DataError, GemmaTunerError
 from gemma_tuner.records import Example
 from gemma_tuner.streaming.config import FetchConfig
 from gemma_tuner.streaming.manifest import list_stored
@@ -188,17 +188,17 @@ class ExampleStream:
         shard.load_state_dict(self.state_dict())
         return shard
 
-    def skip(self, num_slots: int) -> None:
-        """Go on as if so many slots had been handed out, over the ends of epochs.
+    def follow(self, shard: ExampleStream, num_slots: int) -> None:
+        """Go on as if this stream had handed out what its shards did, over the ends of epochs.
 
         Args:
-            num_slots: How many.
+            shard: One of them; its bad rows stand for those of all.
+            num_slots: Slots that all of them together have handed out since.
         """
         slot = self._slot + num_slots
-        if slot > (self._epoch + 1) * len(self):
-            self._bad = [0] * len(self.portions)
         self._epoch = max(self._epoch, (slot - 1) // len(self))
         self._slot = slot
+        self._bad = shard.state_dict()["bad"]
         self._token = object()
         self._is_begun = self._is_finished = False
         self._drop_window()
@@ -361,12 +361,13 @@ class ExampleStream:
                     num_bad += 1
                 else:
                     mended.append(record)
-            portion.quarantine.remove(mended)
+            remaining = [r for r in portion.quarantine.inspect() if r not in mended]
+            portion.quarantine.replace(remaining)
             num_mended += len(mended)
         return num_mended, num_bad
 
     def close(self) -> None:
-        """Stop reading ahead; the stream can be used again."""
+        """Stop fetching, for good: of this stream and of those split, mixed or sharded from it."""
         self._drop_window()
         for portion in self.portions:
             portion.fetcher.close()
@@ -406,7 +407,7 @@ class ExampleStream:
         bad, consecutive = self._bad[slot.index] + 1, self._consecutive_bad + 1
         try:
             self._count_bad(slot, failure.stage, failure.error, bad, consecutive)
-        except DataError:
+        except GemmaTunerError:
             self._drop_window()  # the next one begins with this slot again
             raise
         self._bad[slot.index], self._consecutive_bad = bad, consecutive
@@ -460,7 +461,15 @@ class ExampleStream:
                     ),
                 )
             )
-        quarantine.budget.check(error, bad=bad, consecutive=consecutive, rows=len(slot.portion))
+        # A mix may go through a small data set several times in one of its epochs.
+        share = self._weights[slot.index] / sum(self._weights)
+        quarantine.budget.check(
+            error,
+            bad=bad,
+            consecutive=consecutive,
+            rows=max(len(slot.portion), int(share * len(self))),
+            read_records=quarantine.inspect,
+        )
         self._num_passed_over += 1
 
     def _remember(self, slot: _Slot, example: Example) -> None:

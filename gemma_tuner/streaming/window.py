@@ -1,12 +1,13 @@
 """Examples ahead of the consumer: fetched and decoded by threads, handed out in order.
 
-What is fetched and waits to be decoded takes at most half of the window's bytes, what is decoded
+Texts, and media that wait to be decoded, take at most half of the window's bytes, decoded media
 the other half; the example that is handed out next always goes on, so that one larger than the
 window passes, alone. Only where an example is decoded depends on timing, never which comes next.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -69,6 +70,7 @@ class _Entry:
     loading: Loading
     example: Example
     num_bytes: int
+    has_media: bool
     step: _Step = _Step.FETCHING
     outcome: Example | Failure | BaseException | None = None
 
@@ -95,7 +97,9 @@ class Window:
         self._encoded_bytes = 0
         self._decoded_bytes = 0  # of decodings under way, what the largest so far took
         self._largest_decoded_bytes = 0
+        self._num_fetched = 0  # and not being decoded yet
         self._num_decoding = 0
+        self._is_closed = False
         self._io = DaemonPool("gemma-tuner-io", config.io_threads)
         self._decoders = DaemonPool("gemma-tuner-decode", config.decode_threads)
         self.wait_seconds = 0.0
@@ -117,7 +121,10 @@ class Window:
                 self._changed.wait()
             self.wait_seconds += time.perf_counter() - started
             self._entries.popleft()
-            self._decoded_bytes -= head.num_bytes
+            if head.has_media:
+                self._decoded_bytes -= head.num_bytes
+            else:
+                self._encoded_bytes -= head.num_bytes
             self._begin_decoding()
         if isinstance(head.outcome, Example | Failure):
             return head.outcome
@@ -128,6 +135,8 @@ class Window:
 
     def close(self) -> None:
         """Stop what is under way; nothing waits for threads that are still reading."""
+        with self._changed:
+            self._is_closed = True
         self._io.close()
         self._decoders.close()
 
@@ -147,21 +156,28 @@ class Window:
             if any(isinstance(part.source, StoredObject) for part in entry.example.media):
                 future = self._io.submit(entry.loading.fetch, entry.example)
                 future.add_done_callback(partial(self._finish_fetching, entry))
-            elif any(True for _ in entry.example.media):
+            elif entry.has_media:
                 entry.step = _Step.FETCHED
-            else:
-                self._finish(entry, entry.example)
+                self._num_fetched += 1
+            else:  # It stays with what waits: nothing else bounds how many texts are read ahead.
+                entry.outcome = entry.example
+                entry.step = _Step.DONE
 
     def _read_next(self) -> _Entry | None:
         loading = next(self._loadings, None)
         if loading is None:
             return None
         example = loading.read()
-        return _Entry(loading, example, measure_bytes(example))
+        has_media = any(True for _ in example.media)
+        return _Entry(loading, example, measure_bytes(example), has_media)
 
     def _begin_decoding(self) -> None:
         """Decode, in order, what fits; what comes next always fits."""
+        if self._is_closed:  # and what was being decoded has ended since
+            return
         for entry in self._entries:
+            if not self._num_fetched:
+                return  # Most often: looking at all entries for each one costs as much as reading.
             is_head = entry is self._entries[0]
             if entry.step is not _Step.FETCHED:
                 continue
@@ -175,6 +191,7 @@ class Window:
             fetched = entry.outcome if isinstance(entry.outcome, Example) else entry.example
             entry.outcome = None
             entry.step = _Step.DECODING
+            self._num_fetched -= 1
             self._num_decoding += 1
             self._decoded_bytes += reserved
             future = self._decoders.submit(entry.loading.decode, fetched)
@@ -190,6 +207,7 @@ class Window:
             else:
                 entry.outcome = future.result()
                 entry.step = _Step.FETCHED
+                self._num_fetched += 1
                 self._begin_decoding()
 
     def _finish_decoding(self, entry: _Entry, reserved: int, future: Future[Example]) -> None:
@@ -221,10 +239,13 @@ class Window:
 
 def measure_bytes(example: Example) -> int:
     """Return about how much memory an example takes, its stored objects as if they were here."""
-    num_bytes = len(example.document or "")
+    num_bytes = _measure_text(example.document or "")
     for turn in example.turns:
         for part in turn.parts:
-            source = part.text if isinstance(part, Text) else part.source
+            if isinstance(part, Text):
+                num_bytes += _measure_text(part.text)
+                continue
+            source = part.source
             if isinstance(source, StoredObject):
                 num_bytes += source.num_bytes or 0
             elif isinstance(source, np.ndarray):
@@ -234,6 +255,11 @@ def measure_bytes(example: Example) -> int:
             elif isinstance(part, Image):
                 num_bytes += 4 * source.width * source.height  # Pillow keeps RGB in four bytes
     return num_bytes
+
+
+def _measure_text(text: str) -> int:
+    """Python takes two or four bytes for each character of a text that holds a wide one."""
+    return len(text) if text.isascii() else sys.getsizeof(text)
 
 
 def _explain(stage: Stage, error: BaseException, example: Example) -> Failure | BaseException:

@@ -120,6 +120,7 @@ class GcsServer:
         self.bytes_per_second: float | None = None  # of each connection; None for no limit
         self.stopped = threading.Event()
         self._http: _HttpServer | None = None
+        self._clients: list[storage.Client] = []
 
     def start(self) -> Self:
         """Listen on a free port of 127.0.0.1, on threads of its own."""
@@ -141,6 +142,8 @@ class GcsServer:
             self._http.close_connections()
             self._http.server_close()
             self._http = None
+        while self._clients:
+            self._clients.pop().close()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -160,12 +163,14 @@ class GcsServer:
         return f"http://127.0.0.1:{self._http.server_address[1]}"
 
     def client(self) -> storage.Client:
-        """Return the official client, without credentials, at this server."""
-        return storage.Client(
+        """Return the official client, without credentials, at this server; it closes with it."""
+        client = storage.Client(
             project="local",
             credentials=AnonymousCredentials(),
             client_options={"api_endpoint": self.endpoint},
         )
+        self._clients.append(client)
+        return client
 
     def create_bucket(self, bucket: str, *, keeps_versions: bool = False) -> None:
         """Add an empty bucket; ``keeps_versions`` is Cloud Storage's object versioning."""

@@ -51,12 +51,12 @@ class Stream(Protocol):
         """Examples passed over so far."""
         ...
 
-    def shard(self, index: int, count: int) -> Stream:
+    def shard(self, index: int, count: int) -> Self:
         """Every ``count``-th slot, from slot ``index`` on."""
         ...
 
-    def skip(self, num_slots: int) -> None:
-        """Go on as if so many slots had been handed out."""
+    def follow(self, shard: Self, num_slots: int) -> None:
+        """Go on as if this stream had handed out the slots that its shards did."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,12 +74,14 @@ class StepInput:
 
     Args:
         micro_batches: In order; this process's share.
+        examples: What they were made of, to make them anew at another size.
         num_slots: Slots of the step over all processes.
         num_passed_over: Those of this process's share whose examples could not be used.
         stream_state: What resumes the stream after this step.
     """
 
     micro_batches: tuple[Batch, ...]
+    examples: tuple[Example, ...]
     num_slots: int
     num_passed_over: int
     stream_state: dict[str, Any]
@@ -127,9 +129,10 @@ def read_steps(
             for start in range(0, len(examples), batch_size)
         ]
         if is_shared:
-            stream.skip(size)
+            stream.follow(shard, size)
         yield StepInput(
             micro_batches=tuple(batch for batch in batches if batch is not None),
+            examples=tuple(examples),
             num_slots=size,
             num_passed_over=shard.num_passed_over - passed_over,
             stream_state=stream.state_dict(),

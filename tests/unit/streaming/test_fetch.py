@@ -41,6 +41,7 @@ class ScriptedStore:
         self.scripts = {uri: list(steps) for uri, steps in (scripts or {}).items()}
         self.reads = []
         self.num_opened = 0
+        self.is_up = False
         self._lock = threading.Lock()
 
     def open(self):
@@ -51,7 +52,10 @@ class ScriptedStore:
         raise NotImplementedError
 
     def pin_objects(self, uris):
-        raise NotImplementedError
+        """Answers if it is up: what is asked are the objects' names, of which none is there."""
+        if not self.is_up:
+            raise TransientReadError("503")
+        return [ObjectChangedError("gone") for _ in uris]
 
     def read_object(self, stored, start, num_bytes, *, timeout_seconds):
         with self._lock:
@@ -267,15 +271,16 @@ def test_nobody_waits_beyond_the_total_deadline():
         assert words in str(error)
 
 
-def test_one_object_that_alone_cannot_be_read_is_told_from_a_store_that_cannot():
-    steps = [[0.05, TransientReadError("503")], TransientReadError("503", retry_after_seconds=99)]
-    store = ScriptedStore({"gs://b/x": b"x", "gs://b/y": b"y"}, {"gs://b/x": steps})
-    fetcher = make_fetcher(store, total_timeout_seconds=50.0, hedged_fraction=0.0)
-    thread = threading.Timer(0.02, fetcher.fetch, [pin("gs://b/y", b"y")])
-    thread.start()
-    with pytest.raises(TransientReadError, match="others could: look at this object"):
+def test_an_object_that_cannot_be_read_is_told_from_a_store_that_cannot():
+    store = ScriptedStore({"gs://b/x": b"x"}, {"gs://b/x": [TransientReadError("503")] * 99})
+    store.is_up = True
+    fetcher = make_fetcher(store, clock=SkippingClock(), total_timeout_seconds=50.0)
+    with pytest.raises(TransientReadError, match="its store answers: look at this object"):
         fetcher.fetch(pin("gs://b/x", b"x"))
-    fetcher.close()
+    store.is_up = False
+    store.scripts["gs://b/x"] = [TransientReadError("503")] * 99
+    with pytest.raises(SourceError, match="nothing could be read for"):
+        fetcher.fetch(pin("gs://b/x", b"x"))
 
 
 def test_attempts_end_at_the_total_deadline():

@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gemma_tuner.errors import SourceError
 from gemma_tuner.sources.objects import (
     AccessDeniedError,
     CorruptReadError,
     ObjectChangedError,
+    TransientReadError,
 )
 from gemma_tuner.streaming.cache import MediaCache
 from gemma_tuner.streaming.config import FetchConfig
@@ -118,11 +118,11 @@ def test_an_object_overwritten_while_it_is_read_is_never_its_successor(server, t
     fetcher.close()
 
 
-def test_a_server_that_stays_down_ends_at_the_deadline(server, tmp_path):
+def test_an_object_that_cannot_be_read_ends_at_the_deadline(server, tmp_path):
     stored = pin(server, "a/000.jpg")[0]
     server.add_fault(Fault(Refuse(503)))
     fetcher = make_fetcher(server, tmp_path, total_timeout_seconds=1.0)
-    with pytest.raises(SourceError, match=r"nothing could be read.*'000\.jpg' failed"):
+    with pytest.raises(TransientReadError, match=r"'000\.jpg'.*failed.*its store answers"):
         fetcher.fetch(stored)
     fetcher.close()
 

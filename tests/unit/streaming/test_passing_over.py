@@ -112,14 +112,14 @@ def test_without_a_budget_the_first_bad_row_is_an_error_even_if_a_manifest_lacks
 def test_many_bad_rows_in_a_row_end_the_reading(folder):
     rows = [json.dumps({"prompt": "Q", "response": "" if i > 40 else "A"}) for i in range(1000)]
     (folder / "rotten.jsonl").write_text("\n".join(rows))
-    with pytest.raises(DataError, match=r"bad row 30 \(30 in a row\)") as caught:
+    with pytest.raises(DataError, match=r"bad row 31 \(31 in a row\)") as caught:
         stream_local(
             folder / "rotten.jsonl",
             cache_dir=folder / "cache",
             max_bad_fraction=0.9,
             max_consecutive_bad=30,
         )
-    assert caught.value.key == "rotten.jsonl:71"
+    assert caught.value.key == "rotten.jsonl:72"
     with pytest.raises(DataError, match=r"max_bad_fraction=0.5 of 1,000 rows allows 500"):
         stream_local(
             folder / "rotten.jsonl",

@@ -51,12 +51,13 @@ def test_mended_examples_are_taken_out(tmp_path):
     quarantine = Quarantine(tmp_path / "q.jsonl", Budget())
     for number in range(4):
         quarantine.add(bad(number))
-    quarantine.remove([bad(1), bad(3)])
+    quarantine.replace([bad(0), bad(2)])
     assert quarantine.inspect() == [bad(0), bad(2)]
     quarantine.add(bad(1))
     assert len(quarantine.inspect()) == 3
-    quarantine.clear()
+    quarantine.replace([])
     assert quarantine.inspect() == []
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_cannot_be_written_is_named_without_its_path(tmp_path):
@@ -68,22 +69,30 @@ def test_a_folder_that_cannot_be_written_is_named_without_its_path(tmp_path):
     assert str(tmp_path) not in str(caught.value)
 
 
+def check(budget, error, **counts):
+    budget.check(error, read_records=lambda: [bad(), bad(2), bad(3, reason="gone")], **counts)
+
+
 def test_a_budget_of_none_raises_the_first_as_it_is():
     error = DataError("empty answer; fill it", key="k")
     with pytest.raises(DataError) as caught:
-        Budget(0.01).check(error, bad=1, consecutive=1, rows=99)
+        check(Budget(0.01), error, bad=1, consecutive=1, rows=99)
     assert caught.value is error
-    Budget(0.01).check(error, bad=1, consecutive=1, rows=100)
+    check(Budget(0.01), error, bad=1, consecutive=1, rows=100)
 
 
 def test_beyond_the_budget_the_error_says_what_was_allowed():
     error = DataError("empty answer; fill it", key="k")
-    with pytest.raises(DataError, match=r"bad row 11 .*max_bad_fraction=0.01 of 1,000 .*10; insp"):
-        Budget(0.01).check(error, bad=11, consecutive=1, rows=1000)
-    Budget(0.5, 5).check(error, bad=4, consecutive=4, rows=1000)
-    with pytest.raises(DataError, match=r"5 in a row.*max_consecutive_bad=5"):
-        Budget(0.5, 5).check(error, bad=5, consecutive=5, rows=1000)
+    with pytest.raises(
+        DataError,
+        match=r"bad row 11 .*0.01 of 1,000 .*10. Most frequent: 2 × decode: damaged; 1 × ",
+    ):
+        check(Budget(0.01), error, bad=11, consecutive=1, rows=1000)
+    check(Budget(0.5, 5), error, bad=5, consecutive=5, rows=1000)
+    with pytest.raises(DataError, match=r"6 in a row.*max_consecutive_bad=5"):
+        check(Budget(0.5, 5), error, bad=6, consecutive=6, rows=1000)
     assert read_reason(error) == "empty answer; fill it"
+    assert Budget(0.29).count_allowed(100) == 29
 
 
 @pytest.mark.parametrize(
