@@ -271,8 +271,8 @@ class MediaCache:
                 file.write(content)
                 file.flush()
                 now_ns = int(self._clock() * 1e9)
+                # Not synced to the disk: an entry that a power cut tears is found out when read.
                 os.utime(file.fileno(), ns=(now_ns, now_ns))
-                os.fsync(file.fileno())
                 with self._locked():
                     # Another writer of the same object may have been faster.
                     if not path.exists():
