@@ -269,7 +269,7 @@ def test_the_disk_keeps_its_free_space(tmp_path):
 def test_a_full_disk_is_counted_and_nothing_is_left(tmp_path, monkeypatch, step):
     cache = open_cache(tmp_path, 1000)
 
-    def fail(*arguments):
+    def fail(*arguments, **named):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
