@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 import torch
@@ -20,6 +20,9 @@ _DEVICE_TYPES = ("mps", "cuda", "cpu")
 # elements of an embedding table read as zeros, and matmuls with reductions over 32,768 read beyond
 # their operands. Source: pytorch#188756 (fixed by #187109), pytorch#193487 (fixed by #183535).
 _MPS_TORCH_FLOOR = (2, 14)
+# Of what Metal recommends as a working set, which is two thirds to four fifths of memory.
+_MPS_HIGH_WATERMARK = "1.0"
+_MPS_OUT_OF_MEMORY = ("MPS backend out of memory", "Invalid buffer size")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -29,11 +32,24 @@ def announce(message: str) -> None:
 
 
 def prepare_environment() -> None:
-    """Keep operators that MPS lacks from running on the CPU unnoticed, unless the user chose so.
+    """Set what torch reads from the environment on a Mac, unless the user has.
 
-    accelerate would set ``PYTORCH_ENABLE_MPS_FALLBACK=1``; child processes inherit what is set.
+    Operators that MPS lacks must not run on the CPU unnoticed; accelerate would set
+    ``PYTORCH_ENABLE_MPS_FALLBACK=1``, and child processes inherit what is set.
+
+    Memory must run out before the machine swaps: torch's own limit, 1.7 times what Metal
+    recommends, is more than there is. The limits count from when the allocator starts, with the
+    first tensor on the device.
     """
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "0")
+    high = os.environ.setdefault("PYTORCH_MPS_HIGH_WATERMARK_RATIO", _MPS_HIGH_WATERMARK)
+    # torch refuses to start with a low mark above the high one. Source: MPSAllocator.mm,
+    # "invalid low watermark ratio"; its own is 1.4.
+    if "PYTORCH_MPS_LOW_WATERMARK_RATIO" not in os.environ:
+        with suppress(ValueError):  # what is no number, torch explains better
+            if float(high) > 0:
+                low = str(round(float(high) * 0.9, 3))
+                os.environ["PYTORCH_MPS_LOW_WATERMARK_RATIO"] = low
 
 
 def choose_device(device: str | torch.device | None = None) -> tuple[torch.device, str]:
@@ -186,6 +202,22 @@ def empty_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device has no memory for another tensor.
+
+    Args:
+        error: What an operator raised.
+
+    Returns:
+        True for CUDA's own kind of error, and for that of MPS, which is known by its text.
+    """
+    # Source: torch's MPSAllocator.mm; accelerate.utils.memory matches the same words.
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError)
+        and any(words in str(error) for words in _MPS_OUT_OF_MEMORY)
+    )
 
 
 def random_generators(device: torch.device) -> dict[str, torch.Generator]:

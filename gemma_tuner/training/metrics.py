@@ -38,8 +38,8 @@ class StepRecord:
         skipped_steps: Steps skipped since the run began because of a non-finite gradient.
         epoch: Passes over the data, fractions included.
         counts: What collating cut or split since the run began, by name (``cut_rows``,
-            ``cut_tokens``, ``split_clips``), and examples that were ``passed_over``; only what is
-            above 0.
+            ``cut_tokens``, ``split_clips``), examples that were ``passed_over``, and how often
+            micro-batches were halved because they were ``out_of_memory``; only what is above 0.
     """
 
     step: int

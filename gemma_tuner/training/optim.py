@@ -176,6 +176,11 @@ def guarded_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
         ``[]`` float32 on the device: 1 if the step was skipped, else 0.
     """
     skipped = grad_norm.isfinite().logical_not().to(torch.float32)
+    # A first step that ran out of memory leaves counters without moments, which AdamW would take
+    # as complete; the second moment is made last.
+    for state in optimizer.state.values():
+        if "exp_avg_sq" not in state:
+            state.clear()
     if optimizer.defaults["fused"]:
         optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
@@ -207,5 +212,6 @@ class NonfiniteGuard:
         Args:
             skipped: ``[]`` float32 from :func:`guarded_step`.
         """
-        self.total += skipped
-        self.consecutive = (self.consecutive + skipped) * skipped
+        # In place, which needs no memory: here the step is taken and cannot be tried again.
+        self.total.add_(skipped)
+        self.consecutive.add_(skipped).mul_(skipped)

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ from gemma_tuner.errors import CheckpointError, ConfigError, DataError
 from gemma_tuner.models.embeddings import find_mapped_embedding
 from gemma_tuner.models.families import loaded_modalities
 from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.models.target_only import target_only_of
 from gemma_tuner.records import Example
 from gemma_tuner.training.checkpoint import save_adapter
 from gemma_tuner.training.checks import check_collator, check_kinds
@@ -27,6 +29,7 @@ from gemma_tuner.training.held_out import measure_held_out
 from gemma_tuner.training.interrupt import StopRequest
 from gemma_tuner.training.ledger import Ledger
 from gemma_tuner.training.loss import target_loss_sum
+from gemma_tuner.training.memory import MicroBatchSize, retry_once
 from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.modes import begin_training, end_training
 from gemma_tuner.training.optim import (
@@ -100,6 +103,7 @@ class Trainer:
         self._modalities = loaded_modalities(unwrap_peft(model))
         self._mapped_embedding = find_mapped_embedding(model)
         self.processes = Processes(self.device)
+        self.micro_batch_size = MicroBatchSize(config.batch_size, self.device, collator)
         self.optimizer = build_optimizer(model.named_parameters(), config, self.device)
         self.ledger = Ledger(config, model, self.optimizer, stream, self.processes)
 
@@ -149,6 +153,7 @@ class Trainer:
             DataError: An example that cannot be used.
             SourceError: Data that cannot be read any more.
             DivergedError: Too many consecutive steps with non-finite gradients.
+            MemoryPlanError: A single example does not fit on the device.
             CheckpointError: A checkpoint or the log that is damaged or cannot be written.
         """
         self.ledger.begin(self.collator.settings(), resume=resume)
@@ -188,11 +193,15 @@ class Trainer:
         held_out: list[EvalRecord],
     ) -> str | None:
         """Train, and do between steps what is due; return what stopped it early."""
+        if reason := target_only_of(unwrap_peft(self.model)).reason:
+            reports.event(self.step, "all_positions", f"every layer runs everywhere: {reason}")
         self._measure_held_out(reports, held_out)
         reports.restart_clock(self.ledger.num_tokens, self.ledger.num_target_tokens)
         for step_input in reports.time_waits(feed):
             loss, grad_norm = self.train_step(step_input)
             reports.advance(self.step)
+            for message in self.micro_batch_size.take_messages():
+                reports.event(self.step, "out_of_memory", message)
             if self.ledger.log_is_due:
                 self.ledger.log_step(loss, grad_norm, reports)
             self._measure_held_out(reports, held_out)
@@ -236,27 +245,51 @@ class Trainer:
                 *(sum(batch.counts.get(name, 0) for batch in micro_batches) for name in COUNTS),
             ]
         )
+        halvings_before = self.micro_batch_size.num_halvings
+        loss = self.micro_batch_size.run(partial(self._accumulate, target_tokens), step_input)
+        self.processes.sum_gradients(self.trainable, loss)
+        grad_norm, skipped = self._update()
+        self.ledger.guard.count(skipped)
+        names = ("passed_over", *COUNTS, "out_of_memory")
+        num_halvings = self.micro_batch_size.num_halvings - halvings_before
+        self.ledger.count_step(
+            step_input,
+            tokens,
+            target_tokens,
+            Counter(dict(zip(names, (*counts, num_halvings), strict=True))),
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss, grad_norm
+
+    def _accumulate(self, target_tokens: int, batches: Sequence[Batch]) -> Tensor:
+        """Sum a step's gradient anew, and return its mean loss, ``[]`` float32."""
+        self.optimizer.zero_grad(set_to_none=True)
         self._seed_dropout()
         loss = torch.zeros((), device=self.device)
-        for batch in micro_batches:
+        for batch in batches:
             loss_sum = target_loss_sum(
                 self.model, batch.to(self.device), chunk_tokens=self.config.loss_chunk_tokens
             )
             micro_loss = loss_sum / target_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
-        self.processes.sum_gradients(self.trainable, loss)
-        grad_norm = clip_gradients(self.trainable, self.config.max_grad_norm)
-        set_learning_rate(self.optimizer, self.learning_rate)
-        self.ledger.guard.count(guarded_step(self.optimizer, grad_norm))
-        self.ledger.count_step(
-            step_input,
-            tokens,
-            target_tokens,
-            Counter(dict(zip(("passed_over", *COUNTS), counts, strict=True))),
+        return loss
+
+    def _update(self) -> tuple[Tensor, Tensor]:
+        """Clip the gradient and take the step.
+
+        Each of the two takes its memory before it changes anything, so that it can be tried again
+        once what the backward pass left is freed.
+
+        Returns:
+            The gradient's norm before clipping, and 1 if the step was skipped: ``[]`` float32.
+        """
+        grad_norm = retry_once(
+            clip_gradients, self.trainable, self.config.max_grad_norm, device=self.device
         )
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss, grad_norm
+        set_learning_rate(self.optimizer, self.learning_rate)
+        skipped = retry_once(guarded_step, self.optimizer, grad_norm, device=self.device)
+        return grad_norm, skipped
 
     def _seed_dropout(self) -> None:
         """Make a step's dropout a function of its number, however often it is tried."""
@@ -288,7 +321,7 @@ class Trainer:
             self.eval_stream,
             self._collate,
             step=self.step,
-            batch_size=self.config.batch_size,
+            batch_size=self.micro_batch_size.value,
             chunk_tokens=self.config.loss_chunk_tokens,
             processes=self.processes,
         )

@@ -107,6 +107,43 @@ def test_fallback_is_off_unless_the_user_says_otherwise(monkeypatch, set_by_user
     assert os.environ["PYTORCH_ENABLE_MPS_FALLBACK"] == expected
 
 
+@pytest.mark.parametrize(
+    ("high", "low", "expected"),
+    [
+        (None, None, ("1.0", "0.9")),
+        ("0.8", None, ("0.8", "0.72")),
+        ("1.5", "1.2", ("1.5", "1.2")),
+        (None, "0.7", ("1.0", "0.7")),
+        ("0.0", None, ("0.0", None)),  # no limit: torch's own low mark is below it
+        ("much", None, ("much", None)),
+    ],
+)
+def test_memory_runs_out_before_the_machine_swaps(monkeypatch, high, low, expected):
+    names = ("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "PYTORCH_MPS_LOW_WATERMARK_RATIO")
+    for name, value in zip(names, (high, low), strict=True):
+        monkeypatch.setenv(name, "to be restored")
+        monkeypatch.delenv(name)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    device.prepare_environment()
+    assert tuple(os.environ.get(name) for name in names) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GiB, ..."), True),
+        (RuntimeError("Invalid buffer size: 12.00 GiB"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (MemoryError(), False),
+        (ValueError("MPS backend out of memory"), False),
+    ],
+)
+def test_errors_that_say_that_memory_ran_out(error, expected):
+    assert device.is_out_of_memory(error) is expected
+
+
 def test_announcements_go_to_stderr(capsys):
     device.announce("cpu, because")
     printed = capsys.readouterr()

@@ -1,0 +1,360 @@
+"""Runs on the pretend MPS device, for test_conformance.py: a process of its own, as JSON.
+
+Its arguments: where results go, where the device is kept, and which part to run.
+"""
+
+import json
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from gemma_tuner.collators.multimodal import MultimodalCollator
+from gemma_tuner.errors import ConfigError, MemoryPlanError
+from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.streaming.opening import stream_local
+from gemma_tuner.testing import FAMILIES, sample_data, tiny_model
+from gemma_tuner.testing.pretend_mps import PretendMps, Recording, pretend_mps
+from gemma_tuner.training.config import TrainConfig
+from gemma_tuner.training.loss import FrozenHeadCrossEntropy
+from gemma_tuner.training.modes import begin_training
+from gemma_tuner.training.trainer import Trainer
+
+DEVICE: PretendMps  # of this process, once main() has asked for it
+
+MODALITIES = {
+    "gemma4-e2b": ("text", "image", "audio"),
+    "gemma4-12b": ("text", "image", "audio"),
+    "gemma4-26b-a4b": ("text", "image"),
+    "gemma4-31b": ("text", "image"),
+    "gemma3n": ("text", "image", "audio"),
+}
+# What a Mac trains in, and float32 where it costs little; the rest is for the slow tests.
+CASES = {
+    "fast": [
+        (family, modality, dtype)
+        for family in FAMILIES
+        for modality in MODALITIES[family]
+        for dtype in (("bfloat16", "float32") if modality == "text" else ("bfloat16",))
+    ],
+    "slow": [
+        (family, modality, "float32")
+        for family in FAMILIES
+        for modality in MODALITIES[family]
+        if modality != "text"
+    ],
+}
+
+
+class RecordingTrainer(Trainer):
+    """Records each optimizer step and each held-out measurement."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
+        self.steps: list[Recording] = []
+        self.evaluations: list[Recording] = []
+
+    def train_step(self, step_input):
+        with DEVICE.record() as recording:
+            result = super().train_step(step_input)
+        self.steps.append(recording)
+        return result
+
+    def evaluate(self):
+        with DEVICE.record() as recording:
+            result = super().evaluate()
+        self.evaluations.append(recording)
+        return result
+
+
+def build_trainer(folder, family, modality, *, dtype="float32", device="mps", rows=4, **settings):
+    kind = RecordingTrainer if device == "mps" else Trainer
+    model, processor = tiny_model(family)
+    model = add_lora(model.to(device, getattr(torch, dtype)), LoraConfig(rank=4))
+    stream = stream_local(sample_data(modality), cache_dir=Path(folder) / "cache").take(rows)
+    settings = {
+        "max_steps": 2,
+        "batch_size": 2,
+        "gradient_accumulation": 1,
+        "learning_rate": 1e-2,
+        "schedule": "constant",
+        "log_every_steps": 1,
+        "progress": False,
+        "output_dir": Path(folder) / f"run-{device}",
+        **settings,
+    }
+    config = TrainConfig(**settings)
+    return kind(model, stream, MultimodalCollator(processor), config, eval_stream=stream.take(2))
+
+
+def run_case(folder, family, modality, dtype):
+    """Two steps, a checkpoint, and a third step by a new trainer that resumes."""
+    begun = build_trainer(folder, family, modality, dtype=dtype)
+    begun.fit()
+    trainer = build_trainer(folder, family, modality, dtype=dtype, max_steps=3)
+    trainer.fit(resume=True)
+    recordings = [*begun.steps, *begun.evaluations, *trainer.steps, *trainer.evaluations]
+    moments = [
+        value
+        for state in trainer.optimizer.state.values()
+        for value in state.values()
+        if value.dim()
+    ]
+    result = {
+        "first_step": read_first_step(begun),
+        # The first step of a model also checks the target-only decoder against the plain one.
+        "syncs": [[*key, count] for key, count in begun.steps[1].syncs.items()],
+        "blocking_uploads": begun.steps[1].uploads.get("blocking", 0),
+        "operators": sorted({call.operator for r in recordings for call in r.calls}),
+        "unsupported": sorted({name for r in recordings for name in r.unsupported}),
+        "most_elements": max(r.most_elements for r in recordings),
+        "largest_bytes": max(r.largest_bytes for r in recordings),
+        "longest_reduction": max(r.longest_reduction for r in recordings),
+        "dtypes": sorted(
+            {
+                o.dtype
+                for r in recordings
+                for c in r.calls
+                for o in c.outputs
+                if o.place == "device"
+            }
+        ),
+        "mixed_dtypes": sorted({describe_mix(c) for r in recordings for c in r.mixed_dtypes}),
+        "not_contiguous": [
+            list(tensor.shape)
+            for tensor in [*trainer.trainable, *moments]
+            if not tensor.is_contiguous()
+        ],
+    }
+    if dtype == "float32":
+        on_cpu = build_trainer(folder, family, modality, device="cpu", max_steps=1)
+        on_cpu.fit()
+        result["first_step_on_cpu"] = read_first_step(on_cpu)
+    return result
+
+
+def read_first_step(trainer):
+    lines = (Path(trainer.config.output_dir) / "log.jsonl").read_text().splitlines()
+    return next(
+        [record["loss"], record["grad_norm"]]
+        for record in map(json.loads, lines)
+        if record["kind"] == "step"
+    )
+
+
+def describe_mix(call):
+    """Such as ``add Float+BFloat16[]``; brackets mark what has no axes."""
+    floats = [o for o in call.inputs if o.place == "device" and "loat" in o.dtype]
+    names = sorted({o.dtype + ("" if o.shape else "[]") for o in floats})
+    return f"{call.operator.partition('.')[0].rstrip('_')} {'+'.join(names)}"
+
+
+def run_lengths(folder):
+    """Examples of many lengths, over and over: how many graphs each step adds on a Mac."""
+    trainer = build_trainer(
+        folder, "gemma4-e2b", "text", rows=40, epochs=2, max_steps=None, learning_rate=1e-3
+    )
+    trainer.fit()
+    seen, new = set(), []
+    for recording in trainer.steps:
+        graphs = recording.graphs()
+        new.append(len(graphs - seen))
+        seen |= graphs
+    return {"steps": len(new), "new_graphs_by_step": new, "graphs": len(seen)}
+
+
+def run_vocabulary():
+    """The loss over a vocabulary of full size."""
+    hidden = torch.randn(40, 16).to("mps").requires_grad_()
+    weight = torch.randn(262_144, 16).to("mps")
+    targets = torch.randint(0, 262_144, (40,)).to("mps")
+    with DEVICE.record() as recording:
+        FrozenHeadCrossEntropy.apply(hidden, weight, targets, 30.0, 16).backward()
+    return {
+        "longest_reduction": recording.longest_reduction,
+        "most_elements": recording.most_elements,
+        "num_syncs": recording.num_syncs,
+    }
+
+
+def run_out_of_memory(folder, stride):
+    """Let every ``stride``-th allocation of a first step fail, ten times as many of the update's.
+
+    A first step allocates the moments too.
+    """
+    trainer = build_trainer(folder, "gemma4-e2b", "text", learning_rate=1e-3)
+    begin_training(trainer.model, checkpointing=True)
+    step_input = next(iter(trainer._read_steps()))
+    Trainer.train_step(trainer, step_input)  # the decoder's own check, once a model
+    sizes, begin = trainer.micro_batch_size, [p.detach().clone() for p in trainer.trainable]
+
+    def take(number, size=2):
+        trainer.optimizer.state.clear()
+        sizes.value, sizes.num_halvings = size, 0
+        with torch.no_grad():
+            for parameter, value in zip(trainer.trainable, begin, strict=True):
+                parameter.copy_(value)
+        with DEVICE.fail_allocation(number), DEVICE.record() as recording:
+            loss, _ = Trainer.train_step(trainer, step_input)
+        moments = [v for state in trainer.optimizer.state.values() for v in state.values()]
+        state = [tensor.detach().cpu() for tensor in [loss, *trainer.trainable, *moments]]
+        return state, sizes.num_halvings, recording.num_allocations
+
+    whole, _, num_allocations = take(0)
+    cut = take(0, size=1)[0]
+    last = num_allocations - 6 * len(trainer.trainable)
+    numbers = sorted(
+        {*range(1, num_allocations, stride), *range(last, num_allocations, max(1, stride // 10))}
+    )
+    halvings = Counter()
+    for number in [*numbers, num_allocations]:
+        state, halved, _ = take(number)
+        expected = cut if halved else whole
+        if not all(torch.equal(a, b) for a, b in zip(state, expected, strict=True)):
+            halvings["wrong"] += 1
+        halvings[str(halved)] += 1
+    gradients = [
+        float((a - b).norm() / b.norm())
+        for a, b in zip(first_moments(trainer, cut), first_moments(trainer, whole), strict=True)
+    ]
+    return {
+        "allocations": num_allocations,
+        "failed": len(numbers) + 1,
+        "halvings": halvings,
+        "skipped": trainer.ledger.guard.total.item(),
+        "largest_gradient_difference": max(gradients),
+        "messages": sizes.take_messages()[:1],
+    }
+
+
+def first_moments(trainer, state):
+    """After one step from nothing: the gradient, scaled."""
+    moments = state[1 + len(trainer.trainable) :]
+    return [tensor for tensor in moments[1::3] if tensor.norm() > 0]
+
+
+def run_too_small(folder):
+    """Whole runs under budgets that hold fewer than the four examples asked for, or not one."""
+    trainer = build_trainer(folder / "free", "gemma4-e2b", "text", batch_size=4)
+    trainer.fit()
+    needed = trainer.steps[1].peak_bytes - DEVICE.live_bytes  # over the model and the moments
+    adapter = [p.detach().cpu() for p in trainer.trainable]
+    del trainer
+    results = {}
+    for name, share in (("fewer", 0.7), ("none", 0.1)):
+        trainer = build_trainer(folder / name, "gemma4-e2b", "text", batch_size=4)
+        budget = DEVICE.live_bytes + 3 * sum(p.nbytes for p in trainer.trainable)
+        try:
+            with DEVICE.limit(budget + int(share * needed)):
+                trainer.fit()
+        except MemoryPlanError as error:
+            results[name] = str(error)
+            continue
+        log = (folder / name / "run-mps" / "log.jsonl").read_text()
+        results[name] = {
+            "size": trainer.micro_batch_size.value,
+            "events": log.count('"name": "out_of_memory"'),
+            "counted": trainer.counts["out_of_memory"],
+            "difference": max(
+                float((a.detach().cpu() - b).abs().max())
+                for a, b in zip(trainer.trainable, adapter, strict=True)
+            ),
+        }
+    return results
+
+
+def run_faults():
+    """Mistakes that fail on a Mac: what each is answered with here."""
+    x = torch.randn(2, 4).to("mps")
+    faults = {
+        "a mask left on the CPU": lambda: x + torch.zeros(2, 4),
+        "labels left on the CPU": lambda: F.cross_entropy(x, torch.tensor([0, 1])),
+        "ids left on the CPU": lambda: F.embedding(torch.tensor([0]), x),
+        "float64 by a tensor": lambda: x * torch.tensor(0.1, dtype=torch.float64).to("mps"),
+        "float64 by numpy": lambda: torch.from_numpy(np.ones(3)).to("mps"),
+        "float64 by a cast": lambda: x.double(),
+        "complex128": lambda: x.to(torch.complex128),
+        "float8": lambda: x.to(torch.float8_e4m3fn),
+        "no kernel": lambda: F.fractional_max_pool2d(
+            torch.randn(1, 1, 8, 8).to("mps"), 2, output_size=3
+        ),
+        "a turned convolution weight": lambda: F.conv2d(
+            torch.randn(1, 3, 8, 8).to("mps"),
+            torch.randn(2, 2, 3, 4).to("mps").permute(3, 2, 0, 1),
+        ),
+        "over the budget": lambda: torch.empty(2**21, dtype=torch.uint8, device="mps"),
+    }
+    answers = {}
+    for name, fault in faults.items():
+        try:
+            if name == "over the budget":
+                with DEVICE.limit(2**20):
+                    fault()
+            else:
+                fault()
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            answers[name] = f"{type(error).__name__}: {error}"
+        else:
+            answers[name] = None
+    return answers
+
+
+def run_recorder():
+    """What the recorder says about a few operators whose cost is known."""
+    a = torch.randn(3, 5).to("mps")
+    held = DEVICE.live_bytes
+    with DEVICE.record() as recording:
+        b = a @ torch.ones(5, 7).to("mps")
+        b.sum().item()
+        b.cpu()
+        b[b > 0]
+        (b.bfloat16() + b).tolist()
+    failed = None
+    with DEVICE.fail_allocation(2):
+        torch.empty(1, device="mps")
+        try:
+            torch.empty(1, device="mps")
+        except RuntimeError as error:
+            failed = str(error)
+        torch.empty(1, device="mps")
+    del a, b
+    return {
+        "syncs": [[*key, count] for key, count in recording.syncs.items()],
+        "uploads": dict(recording.uploads),
+        "reduction": recording.longest_reduction,
+        "mixes": [describe_mix(call) for call in recording.mixed_dtypes],
+        "allocations": recording.num_allocations,
+        "grown_bytes": recording.peak_bytes - held,
+        "freed_bytes": held - DEVICE.live_bytes,
+        "failed": failed,
+    }
+
+
+def main():
+    global DEVICE  # noqa: PLW0603 - it is the process's
+    DEVICE = pretend_mps(sys.argv[2])
+    part = sys.argv[3]
+    results = {}
+    if part == "fast":
+        results = {
+            "faults": run_faults(),
+            "recorder": run_recorder(),
+            "vocabulary": run_vocabulary(),
+        }
+    with tempfile.TemporaryDirectory() as folder:
+        stride = {"fast": 400, "slow": 48}[part]
+        results["out of memory"] = run_out_of_memory(Path(folder) / "memory", stride)
+        if part == "fast":
+            results["too small"] = run_too_small(Path(folder) / "small")
+            results["lengths"] = run_lengths(Path(folder) / "lengths")
+        for case in CASES[part]:
+            name = " ".join(case)
+            try:
+                results[name] = run_case(Path(folder) / name, *case)
+            except (RuntimeError, TypeError, NotImplementedError, ConfigError) as error:
+                results[name] = {"error": f"{type(error).__name__}: {error}"}
+    Path(sys.argv[1]).write_text(json.dumps(results))
