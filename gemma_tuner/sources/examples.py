@@ -26,9 +26,6 @@ Locate = Callable[[str, str, str | Path, str], str | StoredObject]
 """Finds one picture or sound: ``(kind, source, folder, key)`` to what the manifest keeps."""
 
 
-_HELD_ROWS = 1000
-
-
 class Source(Protocol):
     """A data set that can be read from its beginning to its end."""
 
@@ -74,8 +71,6 @@ class ExampleReader:
         self._split = split
         self._reader = RowReader(self.columns)
         self._splits: Counter[str] = Counter()
-        self._held: list[tuple[str, Example]] = []
-        self._is_with_media = False
 
     def read(self, rows: Iterable[Row], locate: Locate) -> Iterator[tuple[str, Outcome]]:
         """Make an example of each row of the split.
@@ -103,42 +98,14 @@ class ExampleReader:
             try:
                 key = self._reader.read_key(row.values, row.origin)
                 example = self._reader.read_example(row.values, key)
-                located = _locate_media(example, row.folder, locate)
+                yield row.origin, _locate_media(example, row.folder, locate)
             except DataError as error:
                 yield row.origin, error
-            else:
-                yield from self._compare_media(row.origin, located)
-        yield from self._held
-        self._held = []
         if num_rows == 0 and self._splits:
             raise SourceError(
                 f"there is no split {self._split!r}; the splits are: "
                 f"{', '.join(sorted(self._splits))}"
             )
-
-    def _compare_media(self, origin: str, example: Example) -> Iterator[tuple[str, Outcome]]:
-        """Tell rows without media in a set with media, which are mistakes.
-
-        Which set it is the first rows tell: those without are held back until there is one with.
-
-        Yields:
-            The rows that it is known of, with what is wrong with them.
-        """
-        has_media = self._reader.has_media
-        if has_media is None:
-            yield origin, example
-        elif has_media:
-            for held_origin, held in self._held:
-                yield held_origin, self._reader.explain_lack(held.key)
-            self._held.clear()
-            self._is_with_media = True
-            yield origin, example
-        elif self._is_with_media:
-            yield origin, self._reader.explain_lack(example.key)
-        else:
-            self._held.append((origin, example))
-            if len(self._held) > _HELD_ROWS:
-                yield self._held.pop(0)
 
     def read_summary(self) -> dict[str, Any]:
         """Return what the rows read so far made, as JSON.

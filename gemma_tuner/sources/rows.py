@@ -42,8 +42,8 @@ class RowReader:
     columns: Columns
     counts: Counter[str] = field(default_factory=Counter)
     _unused_fields: Counter[str] = field(default_factory=Counter)
-    has_media: bool | None = None
-    """Whether the columns of media held any for the latest row; None where it need not matter."""
+    _first_without_media: str | None = None
+    _num_with_media: int = 0
 
     def read_key(self, row: Mapping[str, Any], origin: str) -> str:
         """Return the value of the id column as text, or the origin where there is none.
@@ -86,7 +86,6 @@ class RowReader:
                 a conversation that does not end with the assistant, or media where the mapping
                 has none or none where it has some.
         """
-        self.has_media = None
         if self.columns.layout == "document":
             return Example(key, document=self._read_text(row, "text", key, may_be_empty=False))
         media = self._read_media(row, key)
@@ -98,10 +97,10 @@ class RowReader:
                 unused_fields=self._unused_fields,
             )
             if not any(map(_list_media, turns)):
-                self._note_media(has_media=bool(unplaced))
+                self._check_media(key, has_media=bool(unplaced))
             turns = _place_media(turns, unplaced, key)
         else:
-            self._note_media(has_media=bool(media))
+            self._check_media(key, has_media=bool(media))
             turns = (self._read_prompt(row, media, key), self._read_response(row, key))
         system = self._read_text(row, "system", key) if "system" in self.columns.names else ""
         if system:
@@ -211,26 +210,23 @@ class RowReader:
                 )
         return parts
 
-    def _note_media(self, *, has_media: bool) -> None:
-        if list_media_columns(self.columns.names):
-            self.has_media = has_media
-
-    def explain_lack(self, key: str) -> DataError:
-        """Say what is wrong with a row without media where other rows have some.
-
-        Args:
-            key: The row's.
-
-        Returns:
-            The error.
-        """
-        columns = " and ".join(map(repr, list_media_columns(self.columns.names)))
-        return DataError(
-            f"it has nothing in {columns}, and other rows have; fill it, read rows without media "
-            'as a stream of their own, or use messages with {"type": "image"} or '
-            '{"type": "audio"} where media belong',
-            key=key,
-        )
+    def _check_media(self, key: str, *, has_media: bool) -> None:
+        """Refuse a set whose rows hold media here and none there: one of them is a mistake."""
+        if not list_media_columns(self.columns.names):
+            return
+        if has_media:
+            self._num_with_media += 1
+        elif self._first_without_media is None:
+            self._first_without_media = key
+        if self._num_with_media and self._first_without_media is not None:
+            without, self._first_without_media = self._first_without_media, None  # told once
+            columns = " and ".join(map(repr, list_media_columns(self.columns.names)))
+            raise DataError(
+                f"it has nothing in {columns}, and other rows have; fill it, read rows without "
+                'media as a stream of their own, or use messages with {"type": "image"} or '
+                '{"type": "audio"} where media belong',
+                key=without,
+            )
 
     def _read_tools(self, row: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], ...]:
         column = self.columns.names.get("tools")

@@ -165,6 +165,20 @@ def test_each_fault_of_a_chat_is_told(messages, words):
         read({"messages": messages})
 
 
+def test_a_row_without_media_among_rows_with_media_is_refused_whichever_comes_first():
+    with_image = {"image": "a.png", "prompt": "Q", "response": "A"}
+    without = {"image": None, "prompt": "Q", "response": "A"}
+    for first, second in (
+        (("a", with_image), ("b", without)),
+        (("b", without), ("a", with_image)),
+    ):
+        reader = RowReader(recognise_columns(["image", "prompt", "response"], {}))
+        reader.read_example(first[1], first[0])
+        with pytest.raises(DataError, match="nothing in 'image', and other rows have") as caught:
+            reader.read_example(second[1], second[0])
+        assert caught.value.key == "b"
+
+
 def test_rows_may_differ_in_which_media_they_hold():
     reader = RowReader(recognise_columns(["image", "audio", "prompt", "response"], {}))
     for number, media in enumerate(({"image": "a.png"}, {"audio": "a.wav"})):
