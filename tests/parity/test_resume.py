@@ -45,6 +45,7 @@ def test_stop_anywhere_and_resume(processes, uninterrupted, tmp_path, stop_after
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modality", ["text", "image", "audio"])
 def test_a_run_from_the_cloud_is_killed_twice_and_ends_as_if_it_never_was(
     processes, tmp_path, modality

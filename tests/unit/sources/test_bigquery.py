@@ -287,6 +287,9 @@ def test_a_generator_that_is_closed_leaves_the_rows(server, make):
 CHILD = """
 import sys
 from pathlib import Path
+import signal
+# A shell that runs tests in the background lets its children ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import grpc, resource
 from google.api_core.client_options import ClientOptions
 from google.auth.credentials import AnonymousCredentials
