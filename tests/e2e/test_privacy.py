@@ -343,6 +343,7 @@ def open_bucket(gcs: GcsServer, folder: Path, **more: Any) -> ExampleStream:
     return stream_gcs("gs://rows/data.jsonl", gcs_client=client, **{**options(folder), **more})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EFFECTS)
 def test_objects_that_cannot_be_read_say_nothing_of_what_they_hold(ears, gcs, tmp_path, name):
     fill_bucket(gcs)
