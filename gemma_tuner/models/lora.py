@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import peft
 import torch
-from torch import nn
+import torch.nn.functional as F
+from peft.tuners import lora
+from torch import Tensor, nn
 
 from gemma_tuner.device import announce, seeded
 from gemma_tuner.errors import ConfigError
@@ -126,8 +128,9 @@ class LoraConfig:
 def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> peft.PeftModel:
     """Freeze a model and put adapters on the chosen parts.
 
-    The adapters are float32 whatever the model's dtype, as small updates vanish in bfloat16; at
-    first they change nothing. The model keeps its mode (eval, from ``load_model``).
+    The adapters are float32 whatever the model's dtype, as small updates vanish in bfloat16;
+    beside a bfloat16 layer they are rounded to it where they are multiplied. At first they change
+    nothing. The model keeps its mode (eval, from ``load_model``).
 
     Args:
         model: From ``load_model``.
@@ -186,8 +189,33 @@ def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> peft.P
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float().contiguous()
+    _compute_in_model_dtype(wrapped)
     _announce_adapters(wrapped, counts)
     return wrapped
+
+
+class RoundedLinear(nn.Linear):
+    """A linear layer of float32 weights that computes in its input's dtype, as autocast would."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch gives it
+        """Multiply ``[..., in]`` by the weights, rounded to its dtype."""
+        return F.linear(input, self.weight.to(input.dtype))
+
+
+def _compute_in_model_dtype(model: nn.Module) -> None:
+    """Let plain adapters of a bfloat16 layer multiply in bfloat16; weights and gradients stay.
+
+    PEFT would turn every layer's input and the adapter's output into float32, which costs more
+    than the adapter: at E2B's size a fifth of a step and a fifth of its memory.
+    """
+    for layer in model.modules():
+        if not isinstance(layer, lora.Linear) or layer.lora_variant:  # DoRA needs float32
+            continue
+        if layer.get_base_layer().get_parameter("weight").dtype == torch.float32:
+            continue
+        layer.cast_input_dtype_enabled = False
+        for part in (*layer.lora_A.values(), *layer.lora_B.values()):
+            part.__class__ = RoundedLinear
 
 
 def unwrap_peft(model: Any) -> Any:

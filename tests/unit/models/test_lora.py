@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.loading import load_model
-from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.lora import LoraConfig, _compute_in_model_dtype, add_lora
 from gemma_tuner.testing import FAMILIES, tiny_model
 
 LANGUAGE = {  # shared layers have no k and v, K=V layers no v
@@ -127,13 +127,41 @@ def test_variants_begin_at_the_base_and_reload(variant, dtype, checkpoints, make
     model.save_pretrained(tmp_path)
     reloaded = peft.PeftModel.from_pretrained(load()[0], tmp_path).eval()
     with torch.no_grad():
+        stock = reloaded(**batch).logits
+        _compute_in_model_dtype(reloaded)
         torch.testing.assert_close(reloaded(**batch).logits, after, atol=0, rtol=0)
+    # stock PEFT multiplies in float32, and random weights amplify the difference
+    rounding = {"float32": 0.0, "bfloat16": 0.1}[dtype]
+    assert (stock - after).float().norm() <= rounding * after.float().norm()
 
 
 def test_without_a_config_the_decoder_gets_rank_16():
     model = add_lora(tiny_model("gemma4-e2b")[0])
     assert {p.shape[0] for name, p in model.named_parameters() if "lora_A" in name} == {16}
     assert adapted(model) == adapted(wrap(tiny_model("gemma4-e2b")[0]))
+
+
+def test_a_bfloat16_layer_multiplies_its_adapter_as_autocast_would():
+    model = wrap(tiny_model("gemma4-e2b")[0].bfloat16(), rank=4)
+    stock = peft.get_peft_model(
+        tiny_model("gemma4-e2b")[0].bfloat16(),
+        peft.LoraConfig(r=4, target_modules=r".*language_model.*q_proj"),
+    )
+    name = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    ours, theirs = model.get_submodule(name), stock.get_submodule(name)
+    torch.nn.init.normal_(ours.lora_B["default"].weight)
+    theirs.load_state_dict(ours.state_dict())
+    theirs.scaling["default"] = ours.scaling["default"]
+    x = torch.randn(2, 3, ours.in_features, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = theirs(x)
+    found = ours(x)
+    assert found.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+    found.float().square().sum().backward()
+    gradient = ours.lora_A["default"].weight.grad
+    assert gradient.dtype == torch.float32
+    assert gradient.norm() > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
