@@ -12,13 +12,18 @@ import json
 import mmap
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gemma_tuner.errors import CheckpointError
+from gemma_tuner.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Placement = Literal["disk", "device"]
 
 NAME = "embed_tokens_per_layer"
 KEY = f"model.language_model.{NAME}.weight"
@@ -94,6 +99,31 @@ class MappedEmbedding(nn.Module):
     def _gather(self, input_ids: Tensor) -> Tensor:
         ids = input_ids.cpu().numpy()
         return torch.from_numpy(np.take(self._table, ids, axis=0))
+
+
+def choose_placement(
+    config: PreTrainedConfig, device: torch.device, wanted: str | None
+) -> Placement | None:
+    """Decide where the per-layer table is.
+
+    Args:
+        config: The checkpoint's.
+        device: Where training runs.
+        wanted: The user's choice, or None: on disk for MPS, whose memory is the machine's.
+
+    Returns:
+        The place; None where the model has no such table.
+
+    Raises:
+        ConfigError: A choice that there is not.
+    """
+    if wanted not in (None, *get_args(Placement)):
+        raise ConfigError(f"per_layer_embeddings={wanted!r}; give 'disk', 'device' or None")
+    if not getattr(config.get_text_config(), "hidden_size_per_layer_input", 0):
+        return None
+    if wanted is None:
+        return "disk" if device.type == "mps" else "device"
+    return cast("Placement", wanted)
 
 
 def map_per_layer_embeddings(

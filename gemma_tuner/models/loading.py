@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Protocol
 
 import safetensors
 import transformers
@@ -23,13 +23,41 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from gemma_tuner.device import announce, choose_device, choose_dtype, prepare_environment
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.models import embeddings
-from gemma_tuner.models.families import MODALITIES, Family, Modality, family_of
+from gemma_tuner.models.attention import use_attention
+from gemma_tuner.models.families import Family, Modality, family_of
+from gemma_tuner.models.parts import choose_left_out, without_parts
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 _NAMES_SHOWN = 5
+
+
+class Placing(Protocol):
+    """What loading needs of a plan."""
+
+    @property
+    def modalities(self) -> Sequence[Modality]:
+        """What was planned for."""
+        ...
+
+    @property
+    def device(self) -> str:
+        """Where to compute."""
+        ...
+
+    @property
+    def dtype(self) -> str:
+        """Of the weights."""
+        ...
+
+    @property
+    def per_layer_embeddings(self) -> embeddings.Placement | None:
+        """Where the per-layer table is."""
+        ...
+
+
 _EXPLAIN_ADAPTER = (
     "it holds an adapter, not a model alone; load the model that the adapter was trained on and "
     "put the adapter on with peft.PeftModel.from_pretrained(model, FOLDER)"
@@ -42,7 +70,8 @@ def load_model(
     modalities: Sequence[Modality] = ("text",),
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    per_layer_embeddings: Literal["disk", "device"] | None = None,
+    per_layer_embeddings: embeddings.Placement | None = None,
+    plan: Placing | None = None,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Load a Gemma model and its processor, and say on which device, in which dtype, and why.
@@ -58,6 +87,7 @@ def load_model(
         per_layer_embeddings: Where the per-layer table of E2B, E4B and Gemma 3n is: mapped from
             the checkpoint's file, of which a step reads the rows it needs, or with the other
             weights. By default on disk for MPS, whose memory is the machine's.
+        plan: From ``gemma_tuner.plan``; device, dtype and the table's place are then its.
         revision: A branch, tag or commit on the Hub.
 
     Returns:
@@ -70,35 +100,39 @@ def load_model(
         CheckpointError: Files that are missing, damaged, locked behind a licence, or whose weights
             are not exactly those of the model.
     """
+    if plan is not None:
+        given = (device, dtype, per_layer_embeddings)
+        if any(choice is not None for choice in given) or set(modalities) != set(plan.modalities):
+            raise ConfigError(
+                f"plan was made for {', '.join(plan.modalities)} on {plan.device} in "
+                f"{plan.dtype}; give the same modalities, and leave device, dtype and "
+                "per_layer_embeddings to it"
+            )
+        device, dtype, per_layer_embeddings = plan.device, plan.dtype, plan.per_layer_embeddings
     source = str(name_or_path)
-    name = _name_without_path(source)
+    name = name_without_path(source)
     prepare_environment()
     device, device_reason = choose_device(device)
+    config = read_config(source, revision)
     with _explained(source):
-        config = transformers.AutoConfig.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
         if find_adapter_config_file(source, revision=revision) is not None:
             # transformers would put the adapter on without a word
             raise CheckpointError(f"{name} cannot be loaded: {_EXPLAIN_ADAPTER}")
     family = family_of(config)
-    left_out = _choose_left_out(name, family, config, modalities)
+    left_out = choose_left_out(name, family, config, modalities)
     dtype, dtype_reason = choose_dtype(device, dtype, config.dtype)
-    with _explained(source):
-        processor = transformers.AutoProcessor.from_pretrained(
-            source, revision=revision, trust_remote_code=False
-        )
+    processor = read_processor(source, revision)
     _check_processor(name, processor, family, modalities)
     _check_tokenizer(name, processor.tokenizer, family, config)
     processor.tokenizer.padding_side = "right"
 
-    is_mapped = _choose_mapped(config, device, per_layer_embeddings)
+    is_mapped = embeddings.choose_placement(config, device, per_layer_embeddings) == "disk"
     if is_mapped:
         left_out.append(f"language_model.{embeddings.NAME}")
 
     model_class = getattr(transformers, family.model_class)
     with _explained(source):
-        loaded: Any = _without_parts(model_class, family, config, left_out).from_pretrained(
+        loaded: Any = without_parts(model_class, family, config, left_out).from_pretrained(
             source,
             config=config,
             revision=revision or "main",
@@ -111,6 +145,7 @@ def load_model(
     model, loading_info = loaded
     _check_loaded(name, loading_info)
     model.__class__ = model_class
+    use_attention(model)
     if is_mapped:
         with _explained(source):
             table = embeddings.map_per_layer_embeddings(
@@ -125,72 +160,31 @@ def load_model(
     return model, processor
 
 
-def _choose_left_out(
-    name: str, family: Family, config: PreTrainedConfig, modalities: Sequence[Modality]
-) -> list[str]:
-    """Check the modalities; return the submodules of ``model.model`` that they do not need."""
-    if isinstance(modalities, str):
-        raise ConfigError(f"modalities is the string {modalities!r}; write ({modalities!r},)")
-    offered = family.modalities(config)
-    for modality in modalities:
-        if modality not in MODALITIES:
-            raise ConfigError(
-                f"modalities holds {modality!r}; it may hold {', '.join(MODALITIES)}"
-            )
-        if modality not in offered:
-            raise ConfigError(
-                f"{name} has no {modality} part; it offers {', '.join(offered)}. Leave "
-                f"{modality!r} out, or use a checkpoint that has it"
-            )
-    return [
-        module
-        for modality, modules in family.towers.items()
-        if modality in offered and modality not in modalities
-        for module in modules
-    ]
+def read_config(source: str, revision: str | None) -> PreTrainedConfig:
+    """Read a checkpoint's configuration.
 
-
-def _without_parts(
-    model_class: type[PreTrainedModel],
-    family: Family,
-    config: PreTrainedConfig,
-    left_out: Collection[str],
-) -> type[PreTrainedModel]:
-    """Derive the class that loads without some parts; their keys are passed over silently.
-
-    Where the configuration can say that a tower is absent, it does (``config`` is changed);
-    Gemma 3n always builds its towers, so they are taken off again, while they have no memory.
+    Args:
+        source: A folder, or a name on the Hub.
+        revision: A branch, tag or commit on the Hub.
 
     Returns:
-        A subclass whose instances may become plain ``model_class`` after loading.
+        The configuration.
+
+    Raises:
+        CheckpointError: It cannot be read.
     """
-    if family.towers_optional:
-        for modality, part in (("image", "vision_config"), ("audio", "audio_config")):
-            if set(family.towers[modality]) & set(left_out):
-                setattr(config, part, None)
-    pattern = [rf"^model\.({'|'.join(left_out)})\."] if left_out else []
-
-    class WithoutParts(model_class):
-        _keys_to_ignore_on_load_unexpected = pattern
-
-        def __init__(self, config: PreTrainedConfig) -> None:
-            super().__init__(config)
-            for name in left_out:
-                parent, _, part = name.rpartition(".")
-                setattr(self.model.get_submodule(parent), part, None)
-
-    WithoutParts.__name__ = model_class.__name__
-    WithoutParts.__module__ = model_class.__module__  # else it is taken for a checkpoint's code
-    return WithoutParts
+    with _explained(source):
+        return transformers.AutoConfig.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
 
 
-def _choose_mapped(config: PreTrainedConfig, device: torch.device, wanted: str | None) -> bool:
-    """Decide whether the per-layer table, where there is one, stays on disk."""
-    if wanted not in (None, "disk", "device"):
-        raise ConfigError(f"per_layer_embeddings={wanted!r}; give 'disk', 'device' or None")
-    if not getattr(config.get_text_config(), "hidden_size_per_layer_input", 0):
-        return False
-    return wanted == "disk" or (wanted is None and device.type == "mps")
+def read_processor(source: str, revision: str | None) -> ProcessorMixin:
+    """Read a checkpoint's processor; arguments and errors are those of :func:`read_config`."""
+    with _explained(source):
+        return transformers.AutoProcessor.from_pretrained(
+            source, revision=revision, trust_remote_code=False
+        )
 
 
 def _find_file(source: str, revision: str | None, name: str) -> Path | None:
@@ -270,7 +264,7 @@ def _name_keys(what: str, keys: Collection[str]) -> str:
 @contextmanager
 def _explained(source: str) -> Iterator[None]:
     """Turn what transformers, the Hub and safetensors raise into errors with a remedy."""
-    name = _name_without_path(source)
+    name = name_without_path(source)
     try:
         yield
     except safetensors.SafetensorError as error:
@@ -284,8 +278,8 @@ def _explained(source: str) -> Iterator[None]:
         raise CheckpointError(f"{name} cannot be loaded: {remedy}") from cause
 
 
-def _name_without_path(source: str) -> str:
-    """A Hub name as it is; a folder by its own name, as paths are private."""
+def name_without_path(source: str) -> str:
+    """Name a checkpoint: a Hub name as it is; a folder by its own name, as paths are private."""
     path = Path(source)
     return path.resolve().name if path.is_absolute() or path.exists() else source
 

@@ -146,6 +146,28 @@ def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> peft.P
     if isinstance(model, peft.PeftModel) or hasattr(model, "peft_config"):
         raise ConfigError("the model has adapters already; load it again, or unload() them first")
     config = config or LoraConfig()
+    peft_config, counts = find_adapters(model, config)
+    wrapped = wrap_peft(model, peft_config, config.seed)
+    _announce_adapters(wrapped, counts)
+    return wrapped
+
+
+def find_adapters(
+    model: PreTrainedModel, config: LoraConfig
+) -> tuple[peft.LoraConfig, dict[str, int]]:
+    """Find the modules of a model that are meant, and say it in PEFT's terms.
+
+    Args:
+        model: Not wrapped; it is left as it is.
+        config: Where adapters go.
+
+    Returns:
+        PEFT's configuration, and how many modules each target has.
+
+    Raises:
+        ConfigError: A target that the model does not have, or one that matches nothing or
+            something that is not linear.
+    """
     modules = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = _choose_layers(model, config)
     patterns = []
@@ -164,21 +186,33 @@ def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> peft.P
             raise ConfigError(_describe_absent(model, target, modules))
         counts[target] = len(matched)
 
+    peft_config = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number serves
+        lora_dropout=config.dropout,
+        target_modules="|".join(patterns) if patterns else [],
+        target_parameters=expert_parameters or None,
+        use_dora=config.variant == "dora",
+        use_rslora=config.variant == "rslora",
+        task_type="CAUSAL_LM",
+    )
+    return peft_config, counts
+
+
+def wrap_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int = 0) -> peft.PeftModel:
+    """Put adapters on where PEFT's own configuration says.
+
+    Args:
+        model: Frozen.
+        config: PEFT's.
+        seed: Decides the adapters' first weights.
+
+    Returns:
+        The model, wrapped, in the mode that it was in; what trains is float32 and contiguous.
+    """
     training = model.training
-    with seeded(model.device, config.seed):
-        wrapped = peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=config.rank,
-                lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # any number serves
-                lora_dropout=config.dropout,
-                target_modules="|".join(patterns) if patterns else [],
-                target_parameters=expert_parameters or None,
-                use_dora=config.variant == "dora",
-                use_rslora=config.variant == "rslora",
-                task_type="CAUSAL_LM",
-            ),
-        )
+    with seeded(model.device, seed):
+        wrapped = peft.get_peft_model(model, config)
     wrapped.train(training)
     for module in wrapped.modules():
         # PEFT rounds DoRA's magnitudes to the model's dtype, so that a bfloat16 model would change
@@ -190,7 +224,6 @@ def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> peft.P
         if parameter.requires_grad:
             parameter.data = parameter.data.float().contiguous()
     _compute_in_model_dtype(wrapped)
-    _announce_adapters(wrapped, counts)
     return wrapped
 
 

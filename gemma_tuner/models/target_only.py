@@ -30,8 +30,10 @@ import torch
 from torch import Tensor
 from transformers.models.gemma4.modeling_gemma4 import apply_rotary_pos_emb
 
-from gemma_tuner.device import announce
+from gemma_tuner.device import announce, is_out_of_memory
+from gemma_tuner.models.attention import ATTENTION, AttentionMask
 from gemma_tuner.models.families import family_of
+from gemma_tuner.models.placeholders import media_laid_in
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -40,9 +42,10 @@ MAX_SHARE = 0.875
 """Above this share of the sequence the plain forward is used: the gain would not pay for explicit
 masks."""
 
-_ATTENTIONS = ("sdpa", "eager")  # those that take one mask of [B, 1, queries, keys]
+_ATTENTIONS = (ATTENTION, "sdpa", "eager")  # whose masks can be cut to queries
 _LAYER_ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask", "shared_kv_states")
 _ATTENTION_ATTRIBUTES = ("layer_type", "is_kv_shared_layer", "store_full_length_kv")
+_PICTURES = ("pixel_values", "mm_encoder_outputs")  # inputs that bring pictures along
 _OWNER_ATTRIBUTES = ("head_dim", "k_proj", "v_proj", "k_norm", "v_norm")
 # How far both ways may lie apart on the probe, relative to its norm. Another number of rows is
 # another order of summation; a wrong row or mask is an error of about 1.
@@ -91,8 +94,12 @@ class TargetOnly:
             self.reason = reason  # since the last call; wrapping it would undo that
             self._announce_reason()
         restrict = self.reason is None and rows.shape[1] <= MAX_SHARE * length
-        with self._restricted_to(_Rows(rows, length)) if restrict else nullcontext():
-            hidden = self._gemma.model(**inputs, use_cache=False).last_hidden_state
+        known = {}
+        if self.attention == ATTENTION:
+            known["has_pictures"] = any(name in inputs for name in _PICTURES)
+        wrapped = self._restricted_to(_Rows(rows, length)) if restrict else nullcontext()
+        with media_laid_in(self._gemma, inputs) as inputs, wrapped:
+            hidden = self._gemma.model(**inputs, **known, use_cache=False).last_hidden_state
         if not restrict:
             slots = _Rows(rows, length).flat.index_select(0, slots)
         return hidden.flatten(0, 1).index_select(0, slots)
@@ -163,6 +170,8 @@ class TargetOnly:
             TypeError,
             ValueError,
         ) as error:
+            if is_out_of_memory(error):
+                raise  # which says nothing of the model
             return f"a trial failed with {type(error).__name__}: {error}"
         finally:
             for module in was_training:
@@ -207,8 +216,10 @@ class _Rows:
         cut["position_embeddings"] = self._cut["rotary", kind]
         return cut
 
-    def _cut_mask(self, mask: Tensor | None) -> Tensor:
+    def _cut_mask(self, mask: AttentionMask | Tensor | None) -> AttentionMask | Tensor:
         """Cut ``[B or 1, 1, S, keys]`` to ``[B, 1, M, keys]``."""
+        if isinstance(mask, AttentionMask):
+            return mask.take(self._rows)
         if mask is None:  # transformers leaves it to a causal kernel, which needs all queries
             keys = torch.arange(self._length, device=self._rows.device)
             return (keys <= self._rows.unsqueeze(2)).unsqueeze(1)

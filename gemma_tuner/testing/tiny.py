@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.families import family_of_processor
 from gemma_tuner.testing.tiny_processor import tiny_processor
 
@@ -116,6 +117,7 @@ def tiny_model(
         model = getattr(transformers, kind.model_class)(config)
         with torch.no_grad():
             _spread_weights(model)
+    use_attention(model)
     return model.eval().requires_grad_(requires_grad=False), processor
 
 

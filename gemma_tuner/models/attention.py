@@ -1,0 +1,371 @@
+"""Attention with explicit masks, in which sliding layers look at their band only.
+
+Axes: ``B`` rows, ``H`` heads, ``S`` positions, ``Q`` queries, ``K`` keys, ``D`` head size, ``N``
+blocks of ``b`` positions, ``W`` keys that a block may see.
+
+Three of four layers and more see the last 512 or 1024 positions only. transformers computes their
+scores against all keys and masks most of them out; here each block of queries meets the keys that
+it may see, and no tensor of S x S elements is made. Full layers can take their queries in chunks,
+each recomputed in backward, so that no more than a chunk's scores are alive.
+
+What may see what is what transformers says: its own mask functions are asked, at other positions.
+A mask is always given to the kernel, as ``is_causal`` is wrong on MPS for some shapes, and making
+it asks nothing of the device. Source: pytorch issues 174861 and 169222.
+
+Relied on in transformers 5.23: a mask function answers for indices of any shapes that broadcast;
+what a mask interface returns reaches the layers as it is, or sliced by ``[:, :, queries, :]``;
+keyword arguments of the model's forward reach the attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import and_masks, padding_mask_function, prepare_padding_mask
+
+from gemma_tuner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+ATTENTION = "gemma_tuner"
+"""The name of this attention, as ``_attn_implementation`` of a configuration."""
+
+_VISION = "gemma4_vision"  # the one tower whose attention goes through transformers' interface
+
+
+class AttentionMask:
+    """Which keys each query may see: what is asked to make a mask, not the mask itself.
+
+    A query that may see nothing sees itself, as some kernels would answer it with NaN. Only
+    padding is such a query, and nobody reads what it becomes.
+
+    Args:
+        may_see: transformers' mask function: of row, head, query and key indices, padding
+            included.
+        batch_size: Rows.
+        queries: ``[1 or B, Q]`` int64: the position of each query.
+        num_keys: Keys that there are.
+        first_key: The position of the first one.
+        is_whole: Whether the queries are the positions of all keys, in order.
+    """
+
+    def __init__(
+        self,
+        may_see: Callable[..., Tensor],
+        batch_size: int,
+        queries: Tensor,
+        num_keys: int,
+        first_key: int = 0,
+        *,
+        is_whole: bool,
+    ) -> None:
+        self._may_see = may_see
+        self._batch_size = batch_size
+        self._queries = queries
+        self._first_key = first_key
+        self._made: dict[tuple[int, ...], Tensor] = {}  # by all layers that ask for the same
+        self.num_keys = num_keys
+        self.is_whole = is_whole
+
+    def __getitem__(self, index: tuple[slice, slice, slice, slice]) -> AttentionMask:
+        """Cut to some queries, as transformers cuts a mask of ``[B, 1, Q, K]``."""
+        queries = self._queries[:, index[2]]
+        return self if queries.shape == self._queries.shape else self._with_queries(queries)
+
+    def take(self, rows: Tensor) -> AttentionMask:
+        """Ask for other queries.
+
+        Args:
+            rows: ``[B, M]`` int64: their positions.
+
+        Returns:
+            The mask of these queries and all keys.
+        """
+        return self._with_queries(rows)
+
+    def _with_queries(self, queries: Tensor) -> AttentionMask:
+        return AttentionMask(
+            self._may_see,
+            self._batch_size,
+            queries,
+            self.num_keys,
+            self._first_key,
+            is_whole=False,
+        )
+
+    def dense(self) -> Tensor:
+        """Make the mask of all queries and keys, once: ``[B, 1, Q, K]`` bool."""
+        if () not in self._made:
+            self._made[()] = self.part(slice(None), self.num_keys)
+        return self._made[()]
+
+    def part(self, queries: slice, num_keys: int) -> Tensor:
+        """Make the mask of some queries and the first keys: ``[B, 1, queries, num_keys]`` bool."""
+        positions = self._queries[:, queries]
+        keys = torch.arange(num_keys, device=positions.device) + self._first_key
+        return self._ask(positions[:, None, :, None], keys[None, None, None, :])
+
+    def band(self, first: int, num_blocks: int, block: int, width: int) -> Tensor:
+        """Make the mask of blocks of queries and the keys up to each block's end.
+
+        Args:
+            first: The first block.
+            num_blocks: How many.
+            block: Positions in one; those behind the last query are padding.
+            width: Keys that a block meets: its own, and those before it.
+
+        Returns:
+            ``[B * num_blocks, 1, block, width]`` bool.
+        """
+        wanted = (first, num_blocks, block, width)
+        if wanted not in self._made:
+            device = self._queries.device
+            ends = (torch.arange(num_blocks, device=device) + first + 1) * block
+            queries = (ends - block)[:, None] + torch.arange(block, device=device)
+            keys = (ends - width)[:, None] + torch.arange(width, device=device)
+            self._made[wanted] = self._ask(queries[None, :, :, None], keys[None, :, None, :])
+        return self._made[wanted].flatten(0, 1).unsqueeze(1)
+
+    def _ask(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Ask for positions that broadcast to ``[B or 1, any, queries, keys]``."""
+        last = self._first_key + self.num_keys - 1
+        rows = torch.arange(self._batch_size, device=keys.device)[:, None, None, None]
+        # Positions before the first key or behind the last are padding of blocks.
+        seen = self._may_see(
+            rows, rows.new_zeros(()), queries.clamp(max=last), keys.clamp(self._first_key, last)
+        )
+        seen = seen & (keys >= self._first_key) & (keys <= last)
+        seen = seen | (queries == keys) & ~seen.any(-1, keepdim=True)
+        shape = torch.broadcast_shapes(rows.shape, queries.shape, keys.shape)
+        return seen.expand(shape)
+
+
+def make_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    *,
+    mask_function: Callable[..., Tensor],
+    attention_mask: Tensor | None = None,
+    device: torch.device | str,
+    **_: Any,
+) -> AttentionMask:
+    """Note what transformers asks of a mask interface; nothing is computed yet.
+
+    Args:
+        batch_size: Rows.
+        q_length: Queries.
+        kv_length: Keys, those of a cache included.
+        q_offset: Position of the first query.
+        kv_offset: Position of the first key.
+        mask_function: Of row, head, query and key indices.
+        attention_mask: ``[B, tokens]`` bool: what is not padding.
+        device: Of the positions.
+
+    Returns:
+        The mask that :func:`attend` reads.
+    """
+    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
+    if padding is not None:
+        mask_function = and_masks(mask_function, padding_mask_function(padding))
+    queries = (torch.arange(q_length, device=device) + q_offset).unsqueeze(0)
+    starts_at_zero = isinstance(q_offset, int) and q_offset == kv_offset == 0
+    return AttentionMask(
+        mask_function,
+        batch_size,
+        queries,
+        kv_length,
+        kv_offset,
+        is_whole=starts_at_zero and q_length == kv_length,
+    )
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: AttentionMask | Tensor,
+    *,
+    sliding_window: int | None = None,
+    has_pictures: bool = True,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute a layer's attention, as transformers' attention interface has it.
+
+    Args:
+        module: The layer's attention.
+        query: ``[B, H, Q, D]``.
+        key: ``[B, key heads, K, D]``.
+        value: Likewise.
+        attention_mask: Of :func:`make_mask`, or ``[B or 1, 1, Q, K]`` as a kernel takes it.
+        sliding_window: How many positions, its own included, a query looks back on; None for all.
+        has_pictures: Whether rows may hold pictures, whose positions see each other in both
+            directions in some families; what is known of a batch may say no.
+        **kwargs: What transformers' own attention takes.
+
+    Returns:
+        ``[B, Q, H, D]``, and no weights.
+    """
+    run = partial(sdpa_attention_forward, module, **kwargs)
+    if isinstance(attention_mask, Tensor):
+        return run(query, key, value, attention_mask)
+    length = query.shape[2]
+    two_ways = getattr(module.config, "use_bidirectional_attention", None) is not None
+    looks_back = attention_mask.is_whole and module.is_causal and not (two_ways and has_pictures)
+    chunk: int | None = getattr(module, "query_chunk_tokens", None)
+    if looks_back and sliding_window is not None:
+        block, width = choose_blocks(sliding_window)
+        if -(-length // block) * block * width < length * length:
+            return _attend_band(
+                run, query, key, value, attention_mask, block=block, width=width, chunk=chunk
+            ), None
+    if chunk is None or length <= chunk:
+        return run(query, key, value, attention_mask.dense())
+    parts = []
+    for start in range(0, length, chunk):
+        stop = min(start + chunk, length)
+        num_keys = stop if looks_back else attention_mask.num_keys
+        make = partial(attention_mask.part, slice(start, stop), num_keys)
+        parts.append(
+            _recomputed(
+                partial(_attend_part, run, make),
+                query[:, :, start:stop],
+                key[:, :, :num_keys],
+                value[:, :, :num_keys],
+            )
+        )
+    return torch.cat(parts, dim=1), None
+
+
+def use_attention(model: Any) -> None:
+    """Let a model's decoder, and a vision tower that can, use this attention.
+
+    Args:
+        model: A Gemma model, not wrapped by PEFT.
+    """
+    AttentionInterface.register(ATTENTION, attend)
+    AttentionMaskInterface.register(ATTENTION, make_mask)
+    parts = {"text_config": ATTENTION}
+    if getattr(getattr(model.config, "vision_config", None), "model_type", None) == _VISION:
+        parts["vision_config"] = ATTENTION
+    model.set_attn_implementation(parts)
+
+
+def set_query_chunk(model: Module, tokens: int | None) -> None:
+    """Choose how many queries the decoder's layers take at a time.
+
+    The scores of each chunk are computed again in backward: less memory, more time. What takes
+    fewer queries is not cut.
+
+    Args:
+        model: A Gemma model that uses this attention, not wrapped by PEFT.
+        tokens: How many; None for all.
+
+    Raises:
+        ConfigError: Less than one.
+    """
+    if tokens is not None and tokens < 1:
+        raise ConfigError(f"a query chunk of {tokens} tokens; give at least 1, or None for all")
+    gemma: Any = model
+    for layer in gemma.model.language_model.layers:
+        layer.self_attn.query_chunk_tokens = tokens
+
+
+def choose_blocks(window: int) -> tuple[int, int]:
+    """Choose how many queries meet how many keys."""
+    # Small blocks meet few keys that they may not see, but copy each key into more of them: half
+    # a window takes the least memory.
+    block = max(1, window // 2)
+    before = -(-(window - 1) // block)
+    return block, (before + 1) * block
+
+
+def _attend_band(
+    run: Callable[..., tuple[Tensor, None]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: AttentionMask,
+    *,
+    block: int,
+    width: int,
+    chunk: int | None,
+) -> Tensor:
+    """Let each block of queries meet the keys up to its end: ``[B, S, H, D]``."""
+    length = query.shape[2]
+    num_blocks = -(-length // block)
+    missing, before = num_blocks * block - length, width - block
+    query = pad(query, (0, 0, 0, missing))
+    key, value = (pad(x, (0, 0, before, missing)) for x in (key, value))
+    step = num_blocks if chunk is None else max(1, chunk // block)
+    parts = []
+    for first in range(0, num_blocks, step):
+        count = min(step, num_blocks - first)
+        queries = slice(first * block, (first + count) * block)
+        keys = slice(first * block, (first + count) * block + before)
+        attend_blocks = partial(
+            _attend_blocks, run, mask, first=first, count=count, block=block, width=width
+        )
+        tensors = query[:, :, queries], key[:, :, keys], value[:, :, keys]
+        is_whole = count == num_blocks
+        parts.append(attend_blocks(*tensors) if is_whole else _recomputed(attend_blocks, *tensors))
+    return torch.cat(parts, dim=1)[:, :length] if len(parts) > 1 else parts[0][:, :length]
+
+
+def _attend_blocks(
+    run: Callable[..., tuple[Tensor, None]],
+    mask: AttentionMask,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    first: int,
+    count: int,
+    block: int,
+    width: int,
+) -> Tensor:
+    """Fold blocks into the batch and attend: ``[B, count * block, H, D]``."""
+    output, _ = run(
+        query.unflatten(2, (count, block)).transpose(1, 2).flatten(0, 1),
+        _fold_keys(key, count, block, width),
+        _fold_keys(value, count, block, width),
+        mask.band(first, count, block, width),
+    )
+    return output.unflatten(0, (-1, count)).flatten(1, 2)
+
+
+def _fold_keys(keys: Tensor, count: int, block: int, width: int) -> Tensor:
+    """Lay keys of blocks out, overlapping: ``[B * count, heads, width, D]``."""
+    blocks = keys.unflatten(2, (-1, block))
+    spans = [blocks[:, :, start : start + count] for start in range(width // block)]
+    return torch.cat(spans, dim=3).transpose(1, 2).flatten(0, 1)
+
+
+def _attend_part(
+    run: Callable[..., tuple[Tensor, None]],
+    make: Callable[[], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+) -> Tensor:
+    return run(query, key, value, make())[0]
+
+
+def _recomputed(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """Keep nothing of a function but its inputs for backward."""
+    if not torch.is_grad_enabled():
+        return function(*tensors)
+    # Attention drops nothing, in eval mode and by Gemma's configurations: no random state to keep.
+    return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)

@@ -1,0 +1,103 @@
+"""Media features put at their placeholders, without asking the device how many there are.
+
+Axes: ``B`` rows, ``S`` positions, ``F`` features, ``H`` hidden size.
+
+transformers' forward waits for the device three times for each modality: it counts placeholders,
+writes the count into a message, and scatters by a mask. Here the model's own methods make the
+features, a hook on the input embeddings lays them in, and the forward is given no media. The same
+numbers arrive at the same places.
+
+Relied on in transformers 5.23: the forward of Gemma 4 looks its ids up once, by calling
+``get_input_embeddings()``, and lays features of media over the result before anything reads it.
+Gemma 3n lays embeddings of its media tokens over it, too, so that there the forward does all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MODEL_TYPES = ("gemma4", "gemma4_unified")
+_IMAGE = ("pixel_values", "image_position_ids")
+_AUDIO = ("input_features", "input_features_mask")
+
+
+@contextmanager
+def media_laid_in(gemma: Any, inputs: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+    """Compute the features of a batch's media and lay them in during one forward of the model.
+
+    Where they are not as many as their placeholders, they become NaN, and so does the loss: to
+    compare the two on the host would mean to wait for the device.
+
+    Args:
+        gemma: A Gemma model, not wrapped by PEFT.
+        inputs: Keyword arguments of the model, on its device.
+
+    Yields:
+        The arguments for that forward.
+
+    Raises:
+        RuntimeError: The forward did not look its ids up as this module knows it.
+    """
+    names = {name for name in (*_IMAGE, *_AUDIO) if name in inputs}
+    if not names or gemma.config.model_type not in _MODEL_TYPES:
+        yield inputs
+        return
+    ids, config = inputs["input_ids"], gemma.config
+    laid = []
+    if _IMAGE[0] in names:
+        outputs = gemma.model.get_image_features(*(inputs[n] for n in _IMAGE), return_dict=True)
+        features = torch.cat(outputs.pooler_output)
+        laid.append(_lay_out(features, None, ids == config.image_token_id))
+    if _AUDIO[0] in names:
+        outputs = gemma.model.get_audio_features(*(inputs[n] for n in _AUDIO), return_dict=True)
+        features, valid = outputs.pooler_output.flatten(0, 1), outputs.attention_mask.flatten()
+        laid.append(_lay_out(features, valid, ids == config.audio_token_id))
+    num_lookups = 0
+
+    def lay_in(_module: Any, _args: Any, embeddings: Tensor) -> Tensor:
+        nonlocal num_lookups
+        num_lookups += 1
+        for features, places in laid:
+            embeddings = torch.where(places, features.to(embeddings.dtype), embeddings)
+        return embeddings
+
+    handle = gemma.get_input_embeddings().register_forward_hook(lay_in)
+    try:
+        yield {name: tensor for name, tensor in inputs.items() if name not in names}
+    finally:
+        handle.remove()
+    if num_lookups != 1:
+        raise RuntimeError(
+            f"the model looked its ids up {num_lookups} times in one forward, not once (another "
+            "transformers?), so that pictures and sounds were not laid in as they should be"
+        )
+
+
+def _lay_out(features: Tensor, valid: Tensor | None, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each placeholder its feature, in reading order.
+
+    Args:
+        features: ``[F, H]``.
+        valid: ``[F]`` bool: which of them are some; None for all.
+        places: ``[B, S]`` bool: the placeholders.
+
+    Returns:
+        ``[B, S, H]``, whose values count at placeholders only, and ``[B, S, 1]`` bool.
+    """
+    rank = places.flatten().cumsum(0) - 1
+    if valid is None:
+        num_valid: Tensor | int = len(features)
+        index = rank.clamp(0, max(len(features) - 1, 0))
+    else:
+        num_valid = valid.sum()
+        numbers = torch.arange(len(valid), device=valid.device)
+        slots = torch.where(valid, valid.cumsum(0) - 1, len(valid))  # the last one is never read
+        order = numbers.new_zeros(len(valid) + 1).scatter(0, slots, numbers)
+        index = order.index_select(0, rank.clamp(0, len(valid) - 1))
+    features = features.index_select(0, index).view(*places.shape, -1)
+    return features.masked_fill(places.sum() != num_valid, torch.nan), places.unsqueeze(-1)
