@@ -6,6 +6,7 @@ the batch in reading order.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,14 @@ COUNTS = ("cut_rows", "cut_tokens", "split_clips")
 
 IGNORED = -100
 """The label of a token without loss, as in ``torch.nn.CrossEntropyLoss``."""
+
+# Gemma 3n's convolutions look up to 6 frames ahead, and what they see behind the end of a tensor
+# differs from what they see in padding: with this much of it behind every clip, no feature depends
+# on which clips are batched together. Source: Gemma3nAudioSubSampleConvProjection in transformers
+# 5.23, kernels of 3 and strides of 2, padded at the end.
+_MIN_CLIP_PADDING = 8
+# Of 16 frames each, the 188 soft tokens of a clip that Gemma 3n has; its forward fails beyond.
+_MAX_CLIP_FRAMES = 188 * 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,8 @@ class Batch:
         num_target_tokens: Targets, padding not counted.
         num_tokens: Tokens, padding not counted.
         counts: What was cut or split, by name (:data:`COUNTS`), over all rows.
+        media_hashes: For ``image`` and ``audio``, 16 bytes for each picture or clip in reading
+            order, which tell its tensors from any others. What the batch pads is not in them.
     """
 
     keys: tuple[str, ...]
@@ -73,9 +84,15 @@ class Batch:
     num_target_tokens: int
     num_tokens: int
     counts: Mapping[str, int] = field(default_factory=dict)
+    media_hashes: Mapping[str, tuple[bytes, ...]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    @property
+    def longest_key(self) -> str:
+        """The key of the row with the most tokens; for batches on the CPU."""
+        return self.keys[int(self.inputs["attention_mask"].sum(1).argmax())]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on another device; on MPS, targets in few shapes."""
@@ -179,6 +196,7 @@ def pad_rows(
         num_target_tokens=num_targets,
         num_tokens=sum(len(row.input_ids) for row in rows),
         counts=dict(counts),
+        media_hashes=_hash_media([row.media for row in rows]),
     )
 
 
@@ -207,7 +225,36 @@ def _concatenate_media(media: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
     for name in dict.fromkeys(name for row in media for name in row):
         tensors = [row[name] for row in media if name in row]
         if name.startswith("input_features"):  # [clips, frames, ...]: frames differ by clip
-            frames = bucket_length(max(x.shape[1] for x in tensors))
+            frames = _clip_frames(max(x.shape[1] for x in tensors))
             tensors = [pad(x, (0, 0) * (x.dim() - 2) + (0, frames - x.shape[1])) for x in tensors]
         joined[name] = torch.cat(tensors)
     return joined
+
+
+def _clip_frames(longest: int) -> int:
+    """Choose how many frames clips are padded to."""
+    return max(longest, min(bucket_length(longest + _MIN_CLIP_PADDING), _MAX_CLIP_FRAMES))
+
+
+def _hash_media(media: Sequence[Mapping[str, Tensor]]) -> dict[str, tuple[bytes, ...]]:
+    """Hash each picture and clip as its row has it, which is what ``Batch`` documents."""
+    hashes: dict[str, list[bytes]] = {}
+    for row in media:
+        names = {"image": [], "audio": []}
+        for name in sorted(row):
+            names["audio" if name.startswith("input_features") else "image"].append(name)
+        for modality, own in names.items():
+            num_items = len(row[own[0]]) if own else 0
+            hashes.setdefault(modality, []).extend(
+                _hash_tensors({name: row[name][item] for name in own}) for item in range(num_items)
+            )
+    return {modality: tuple(found) for modality, found in hashes.items() if found}
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor]) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        # As bytes, since numpy has no bfloat16.
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.digest()
