@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from gemma_tuner.streaming.opening import stream_local as stream_local
     from gemma_tuner.streaming.stream import ExampleStream as ExampleStream
     from gemma_tuner.training.config import TrainConfig as TrainConfig
+    from gemma_tuner.training.plan import Plan as Plan
+    from gemma_tuner.training.plan import plan as plan
     from gemma_tuner.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -61,6 +63,7 @@ _HOME = {
     "LoraConfig": "models.lora",
     "MemoryPlanError": "errors",
     "MultimodalCollator": "collators.multimodal",
+    "Plan": "training.plan",
     "ResumeError": "errors",
     "SourceError": "errors",
     "Text": "records",
@@ -71,6 +74,7 @@ _HOME = {
     "add_lora": "models.lora",
     "load_model": "models.loading",
     "mix": "streaming.mixing",
+    "plan": "training.plan",
     "stream_bigquery": "streaming.opening",
     "stream_gcs": "streaming.opening",
     "stream_hub": "streaming.opening",

@@ -9,6 +9,8 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
+from pathlib import Path
 
 import psutil
 import torch
@@ -66,7 +68,7 @@ def choose_device(device: str | torch.device | None = None) -> tuple[torch.devic
             that computes wrong results on it.
     """
     if device is not None:
-        chosen = _parse_device(device)
+        chosen = parse_device(device)
         _check_device(chosen)
         return chosen, "as asked"
     if torch.backends.mps.is_available():
@@ -80,7 +82,18 @@ def choose_device(device: str | torch.device | None = None) -> tuple[torch.devic
     return torch.device("cpu"), "no Metal or CUDA GPU is there"
 
 
-def _parse_device(device: str | torch.device) -> torch.device:
+def parse_device(device: str | torch.device) -> torch.device:
+    """Read a device's name; whether it is there is not asked.
+
+    Args:
+        device: ``mps``, ``cuda``, ``cuda:1`` or ``cpu``.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: Another name.
+    """
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -166,6 +179,11 @@ def _name_dtype(dtype: str | torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@cache
+def _process(pid: int) -> psutil.Process:
+    return psutil.Process(pid)  # which costs more than what it is asked
+
+
 def memory_used_bytes(device: torch.device) -> int:
     """Bytes held by live tensors (CUDA, MPS) or resident in this process (CPU)."""
     match device.type:
@@ -174,7 +192,42 @@ def memory_used_bytes(device: torch.device) -> int:
         case "mps":
             return torch.mps.current_allocated_memory()
         case _:
-            return psutil.Process().memory_info().rss
+            return _process(os.getpid()).memory_info().rss
+
+
+def memory_driver_bytes(device: torch.device) -> int:
+    """Bytes of tensors, pools and compiled graphs; on the CPU, resident in this process."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.memory_reserved(device)
+        case "mps":
+            return torch.mps.driver_allocated_memory()
+        case _:
+            return _process(os.getpid()).memory_info().rss
+
+
+def take_peak_bytes(device: torch.device) -> int | None:
+    """The most that live tensors have held since this was last asked.
+
+    Returns:
+        Bytes, or None on devices that do not count it (CPU, MPS).
+    """
+    if device.type != "cuda":
+        return None
+    peak_bytes = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak_bytes
+
+
+def memory_private_bytes() -> int:
+    """Resident bytes of this process that belong to it alone: not pages of files (Linux)."""
+    info = _process(os.getpid()).memory_info()
+    return info.rss - getattr(info, "shared", 0)
+
+
+def swap_used_bytes() -> int:
+    """Bytes that the machine, not this process alone, has in swap; 0 where there is none."""
+    return psutil.swap_memory().used
 
 
 def memory_total_bytes(device: torch.device) -> int:
@@ -186,6 +239,49 @@ def memory_total_bytes(device: torch.device) -> int:
             return torch.mps.recommended_max_memory()
         case _:
             return psutil.virtual_memory().total
+
+
+def memory_budget_bytes(device: torch.device) -> tuple[int, str]:
+    """Bytes that this process may hold on a device, what it holds already included.
+
+    Args:
+        device: One that is there.
+
+    Returns:
+        The bytes, and where the number is from.
+    """
+    match device.type:
+        case "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            return free + torch.cuda.memory_reserved(device), "free on the GPU"
+        case "mps":
+            return torch.mps.recommended_max_memory(), "recommended by Metal"
+        case _:
+            held = _process(os.getpid()).memory_info().rss
+            available = psutil.virtual_memory().available + held
+            limit = _container_limit_bytes()
+            if limit is not None and limit < available:
+                return limit, "this container's limit"
+            return available, "free in RAM"
+
+
+def _container_limit_bytes() -> int | None:
+    """What control groups allow this process on Linux; None where they do not limit it."""
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # absent, or "max"
+            return int(Path(path).read_text(encoding="ascii"))
+    return None
+
+
+def is_available(device: torch.device) -> bool:
+    """Whether torch has the device on this machine; it is not tried."""
+    match device.type:
+        case "cuda":
+            return torch.cuda.is_available()
+        case "mps":
+            return torch.backends.mps.is_available()
+        case _:
+            return True
 
 
 def synchronize(device: torch.device) -> None:

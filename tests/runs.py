@@ -87,7 +87,13 @@ def run_in_cloud(folder, *, modality, kill_after=None, resume=False):
 
 def read_trace(folder, kind="step"):
     """What was logged, without what depends on the clock and the machine."""
-    timed = ("tokens_per_second", "target_tokens_per_second", "data_wait_seconds", "memory_bytes")
+    timed = (
+        "tokens_per_second",
+        "target_tokens_per_second",
+        "data_wait_seconds",
+        "memory_bytes",
+        "device",
+    )
     records = [
         json.loads(line) for line in (Path(folder) / "run/log.jsonl").read_text().splitlines()
     ]

@@ -22,6 +22,8 @@ _FREE_ON_RESUME = (
     "epochs",
     "gradient_checkpointing",
     "loss_chunk_tokens",
+    "memory_gib",
+    "feature_cache_gib",
     "log_every_steps",
     "eval_every_steps",
     "save_every_steps",
@@ -46,8 +48,17 @@ _SMALLEST = {
     "keep_checkpoints": 1,
     "max_nonfinite_steps": 1,
 }
-_MAY_BE_NONE = ("max_steps", "epochs", "eval_every_steps", "save_every_steps")
-_POSITIVE = ("learning_rate", "epsilon", "max_grad_norm")
+_MAY_BE_NONE = (
+    "max_steps",
+    "epochs",
+    "eval_every_steps",
+    "save_every_steps",
+    "gradient_checkpointing",
+    "loss_chunk_tokens",
+    "memory_gib",
+)
+_POSITIVE = ("learning_rate", "epsilon", "max_grad_norm", "memory_gib")
+_FROM_ZERO = ("weight_decay", "feature_cache_gib")
 _SWITCHES = ("gradient_checkpointing", "progress")
 # The largest seed that torch.Generator.manual_seed takes on every device.
 _LARGEST_SEED = 2**63 - 1
@@ -74,9 +85,15 @@ class TrainConfig:
         max_grad_norm: Gradients longer than this (L2, all parameters together) are scaled
             down to it.
         seed: Seeds dropout and the order of nothing else: streams carry their own seed.
-        gradient_checkpointing: Keep only each layer's input and compute the rest again in the
-            backward pass: much less memory, about a third more time.
-        loss_chunk_tokens: Target tokens whose logits exist at one time.
+        gradient_checkpointing: Whether each layer keeps only its input and computes the rest
+            again in the backward pass: much less memory, about a third more time. None chooses
+            for each micro-batch what fits, see ``Trainer.plan``.
+        loss_chunk_tokens: Target tokens whose logits exist at one time; None lets the plan
+            choose.
+        memory_gib: What the run may hold on its device, in GiB; None asks the device.
+        feature_cache_gib: What frozen towers make of pictures and sounds is kept in the machine's
+            memory up to so many GiB and used again in later epochs. A resumed run computes it
+            anew, and is then equal within float rounding, not bit for bit.
         log_every_steps: Optimizer steps between two log records; each costs one device sync. The
             first step and the last are logged in any case.
         eval_every_steps: Optimizer steps between two measurements of the held-out loss. It is
@@ -107,8 +124,10 @@ class TrainConfig:
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     seed: int = 0
-    gradient_checkpointing: bool = True
-    loss_chunk_tokens: int = 256
+    gradient_checkpointing: bool | None = None
+    loss_chunk_tokens: int | None = None
+    memory_gib: float | None = None
+    feature_cache_gib: float = 0.0
     log_every_steps: int = 10
     eval_every_steps: int | None = None
     save_every_steps: int | None = 100
@@ -122,13 +141,19 @@ class TrainConfig:
             _check_whole_number(name, getattr(self, name), smallest)
         for name in _POSITIVE:
             value = getattr(self, name)
+            if value is None and name in _MAY_BE_NONE:
+                continue
             if not (is_number(value) and 0 < value < math.inf):
                 raise _out_of_range(name, value, "a finite number above 0")
-        if not (is_number(self.weight_decay) and 0 <= self.weight_decay < math.inf):
-            raise _out_of_range("weight_decay", self.weight_decay, "a finite number from 0 up")
+        for name in _FROM_ZERO:
+            value = getattr(self, name)
+            if not (is_number(value) and 0 <= value < math.inf):
+                raise _out_of_range(name, value, "a finite number from 0 up")
         for name in _SWITCHES:
-            if not isinstance(getattr(self, name), bool):
-                raise _out_of_range(name, getattr(self, name), "True or False")
+            value = getattr(self, name)
+            if not (isinstance(value, bool) or (value is None and name in _MAY_BE_NONE)):
+                none = " or None" if name in _MAY_BE_NONE else ""
+                raise _out_of_range(name, value, f"True or False{none}")
         _check_betas(self.betas)
         if self.schedule not in SCHEDULES:
             raise _out_of_range("schedule", self.schedule, f"one of {', '.join(SCHEDULES)}")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from gemma_tuner.collators.batch import COUNTS, Batch
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.records import Example
-from gemma_tuner.training.feed import Stream
-from gemma_tuner.training.loss import target_loss_sum
+from gemma_tuner.training.choice import ANY_SIZE
+from gemma_tuner.training.feed import StepInput, Stream
+from gemma_tuner.training.memory import MicroBatch, MicroBatches, retry_once
 from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.processes import Processes
 
@@ -26,10 +29,10 @@ def measure_held_out(
     model: PeftModel,
     stream: Stream,
     collate: Callable[[Stream, Sequence[Example]], Batch | None],
+    loss_sum_of: Callable[[Batch], Tensor],
     *,
     step: int,
     batch_size: int,
-    chunk_tokens: int,
     processes: Processes,
 ) -> EvalRecord:
     """Measure the loss of a model on a stream, each process on its share.
@@ -38,9 +41,10 @@ def measure_held_out(
         model: Put into eval mode, and left in it.
         stream: Read in the order of its rows; its position is not touched.
         collate: Collates examples of a stream; None where none of them can be used.
+        loss_sum_of: Sums the losses of a batch that is on the CPU, ``[]`` float32.
         step: Optimizer steps done, for the record.
-        batch_size: Examples in a forward pass; it does not change the result.
-        chunk_tokens: As in ``target_loss_sum``.
+        batch_size: Examples in a forward pass; fewer where they do not fit. It does not change
+            the result.
         processes: The processes of the run.
 
     Returns:
@@ -49,25 +53,35 @@ def measure_held_out(
     Raises:
         ConfigError: None of the examples can be used.
         DataError: An example that cannot be used, beyond what the stream passes over.
+        MemoryPlanError: A single example does not fit.
     """
     rows = iter(stream.read_rows(range(processes.index, len(stream), processes.count)))
-    loss_sum = torch.zeros((), device=processes.device)
+    device = processes.device
+    loss_sum = retry_once(partial(torch.zeros, (), device=device), device=device)
     passed_over = stream.num_passed_over
     counts: Counter[str] = Counter()
+    micro = MicroBatches([ANY_SIZE], 1.0, device, partial(_collate_again, collate, stream))
+
+    def add_losses(batches: Iterable[MicroBatch]) -> Tensor:
+        total = loss_sum.clone()  # called again where memory runs out
+        for batch, _ in batches:
+            total += loss_sum_of(batch)
+        return total
+
     model.eval()
     with torch.no_grad():
         while read := list(islice(rows, batch_size)):
-            batch = collate(stream, [example for example in read if example is not None])
+            examples = tuple(example for example in read if example is not None)
+            batch = collate(stream, examples)
             if batch is None:
                 continue
             counts["examples"] += len(batch.keys)
             counts["target_tokens"] += batch.num_target_tokens
             counts.update(batch.counts)
-            loss_sum += target_loss_sum(
-                model, batch.to(processes.device), chunk_tokens=chunk_tokens
-            )
+            loss_sum = micro.run(add_losses, StepInput((batch,), examples, len(read), 0, {}))
+    counts["out_of_memory"] = micro.num_retries
     counts["passed_over"] = stream.num_passed_over - passed_over
-    names = ("examples", "target_tokens", *COUNTS, "passed_over")
+    names = ("examples", "target_tokens", *COUNTS, "passed_over", "out_of_memory")
     sums = processes.sum_counts([counts[name] for name in names])
     num_examples, target_tokens, *cuts = sums
     if not target_tokens:
@@ -81,3 +95,15 @@ def measure_held_out(
         examples=num_examples,
         counts={name: cut for name, cut in zip(names[2:], cuts, strict=True) if cut},
     )
+
+
+def _collate_again(
+    collate: Callable[[Stream, Sequence[Example]], Batch | None],
+    stream: Stream,
+    examples: Sequence[Example],
+) -> Batch:
+    """Collate some of what has been collated before."""
+    batch = collate(stream, examples)
+    if batch is None:
+        raise ConfigError("the collator refuses examples that it has taken before")
+    return batch

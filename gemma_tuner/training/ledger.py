@@ -22,7 +22,7 @@ from gemma_tuner.training.checkpoint import (
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.feed import StepInput, Stream
 from gemma_tuner.training.identity import list_differences, shorten_differences
-from gemma_tuner.training.metrics import StepRecord
+from gemma_tuner.training.metrics import DeviceRecord, StepRecord
 from gemma_tuner.training.optim import NonfiniteGuard
 from gemma_tuner.training.processes import Processes
 from gemma_tuner.training.reports import Reports
@@ -140,13 +140,19 @@ class Ledger:
         self.counts.update(counts)
         self.stream_state = step_input.stream_state
 
-    def log_step(self, loss: Tensor, grad_norm: Tensor, reports: Reports) -> None:
+    def log_step(
+        self, loss: Tensor, grad_norm: Tensor, memory: DeviceRecord, reports: Reports
+    ) -> StepRecord:
         """Report this step; waits for the device.
 
         Args:
             loss: ``[]`` float32, its mean loss.
             grad_norm: ``[]`` float32, before clipping.
+            memory: What the device holds.
             reports: Where it goes.
+
+        Returns:
+            The record.
 
         Raises:
             DivergedError: Too many consecutive steps with non-finite gradients.
@@ -171,6 +177,7 @@ class Ledger:
             skipped_steps=int(skipped),
             epoch=self.num_slots / len(self._stream),
             counts={name: count for name, count in self.counts.items() if count},
+            device=memory,
         )
         reports.step(record)
         if consecutive >= self._config.max_nonfinite_steps:
@@ -179,6 +186,7 @@ class Ledger:
                 "undefined gradient and were skipped; lower the learning rate (now "
                 f"{self._config.learning_rate}) or look for damaged media in the data"
             )
+        return record
 
     # --- saving, and going on from there -----------------------------------------------------
 

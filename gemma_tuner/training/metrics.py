@@ -21,6 +21,27 @@ from gemma_tuner.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceRecord:
+    """What a run has done to its device; it depends on the machine and on where a run resumed.
+
+    Args:
+        driver_bytes: Memory of tensors, of pools, and on MPS of compiled graphs (on the CPU, what
+            is resident in the process).
+        peak_bytes: The most since the last record: of tensors, as CUDA counts it; elsewhere the
+            largest ``driver_bytes`` after a step.
+        num_shapes: Shapes of micro-batches that reached the device since this process began the
+            run, each of which Metal compiles for.
+        num_emptied: How often pooled memory was given back to the system, by reason
+            ("length", "evaluation", "limit"); only what is above 0.
+    """
+
+    driver_bytes: int
+    peak_bytes: int
+    num_shapes: int
+    num_emptied: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """The state of training after one optimizer step.
 
@@ -34,12 +55,13 @@ class StepRecord:
         tokens_per_second: Tokens read per second since the last record.
         target_tokens_per_second: Tokens trained on per second since the last record.
         data_wait_seconds: Time spent waiting for data since the last record.
-        memory_bytes: Device memory in use.
+        memory_bytes: Device memory in use: of tensors, or on the CPU of the process.
         skipped_steps: Steps skipped since the run began because of a non-finite gradient.
         epoch: Passes over the data, fractions included.
         counts: What collating cut or split since the run began, by name (``cut_rows``,
             ``cut_tokens``, ``split_clips``), examples that were ``passed_over``, and how often
             micro-batches were halved because they were ``out_of_memory``; only what is above 0.
+        device: More on the device's memory.
     """
 
     step: int
@@ -55,6 +77,7 @@ class StepRecord:
     skipped_steps: int
     epoch: float
     counts: Mapping[str, int] = field(default_factory=dict)
+    device: DeviceRecord | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +90,8 @@ class EvalRecord:
         perplexity: ``exp(loss)``.
         target_tokens: How many tokens the mean is over.
         examples: How many examples there were.
-        counts: What collating cut or split and what was passed over, by name; only what is
+        counts: What collating cut or split, what was passed over, and how often fewer examples
+            were taken at a time because they were ``out_of_memory``, by name; only what is
             above 0.
     """
 

@@ -9,27 +9,41 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from gemma_tuner.models.lora import unwrap_peft
 
 
-def begin_training(model: Any, *, checkpointing: bool) -> None:
-    """Turn on the adapters' dropout and, if asked, activation checkpointing.
+def begin_training(model: Any, *, checkpointed_layers: int | None = None) -> None:
+    """Turn on the adapters' dropout and activation checkpointing.
 
     Everything else stays in eval mode: in train mode Gemma 3n clamps frozen AltUp weights in
     place, and batch norms of a frozen tower would drift.
 
     Args:
         model: A Gemma model wrapped by PEFT.
-        checkpointing: Whether layers keep only their inputs.
+        checkpointed_layers: As in :func:`checkpoint_layers`; None means all.
     """
     gemma = unwrap_peft(model)
-    if checkpointing:
-        # Reentrant checkpointing loses the gradients of shared keys and values, silently.
-        gemma.activation_checkpointing_enable({"use_reentrant": False})
-    else:
-        gemma.activation_checkpointing_disable()
+    # Reentrant checkpointing loses the gradients of shared keys and values, silently.
+    gemma.activation_checkpointing_enable({"use_reentrant": False})
+    if checkpointed_layers is not None:
+        checkpoint_layers(model, checkpointed_layers)
     model.eval()
     for name, module in model.named_modules():
         # Each module's own flag: a layer checkpoints itself only while it trains.
         if "lora_dropout" in name or isinstance(module, GradientCheckpointingLayer):
             module.training = True
+
+
+def checkpoint_layers(model: Any, count: int) -> None:
+    """Choose which layers keep only their inputs and compute the rest again in backward.
+
+    Args:
+        model: In training.
+        count: How many decoder layers, from the first on. With any, the towers' layers do, too.
+    """
+    gemma = unwrap_peft(model)
+    for module in gemma.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.gradient_checkpointing = count > 0
+    for layer in gemma.model.language_model.layers[count:]:
+        layer.gradient_checkpointing = False
 
 
 def end_training(model: Any) -> None:

@@ -71,9 +71,9 @@ class Reports:
         self._progress.evaluation(record)
 
     def event(self, step: int, name: str, message: str) -> None:
-        """Report something that happened, by a name for the log and a sentence to show."""
+        """Report something that happened, by a name for programs and a sentence for people."""
         if self._log is not None:
-            self._log.event(step, name)
+            self._log.event(step, name, message=message)
         self._progress.message(message)
 
     def time_waits(self, values: Iterable[T]) -> Iterator[T]:

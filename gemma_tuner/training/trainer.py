@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,23 +15,28 @@ from torch import Tensor
 
 from gemma_tuner.collators.batch import COUNTS, Batch
 from gemma_tuner.collators.preview import Preview, preview_row
+from gemma_tuner.device import announce
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError
+from gemma_tuner.models.attention import set_query_chunk
 from gemma_tuner.models.embeddings import find_mapped_embedding
 from gemma_tuner.models.families import loaded_modalities
+from gemma_tuner.models.features import FeatureCache
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.target_only import target_only_of
 from gemma_tuner.records import Example
 from gemma_tuner.training.checkpoint import save_adapter
 from gemma_tuner.training.checks import check_collator, check_kinds
+from gemma_tuner.training.choice import ANY_SIZE, LOSS_CHUNKS
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.feed import Prefetch, StepInput, Stream, collate_good, read_steps
+from gemma_tuner.training.governor import Governor
 from gemma_tuner.training.held_out import measure_held_out
 from gemma_tuner.training.interrupt import StopRequest
 from gemma_tuner.training.ledger import Ledger
 from gemma_tuner.training.loss import target_loss_sum
-from gemma_tuner.training.memory import MicroBatchSize, retry_once
+from gemma_tuner.training.memory import MicroBatch, MicroBatches, retry_once
 from gemma_tuner.training.metrics import EvalRecord
-from gemma_tuner.training.modes import begin_training, end_training
+from gemma_tuner.training.modes import begin_training, checkpoint_layers, end_training
 from gemma_tuner.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -39,6 +44,7 @@ from gemma_tuner.training.optim import (
     learning_rate_at,
     set_learning_rate,
 )
+from gemma_tuner.training.plan import Plan, plan_training, plan_without_trial
 from gemma_tuner.training.processes import Processes
 from gemma_tuner.training.reports import Reports
 
@@ -46,6 +52,10 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from gemma_tuner.collators.text import TextCollator
+
+
+PLANNED_ROWS = 4
+"""Rows of the data that ``Trainer.plan`` looks at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +113,10 @@ class Trainer:
         self._modalities = loaded_modalities(unwrap_peft(model))
         self._mapped_embedding = find_mapped_embedding(model)
         self.processes = Processes(self.device)
-        self.micro_batch_size = MicroBatchSize(config.batch_size, self.device, collator)
+        self.features = FeatureCache(model, round(config.feature_cache_gib * 2**30))
+        self.governor = Governor(self.device)
+        self.micro_batches: MicroBatches | None = None  # planned when the first step is known
+        self._loss_chunk_tokens = config.loss_chunk_tokens or LOSS_CHUNKS[0]
         self.optimizer = build_optimizer(model.named_parameters(), config, self.device)
         self.ledger = Ledger(config, model, self.optimizer, stream, self.processes)
 
@@ -121,6 +134,23 @@ class Trainer:
     def counts(self) -> Counter[str]:
         """What collating cut or split and what was passed over since the run began, by name."""
         return self.ledger.counts
+
+    def plan(self) -> Plan:
+        """Predict what a step will hold, and choose how this run trains; ``print`` it.
+
+        A step is tried without weights, on a few rows of the data made as long as ``max_tokens``.
+        :meth:`fit` uses the plan, and makes its own where there is none yet.
+
+        Returns:
+            The plan.
+
+        Raises:
+            MemoryPlanError: Nothing fits; the error names the nearest plans that would.
+            DataError: A row that cannot be used.
+        """
+        count = min(len(self.stream), PLANNED_ROWS)
+        rows = [self.stream[i * len(self.stream) // count] for i in range(count)]
+        return self._use(self._make_plan([self.collator([row]) for row in rows]))
 
     def preview(self, index: int = 0) -> Preview:
         """Show one collated example of the stream with its trained tokens marked.
@@ -159,7 +189,7 @@ class Trainer:
         self.ledger.begin(self.collator.settings(), resume=resume)
         # A step that an error ended halfway has left its gradients.
         self.optimizer.zero_grad(set_to_none=True)
-        begin_training(self.model, checkpointing=self.config.gradient_checkpointing)
+        begin_training(self.model)
         held_out: list[EvalRecord] = []
         with (
             StopRequest() as stop,
@@ -182,6 +212,8 @@ class Trainer:
             finally:
                 end_training(self.model)
             self.ledger.save(reports)
+            if self.features.max_bytes:
+                reports.event(self.step, "features", self.features.report())
         self.processes.wait()
         return FitResult(self.step, stopped_by, tuple(held_out))
 
@@ -200,10 +232,13 @@ class Trainer:
         for step_input in reports.time_waits(feed):
             loss, grad_norm = self.train_step(step_input)
             reports.advance(self.step)
-            for message in self.micro_batch_size.take_messages():
+            for message in self._cut_to_fit(step_input).take_messages():
                 reports.event(self.step, "out_of_memory", message)
+            self.governor.after_step(self.step, reports)
             if self.ledger.log_is_due:
-                self.ledger.log_step(loss, grad_norm, reports)
+                memory = self.governor.read_memory()
+                record = self.ledger.log_step(loss, grad_norm, memory, reports)
+                self.governor.after_record(record, reports)
             self._measure_held_out(reports, held_out)
             if self.ledger.save_is_due:
                 self.ledger.save(reports)
@@ -220,7 +255,8 @@ class Trainer:
         if self.eval_stream is None or not ledger.evaluation_is_due:
             return
         record = self.evaluate()
-        begin_training(self.model, checkpointing=self.config.gradient_checkpointing)
+        self.governor.after_evaluation()
+        begin_training(self.model)
         held_out.append(record)
         reports.evaluation(record)
         reports.restart_clock(ledger.num_tokens, ledger.num_target_tokens)
@@ -245,35 +281,40 @@ class Trainer:
                 *(sum(batch.counts.get(name, 0) for batch in micro_batches) for name in COUNTS),
             ]
         )
-        halvings_before = self.micro_batch_size.num_halvings
-        loss = self.micro_batch_size.run(partial(self._accumulate, target_tokens), step_input)
+        micro = self._cut_to_fit(step_input)
+        retries_before = micro.num_retries
+        loss = micro.run(partial(self._accumulate, target_tokens), step_input)
         self.processes.sum_gradients(self.trainable, loss)
         grad_norm, skipped = self._update()
         self.ledger.guard.count(skipped)
         names = ("passed_over", *COUNTS, "out_of_memory")
-        num_halvings = self.micro_batch_size.num_halvings - halvings_before
+        num_retries = micro.num_retries - retries_before
         self.ledger.count_step(
             step_input,
             tokens,
             target_tokens,
-            Counter(dict(zip(names, (*counts, num_halvings), strict=True))),
+            Counter(dict(zip(names, (*counts, num_retries), strict=True))),
         )
         self.optimizer.zero_grad(set_to_none=True)
         return loss, grad_norm
 
-    def _accumulate(self, target_tokens: int, batches: Sequence[Batch]) -> Tensor:
+    def _accumulate(self, target_tokens: int, micro_batches: Iterable[MicroBatch]) -> Tensor:
         """Sum a step's gradient anew, and return its mean loss, ``[]`` float32."""
         self.optimizer.zero_grad(set_to_none=True)
         self._seed_dropout()
         loss = torch.zeros((), device=self.device)
-        for batch in batches:
-            loss_sum = target_loss_sum(
-                self.model, batch.to(self.device), chunk_tokens=self.config.loss_chunk_tokens
-            )
-            micro_loss = loss_sum / target_tokens
+        for batch, checkpointed_layers in micro_batches:
+            checkpoint_layers(self.model, checkpointed_layers)
+            micro_loss = self._loss_sum(batch) / target_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
         return loss
+
+    def _loss_sum(self, batch: Batch) -> Tensor:
+        """Sum a batch's losses; its media that are known need no tower."""
+        with self.features.serve(batch.inputs, batch.media_hashes) as inputs:
+            placed = self.governor.place(replace(batch, inputs=inputs))
+            return target_loss_sum(self.model, placed, chunk_tokens=self._loss_chunk_tokens)
 
     def _update(self) -> tuple[Tensor, Tensor]:
         """Clip the gradient and take the step.
@@ -320,9 +361,9 @@ class Trainer:
             self.model,
             self.eval_stream,
             self._collate,
+            self._loss_sum,
             step=self.step,
-            batch_size=self.micro_batch_size.value,
-            chunk_tokens=self.config.loss_chunk_tokens,
+            batch_size=self.config.batch_size,
             processes=self.processes,
         )
 
@@ -356,6 +397,35 @@ class Trainer:
         if batch and self._mapped_embedding is not None:
             self._mapped_embedding.warm(batch.inputs["input_ids"])
         return batch
+
+    # --- memory ------------------------------------------------------------------------------
+
+    def _cut_to_fit(self, step_input: StepInput) -> MicroBatches:
+        """What cuts micro-batches, planned with the first step that has any."""
+        batches = step_input.micro_batches
+        if self.micro_batches is None and not batches:
+            return MicroBatches([ANY_SIZE], 1.0, self.device, self.collator)
+        if self.micro_batches is None:
+            examples = {example.key: example for example in step_input.examples}
+            rows = [self.collator([examples[batch.longest_key]]) for batch in batches]
+            plan = plan_without_trial(self.model, rows, self.config, self.collator.max_tokens)
+            if plan is None:
+                plan = self._make_plan(rows)
+                announce(str(plan))
+            self._use(plan)
+        return self.micro_batches  # pyright: ignore[reportReturnType]
+
+    def _make_plan(self, rows: Sequence[Batch]) -> Plan:
+        return plan_training(self.model, rows, self.config, self.collator.max_tokens)
+
+    def _use(self, plan: Plan) -> Plan:
+        self.micro_batches = MicroBatches(
+            plan.levels, plan.target_share, self.device, self.collator
+        )
+        self.governor = Governor(self.device, plan.budget_bytes)
+        self._loss_chunk_tokens = plan.loss_chunk_tokens
+        set_query_chunk(unwrap_peft(self.model), plan.query_chunk_tokens)
+        return plan
 
     def _read_steps(self) -> Iterable[StepInput]:
         """The steps that are left."""

@@ -113,7 +113,13 @@ def list_checkpoints(folder):
 
 def read_log(folder, kind="step"):
     """What was logged, without what depends on the clock and the machine."""
-    timed = ("tokens_per_second", "target_tokens_per_second", "data_wait_seconds", "memory_bytes")
+    timed = (
+        "tokens_per_second",
+        "target_tokens_per_second",
+        "data_wait_seconds",
+        "memory_bytes",
+        "device",
+    )
     text = (folder / "run/log.jsonl").read_text()
     assert SECRET not in text
     assert str(folder) not in text

@@ -3,11 +3,14 @@
 Its arguments: where results go, where the device is kept, and which part to run.
 """
 
+import gc
 import json
 import sys
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -17,12 +20,13 @@ from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.errors import ConfigError, MemoryPlanError
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.streaming.opening import stream_local
-from gemma_tuner.testing import FAMILIES, sample_data, tiny_model
+from gemma_tuner.testing import FAMILIES, sample_data, tiny, tiny_model
 from gemma_tuner.testing.pretend_mps import PretendMps, Recording, pretend_mps
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.loss import FrozenHeadCrossEntropy
 from gemma_tuner.training.modes import begin_training
 from gemma_tuner.training.trainer import Trainer
+from tests.long_runs import run_long
 
 DEVICE: PretendMps  # of this process, once main() has asked for it
 
@@ -57,12 +61,17 @@ class RecordingTrainer(Trainer):
         super().__init__(*args, **settings)
         self.steps: list[Recording] = []
         self.evaluations: list[Recording] = []
+        self.rows: list[int] = []  # of each micro-batch
 
     def train_step(self, step_input):
         with DEVICE.record() as recording:
             result = super().train_step(step_input)
         self.steps.append(recording)
         return result
+
+    def _loss_sum(self, batch):
+        self.rows.append(len(batch))
+        return super()._loss_sum(batch)
 
     def evaluate(self):
         with DEVICE.record() as recording:
@@ -71,10 +80,20 @@ class RecordingTrainer(Trainer):
         return result
 
 
-def build_trainer(folder, family, modality, *, dtype="float32", device="mps", rows=4, **settings):
+def build_trainer(
+    folder,
+    family,
+    modality,
+    *,
+    dtype="float32",
+    device="mps",
+    rows=4,
+    targets=("language",),
+    **settings,
+):
     kind = RecordingTrainer if device == "mps" else Trainer
     model, processor = tiny_model(family)
-    model = add_lora(model.to(device, getattr(torch, dtype)), LoraConfig(rank=4))
+    model = add_lora(model.to(device, getattr(torch, dtype)), LoraConfig(rank=4, targets=targets))
     stream = stream_local(sample_data(modality), cache_dir=Path(folder) / "cache").take(rows)
     settings = {
         "max_steps": 2,
@@ -167,6 +186,12 @@ def run_lengths(folder):
     return {"steps": len(new), "new_graphs_by_step": new, "graphs": len(seen)}
 
 
+def run_long_on_the_device(folder):
+    """Hundreds of steps of many lengths: what is held after each, and shapes so far."""
+    trainer = run_long(folder, lambda step: DEVICE.live_bytes, device="mps")
+    return {"held": trainer.held, "shapes_by_step": trainer.shapes_by_step}
+
+
 def run_vocabulary():
     """The loss over a vocabulary of full size."""
     hidden = torch.randn(40, 16).to("mps").requires_grad_()
@@ -181,42 +206,77 @@ def run_vocabulary():
     }
 
 
-def run_out_of_memory(folder, stride):
+# Of the kinds of layers of E2B one that makes keys and values and one that shares them, and three
+# adapters: as many allocations as can all be tried.
+SMALLEST_TEXT = {
+    "num_hidden_layers": 2,
+    "layer_types": ["full_attention"] * 2,
+    "num_kv_shared_layers": 1,
+}
+FEW_ADAPTERS = (
+    r"model\.language_model\.layers\.0\.self_attn\.[qk]_proj",
+    r"model\.language_model\.layers\.1\.mlp\.down_proj",
+)
+
+
+def run_out_of_memory_everywhere(folder):
+    """Let every allocation of a step fail, and many of an evaluation, in the smallest model."""
+    with patch.dict(tiny._E2B_TEXT, SMALLEST_TEXT):
+        return {
+            "step": run_out_of_memory(folder / "step", 1, targets=FEW_ADAPTERS),
+            "evaluation": run_out_of_memory_in_evaluation(folder / "held_out", 16),
+        }
+
+
+def run_out_of_memory(folder, stride, targets=("language",)):
     """Let every ``stride``-th allocation of a first step fail, ten times as many of the update's.
 
     A first step allocates the moments too.
     """
-    trainer = build_trainer(folder, "gemma4-e2b", "text", learning_rate=1e-3)
-    begin_training(trainer.model, checkpointing=True)
+    trainer = build_trainer(
+        folder,
+        "gemma4-e2b",
+        "text",
+        targets=targets,
+        learning_rate=1e-3,
+        gradient_checkpointing=True,
+    )
+    begin_training(trainer.model)
     step_input = next(iter(trainer._read_steps()))
     Trainer.train_step(trainer, step_input)  # the decoder's own check, once a model
-    sizes, begin = trainer.micro_batch_size, [p.detach().clone() for p in trainer.trainable]
+    gc.collect()
+    gc.freeze()  # what is freed after each failure is looked for among younger objects
+    micro, begin = trainer.micro_batches, [p.detach().clone() for p in trainer.trainable]
+    (level,) = micro.levels
 
-    def take(number, size=2):
+    def take(number, max_tokens=level.max_tokens):
         trainer.optimizer.state.clear()
-        sizes.value, sizes.num_halvings = size, 0
+        micro.levels, micro.num_retries = [replace(level, max_tokens=max_tokens)], 0
         with torch.no_grad():
             for parameter, value in zip(trainer.trainable, begin, strict=True):
                 parameter.copy_(value)
-        with DEVICE.fail_allocation(number), DEVICE.record() as recording:
+        with DEVICE.fail_allocation(number):
             loss, _ = Trainer.train_step(trainer, step_input)
         moments = [v for state in trainer.optimizer.state.values() for v in state.values()]
         state = [tensor.detach().cpu() for tensor in [loss, *trainer.trainable, *moments]]
-        return state, sizes.num_halvings, recording.num_allocations
+        return state, micro.num_retries
 
-    whole, _, num_allocations = take(0)
-    cut = take(0, size=1)[0]
+    with DEVICE.record() as recording:
+        whole, _ = take(0)
+    num_allocations = recording.num_allocations
+    cut, _ = take(0, max_tokens=1)
     last = num_allocations - 6 * len(trainer.trainable)
     numbers = sorted(
         {*range(1, num_allocations, stride), *range(last, num_allocations, max(1, stride // 10))}
     )
     halvings = Counter()
     for number in [*numbers, num_allocations]:
-        state, halved, _ = take(number)
+        state, halved = take(number)
         expected = cut if halved else whole
         if not all(torch.equal(a, b) for a, b in zip(state, expected, strict=True)):
             halvings["wrong"] += 1
         halvings[str(halved)] += 1
+    gc.unfreeze()
     gradients = [
         float((a - b).norm() / b.norm())
         for a, b in zip(first_moments(trainer, cut), first_moments(trainer, whole), strict=True)
@@ -227,7 +287,36 @@ def run_out_of_memory(folder, stride):
         "halvings": halvings,
         "skipped": trainer.ledger.guard.total.item(),
         "largest_gradient_difference": max(gradients),
-        "messages": sizes.take_messages()[:1],
+        "messages": micro.take_messages()[:1],
+    }
+
+
+def run_out_of_memory_in_evaluation(folder, stride):
+    """Let every ``stride``-th allocation of evaluating four examples fail, two at a time."""
+    trainer = build_trainer(folder, "gemma4-e2b", "text")
+    trainer.eval_stream = trainer.stream.take(4)
+    Trainer.evaluate(trainer)  # the decoder's own check, once a model
+    gc.collect()
+    gc.freeze()
+
+    with DEVICE.record() as recording:
+        whole = Trainer.evaluate(trainer)
+    live_bytes = DEVICE.live_bytes
+    outcomes, losses = Counter(), []
+    for number in range(1, recording.num_allocations + 1, stride):
+        with DEVICE.fail_allocation(number):
+            record = Trainer.evaluate(trainer)
+        losses.append(record.loss)
+        outcomes[str(record.counts.get("out_of_memory", 0))] += 1
+        outcomes["leaked"] += DEVICE.live_bytes != live_bytes
+        same = (record.target_tokens, record.examples) == (whole.target_tokens, whole.examples)
+        outcomes["miscounted"] += not same
+    gc.unfreeze()
+    return {
+        "allocations": recording.num_allocations,
+        "failed": len(losses),
+        "outcomes": +outcomes,
+        "largest_loss_difference": max(abs(loss / whole.loss - 1) for loss in losses),
     }
 
 
@@ -238,15 +327,16 @@ def first_moments(trainer, state):
 
 
 def run_too_small(folder):
-    """Whole runs under budgets that hold fewer than the four examples asked for, or not one."""
-    trainer = build_trainer(folder / "free", "gemma4-e2b", "text", batch_size=4)
+    """Whole runs on less memory than was planned with: for fewer than four examples, or none."""
+    settings = {"batch_size": 4, "gradient_checkpointing": True, "memory_gib": 8}
+    trainer = build_trainer(folder / "free", "gemma4-e2b", "text", **settings)
     trainer.fit()
     needed = trainer.steps[1].peak_bytes - DEVICE.live_bytes  # over the model and the moments
     adapter = [p.detach().cpu() for p in trainer.trainable]
     del trainer
     results = {}
     for name, share in (("fewer", 0.7), ("none", 0.1)):
-        trainer = build_trainer(folder / name, "gemma4-e2b", "text", batch_size=4)
+        trainer = build_trainer(folder / name, "gemma4-e2b", "text", **settings)
         budget = DEVICE.live_bytes + 3 * sum(p.nbytes for p in trainer.trainable)
         try:
             with DEVICE.limit(budget + int(share * needed)):
@@ -256,7 +346,7 @@ def run_too_small(folder):
             continue
         log = (folder / name / "run-mps" / "log.jsonl").read_text()
         results[name] = {
-            "size": trainer.micro_batch_size.value,
+            "rows": trainer.rows[-4:],
             "events": log.count('"name": "out_of_memory"'),
             "counted": trainer.counts["out_of_memory"],
             "difference": max(
@@ -346,12 +436,17 @@ def main():
             "vocabulary": run_vocabulary(),
         }
     with tempfile.TemporaryDirectory() as folder:
-        stride = {"fast": 400, "slow": 48}[part]
-        results["out of memory"] = run_out_of_memory(Path(folder) / "memory", stride)
+        if part == "everywhere":
+            results = run_out_of_memory_everywhere(Path(folder))
+        elif part == "long":
+            results = run_long_on_the_device(Path(folder))
+        else:
+            stride = {"fast": 400, "slow": 48}[part]
+            results["out of memory"] = run_out_of_memory(Path(folder) / "memory", stride)
         if part == "fast":
             results["too small"] = run_too_small(Path(folder) / "small")
             results["lengths"] = run_lengths(Path(folder) / "lengths")
-        for case in CASES[part]:
+        for case in CASES.get(part, []):
             name = " ".join(case)
             try:
                 results[name] = run_case(Path(folder) / name, *case)

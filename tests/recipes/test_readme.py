@@ -52,7 +52,7 @@ def run_example(index, replaced=(), **namespace):
 
 
 def test_there_is_an_example_for_each_modality_the_adapter_and_the_cloud():
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6
     assert all(len(example.strip().splitlines()) <= 9 for example in EXAMPLES[:3])
 
 
@@ -91,3 +91,9 @@ def test_rows_in_bigquery(workplace, monkeypatch, capsys):
         stream = run_example(4, added, options=options)["train"]
     assert len(stream) == len(rows)
     assert "30 rows (all)" in capsys.readouterr().out
+
+
+def test_a_plan_is_printed(workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    run_example(5, replaced=[("2048", "256")])
+    assert "predicted peak" in capsys.readouterr().out

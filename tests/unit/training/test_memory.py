@@ -3,8 +3,12 @@ import json
 import pytest
 import torch
 
+from gemma_tuner.collators.batch import Row, pad_rows
 from gemma_tuner.errors import MemoryPlanError
-from gemma_tuner.training.memory import MicroBatchSize, retry_once
+from gemma_tuner.records import Example
+from gemma_tuner.training.choice import Level
+from gemma_tuner.training.feed import StepInput
+from gemma_tuner.training.memory import MicroBatches, retry_once
 from gemma_tuner.training.trainer import Trainer
 from tests.runs import build_trainer
 
@@ -15,18 +19,29 @@ class SmallDeviceTrainer(Trainer):
     """On a device that holds so many examples: others raise what a Mac raises, half way."""
 
     holds = 4
+    holds_checkpointed = 4
 
-    def _accumulate(self, target_tokens, batches):
-        largest = max((len(batch) for batch in batches), default=0)
-        if largest > self.holds:
-            super()._accumulate(target_tokens, batches[:1])  # its gradient must not count
+    def _loss_sum(self, batch):
+        if not torch.is_grad_enabled():  # held-out examples
+            return super()._loss_sum(batch)
+        layers = self.model.get_base_model().model.language_model.layers
+        is_checkpointed = all(layer.gradient_checkpointing for layer in layers)
+        self.tried.append((len(batch), is_checkpointed))
+        loss = super()._loss_sum(batch)
+        if len(batch) > (self.holds_checkpointed if is_checkpointed else self.holds):
+            loss.backward()  # this gradient must not count
             raise RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GiB, ...)")
-        return super()._accumulate(target_tokens, batches)
+        return loss
 
 
-def fit(folder, monkeypatch, holds, **settings):
+def fit(folder, holds, holds_checkpointed=None, **settings):
     trainer = build_trainer(folder, **{"batch_size": 4, "gradient_accumulation": 1, **settings})
-    trainer.__class__ = type("Small", (SmallDeviceTrainer,), {"holds": holds})
+    attributes = {
+        "holds": holds,
+        "holds_checkpointed": holds if holds_checkpointed is None else holds_checkpointed,
+        "tried": [],
+    }
+    trainer.__class__ = type("Small", (SmallDeviceTrainer,), attributes)
     trainer.fit()
     events = [
         record["step"]
@@ -40,30 +55,99 @@ def gradient_like(trainer):
     return [state["exp_avg"] for state in trainer.optimizer.state.values()]
 
 
-@pytest.mark.parametrize(("holds", "size", "halvings"), [(4, 4, 0), (3, 2, 1), (1, 1, 2)])
+@pytest.mark.parametrize(
+    ("holds", "tried", "retries"),
+    [(4, [4], 0), (3, [4, 2, 2], 1), (1, [4, 2, 1, 1, 1, 1], 2)],
+)
 def test_a_micro_batch_that_does_not_fit_is_halved_and_the_step_is_the_same(
-    tmp_path, monkeypatch, holds, size, halvings
+    tmp_path, holds, tried, retries
 ):
     settings = {"max_steps": 1, "modality": "image"}
-    whole, _ = fit(tmp_path / "whole", monkeypatch, 4, **settings)
-    cut, events = fit(tmp_path / "cut", monkeypatch, holds, **settings)
-    assert cut.micro_batch_size.value == size
-    assert cut.counts["out_of_memory"] == halvings
-    assert events == [1] * halvings
+    whole, _ = fit(tmp_path / "whole", 4, **settings)
+    cut, events = fit(tmp_path / "cut", holds, **settings)
+    assert cut.tried == [(size, False) for size in tried]
+    assert cut.counts["out_of_memory"] == retries
+    assert events == [1] * retries
     for a, b in zip(gradient_like(whole), gradient_like(cut), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
 
 
-def test_a_run_remembers_what_fits(tmp_path, monkeypatch):
-    cut, events = fit(tmp_path, monkeypatch, 2, max_steps=3)
+def test_a_run_remembers_what_fits(tmp_path):
+    cut, events = fit(tmp_path, 2, max_steps=3)
     assert events == [1]
-    assert (cut.micro_batch_size.value, cut.micro_batch_size.num_halvings) == (2, 1)
-    assert cut.counts["out_of_memory"] == 1
+    assert cut.tried[0] == (4, False)
+    # in tokens: longer rows than the first step's are taken one by one
+    assert {size for size, _ in cut.tried[1:]} <= {1, 2}
+    assert (2, False) in cut.tried
+    assert cut.micro_batches.num_retries == cut.counts["out_of_memory"] == 1
 
 
-def test_one_example_that_does_not_fit_ends_the_run_with_what_helps(tmp_path, monkeypatch):
+def test_one_example_that_does_not_fit_is_computed_twice_from_then_on(tmp_path):
+    settings = {"max_steps": 2, "batch_size": 1}
+    whole, _ = fit(tmp_path / "whole", 1, **settings)
+    cut, events = fit(tmp_path / "cut", 0, 1, **settings)
+    assert events[0] == 1
+    assert cut.tried[:2] == [(1, False), (1, True)]
+    assert cut.tried[-1] == (1, True)
+    for a, b in zip(gradient_like(whole), gradient_like(cut), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False])
+def test_one_example_that_does_not_fit_at_all_ends_the_run_with_what_helps(
+    tmp_path, checkpointing
+):
     with pytest.raises(MemoryPlanError, match=r"one example does not fit.*tokens.*max_tokens"):
-        fit(tmp_path, monkeypatch, 0)
+        fit(tmp_path, 0, gradient_checkpointing=checkpointing)
+
+
+def step_of(*shapes):
+    """A step of micro-batches of (rows, tokens a row, targets a row)."""
+    batches, examples = [], []
+    for number, (rows, tokens, targets) in enumerate(shapes):
+        made = [
+            Row(
+                f"{number}-{row}",
+                torch.ones(tokens, dtype=torch.int64),
+                torch.zeros(tokens, dtype=torch.int64),
+                torch.arange(tokens) >= tokens - targets,
+            )
+            for row in range(rows)
+        ]
+        examples += [Example(row.key, document=str(tokens) + " " + str(targets)) for row in made]
+        batches.append(collate_rows(made))
+    return StepInput(tuple(batches), tuple(examples), len(examples), 0, {})
+
+
+def collate_rows(rows):
+    longest = max(len(row.input_ids) for row in rows)
+    return pad_rows(rows, max_tokens=longest, pad_token_id=0, token_type_name="token_type_ids")
+
+
+def collate(examples):
+    rows = []
+    for example in examples:
+        tokens, targets = map(int, example.document.split())
+        ids = torch.ones(tokens, dtype=torch.int64)
+        is_target = torch.arange(tokens) >= tokens - targets
+        rows.append(Row(example.key, ids, torch.zeros_like(ids), is_target))
+    return collate_rows(rows)
+
+
+def test_each_micro_batch_takes_the_first_level_that_holds_it():
+    micro = MicroBatches([Level(0, 1500), Level(5, 4000)], 0.25, CPU, collate)
+    step = step_of((2, 512, 8), (4, 512, 8), (1, 2000, 8), (3, 2000, 8), (1, 512, 400))
+    seen = micro.run(lambda parts: [(len(b), b.labels.shape[1], k) for b, k in parts], step)
+    assert seen == [
+        (2, 512, 0),  # fits
+        (2, 512, 0),  # cut in two: 1,024 tokens keep a device busy
+        (2, 512, 0),
+        (1, 2000, 5),  # too long to keep everything
+        (2, 2000, 5),
+        (1, 2000, 5),
+        (1, 512, 5),  # so many targets as a row of 1,600 tokens was planned to have
+    ]
+    assert micro.num_retries == 0
 
 
 def test_other_errors_are_not_taken_for_want_of_memory():
@@ -84,9 +168,3 @@ def test_the_second_want_of_memory_is_raised():
     with pytest.raises(torch.OutOfMemoryError):
         retry_once(fail, 7, device=CPU)
     assert calls == [7, 7]
-
-
-def test_nothing_is_cut_where_everything_fits():
-    size = MicroBatchSize(4, CPU, collate=lambda examples: pytest.fail("collated again"))
-    assert size.take_messages() == []
-    assert size.value == 4

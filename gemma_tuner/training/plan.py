@@ -1,0 +1,508 @@
+"""Say before a run what it will hold, and choose how it trains within a budget.
+
+The choice is :mod:`gemma_tuner.training.choice`'s; here it becomes a plan that names what it was
+made for, what each part holds and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL.Image
+import torch
+
+from gemma_tuner.collators.batch import Batch, Row, pad_rows
+from gemma_tuner.collators.multimodal import MultimodalCollator
+from gemma_tuner.device import (
+    choose_device,
+    choose_dtype,
+    is_available,
+    memory_budget_bytes,
+    parse_device,
+)
+from gemma_tuner.errors import ConfigError, MemoryPlanError
+from gemma_tuner.media.audio import SAMPLE_RATE_HZ
+from gemma_tuner.models.embeddings import Placement, choose_placement, find_mapped_embedding
+from gemma_tuner.models.families import Modality, family_of, loaded_modalities
+from gemma_tuner.models.hollow import build_hollow, build_hollow_like
+from gemma_tuner.models.loading import name_without_path, read_config, read_processor
+from gemma_tuner.models.lora import LoraConfig, find_adapters, unwrap_peft, wrap_peft
+from gemma_tuner.models.settings import is_number
+from gemma_tuner.records import Audio, Example, Image, Text, Turn
+from gemma_tuner.training.choice import (
+    ANY_SIZE,
+    LOSS_CHUNKS,
+    Choice,
+    Level,
+    Wanted,
+    choose,
+    widen,
+)
+from gemma_tuner.training.config import TrainConfig
+from gemma_tuner.training.footprint import Footprint, HollowStep
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig
+
+GB = 1e9
+# What an allocator needs beyond live tensors: a share of the budget, and as much again up to so
+# many bytes. Metal keeps pooled heaps of up to 1 GiB and compiled graphs. Source: MPSAllocator.h
+_MARGINS = {"mps": (0.1, 2**30), "cuda": (0.03, 2**29), "cpu": (0.05, 2**29)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a run uses memory; ``print`` it.
+
+    Args:
+        name: The model.
+        device: Where it trains.
+        dtype: Of its frozen weights.
+        modalities: What it was planned to read.
+        per_layer_embeddings: Where the per-layer table is; None where there is none.
+        levels: From the fastest to the most sparing; a micro-batch takes the first that holds it.
+        loss_chunk_tokens: Target tokens whose logits exist at one time.
+        query_chunk_tokens: Queries of a full-attention layer that attend at one time; None: all.
+        max_tokens: The longest row planned for.
+        target_share: Target tokens of all tokens in a row, as planned for.
+        budget_bytes: What the device may hold.
+        margin_bytes: What of it is left to the allocator.
+        footprint: What a step of the largest micro-batch holds; None where no plan was needed.
+        reasons: Why each choice was made, by its name.
+    """
+
+    name: str
+    device: str
+    dtype: str
+    modalities: tuple[Modality, ...]
+    per_layer_embeddings: Placement | None
+    levels: tuple[Level, ...]
+    loss_chunk_tokens: int
+    query_chunk_tokens: int | None
+    max_tokens: int
+    target_share: float
+    budget_bytes: int
+    margin_bytes: int
+    footprint: Footprint | None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def usable_bytes(self) -> int:
+        """The budget without the margin."""
+        return self.budget_bytes - self.margin_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes held at the predicted peak; 0 where no plan was needed."""
+        return self.footprint.peak_bytes if self.footprint else 0
+
+    def __str__(self) -> str:
+        """The plan as a table."""
+        lines = [
+            f"plan for {self.name}: {', '.join(self.modalities)} on {self.device}, {self.dtype}, "
+            f"rows of up to {self.max_tokens} tokens"
+        ]
+        if self.footprint is not None:
+            lines += ["", *_table(self.footprint, self)]
+        lines += ["", *(f"{name:<22}{reason}" for name, reason in self.reasons.items())]
+        return "\n".join(lines)
+
+
+def _table(footprint: Footprint, plan: Plan) -> Iterator[str]:
+    """The bytes of a plan, largest first within what stays and what comes and goes."""
+    for kind, parts in (("stays", footprint.resident), ("at the peak", footprint.step)):
+        for name, held in sorted(parts.items(), key=lambda part: -part[1]):
+            if held >= 0.0005 * GB:
+                yield f"{name:<32}{held / GB:>8.3f} GB  {kind}"
+    yield f"{'predicted peak':<32}{footprint.peak_bytes / GB:>8.3f} GB"
+    yield f"{'left to the allocator':<32}{plan.margin_bytes / GB:>8.3f} GB"
+    yield f"{'budget':<32}{plan.budget_bytes / GB:>8.3f} GB"
+
+
+def margin_bytes(budget_bytes: int, device: torch.device) -> int:
+    """What of a budget is left to the device's allocator."""
+    share, most = _MARGINS[device.type]
+    return int(share * budget_bytes + min(most, share * budget_bytes))
+
+
+def plan(
+    name_or_path: str | Path,
+    *,
+    memory_gib: float | None = None,
+    modalities: Sequence[Modality] = ("text",),
+    max_tokens: int = 2048,
+    batch_size: int = 1,
+    target_share: float = 0.25,
+    lora: LoraConfig | None = None,
+    image_tokens: int | None = None,
+    max_seconds: float = 30.0,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    per_layer_embeddings: Placement | None = None,
+    revision: str | None = None,
+) -> Plan:
+    """Plan a run from a checkpoint's configuration; no weight is read.
+
+    Args:
+        name_or_path: A folder, or a model's name on the Hugging Face Hub; of it the configuration
+            and, for media, the processor are read.
+        memory_gib: What the device may hold, in GiB: on a Mac about two thirds of its memory, up
+            to 32 GB of it, and three quarters beyond. None asks the device.
+        modalities: What the data holds; each row has one picture, one clip, or both.
+        max_tokens: The longest row, media included.
+        batch_size: Rows of the largest micro-batch.
+        target_share: Tokens of the answers of all tokens in a row.
+        lora: Where adapters go.
+        image_tokens: As in ``ImageCollator``.
+        max_seconds: As in ``AudioCollator``.
+        device: Where training will run; with ``memory_gib`` it need not be there. By default what
+            ``load_model`` would choose here.
+        dtype: As in ``load_model``.
+        per_layer_embeddings: As in ``load_model``.
+        revision: As in ``load_model``.
+
+    Returns:
+        The plan; ``load_model(plan=...)`` takes it.
+
+    Raises:
+        MemoryPlanError: Nothing fits; the error names the nearest plans that would.
+        ConfigError: A setting that cannot work, or a device that is not there and no budget.
+        CheckpointError: A configuration or processor that cannot be read.
+    """
+    chosen, budget = _choose_budget(device, memory_gib)
+    config = read_config(str(name_or_path), revision)
+    placement = choose_placement(config, chosen, per_layer_embeddings)
+    if dtype is None and not is_available(chosen):
+        dtype = "bfloat16"
+    hollow = build_hollow(
+        config,
+        modalities=modalities,
+        dtype=choose_dtype(chosen, dtype, config.dtype)[0],
+        per_layer_embeddings=placement,
+    )
+    example = _imagine_example(
+        str(name_or_path), config, modalities, max_tokens, image_tokens, max_seconds, revision
+    )
+    return _make_plan(
+        name_without_path(str(name_or_path)),
+        wrap_peft(hollow, find_adapters(hollow, lora or LoraConfig())[0]),
+        example,
+        Wanted(batch_size, max_tokens, target_share),
+        device=chosen,
+        budget=budget,
+        placement=placement,
+    )
+
+
+def _choose_budget(
+    device: str | torch.device | None, memory_gib: float | None
+) -> tuple[torch.device, tuple[int, str]]:
+    """Choose the device to plan for, which need not be here if its memory is given."""
+    if memory_gib is None or device is None:
+        chosen, _ = choose_device(device)
+    else:
+        chosen = parse_device(device)
+    return chosen, _read_budget(chosen, memory_gib)
+
+
+def _read_budget(device: torch.device, memory_gib: float | None) -> tuple[int, str]:
+    if memory_gib is None:
+        return memory_budget_bytes(device)
+    if not is_number(memory_gib) or not 0 < memory_gib < 2**20:
+        raise ConfigError(f"memory_gib is {memory_gib!r}; it must be a number of GiB above 0")
+    return int(memory_gib * 2**30), "as given"
+
+
+def _imagine_example(
+    source: str,
+    config: PreTrainedConfig,
+    modalities: Sequence[Modality],
+    max_tokens: int,
+    image_tokens: int | None,
+    max_seconds: float,
+    revision: str | None,
+) -> Batch:
+    """Make one row with the largest media that a collator of these settings lets through."""
+    if set(modalities) == {"text"}:
+        ids = torch.ones(16, dtype=torch.int64)
+        row = Row("", ids, torch.zeros_like(ids), ids > 0)
+        name = family_of(config).token_type_name
+        return pad_rows([row], max_tokens=16, pad_token_id=0, token_type_name=name)
+    collator = MultimodalCollator(
+        read_processor(source, revision),
+        max_tokens=max_tokens,
+        image_tokens=image_tokens,
+        max_seconds=max_seconds,
+    )
+    parts: list[Image | Audio | Text] = [Text("?")]
+    if "image" in modalities:
+        parts.append(Image(PIL.Image.new("RGB", (1536, 1536))))
+    if "audio" in modalities:
+        silence = np.zeros(int(max_seconds * SAMPLE_RATE_HZ), dtype=np.float32)
+        parts.append(Audio(silence, SAMPLE_RATE_HZ))
+    turns = (Turn("user", tuple(parts)), Turn("assistant", (Text("."),)))
+    return collator([Example("imagined", turns)])
+
+
+def plan_training(
+    model: PeftModel, rows: Sequence[Batch], config: TrainConfig, max_tokens: int
+) -> Plan:
+    """Plan the training of a model that is loaded.
+
+    Args:
+        model: From ``add_lora``.
+        rows: Some of the data, each a batch of its own.
+        config: What the run asks for.
+        max_tokens: The longest row that the collator lets through.
+
+    Returns:
+        The plan.
+
+    Raises:
+        MemoryPlanError: Nothing fits; the error names the nearest plans that would.
+    """
+    gemma = unwrap_peft(model)
+    placement = choose_placement(gemma.config, gemma.device, None)
+    if placement is not None:
+        placement = "device" if find_mapped_embedding(model) is None else "disk"
+    return _make_plan(
+        _name_of(model),
+        build_hollow_like(model),
+        max(rows, key=lambda row: (_count_media(row), row.num_tokens)),
+        _read_wishes(rows, config, max_tokens),
+        device=gemma.device,
+        budget=_read_budget(gemma.device, config.memory_gib),
+        placement=placement,
+    )
+
+
+def plan_without_trial(
+    model: PeftModel, rows: Sequence[Batch], config: TrainConfig, max_tokens: int
+) -> Plan | None:
+    """Plan where nothing needs to be tried: the user has decided, or there is ample room.
+
+    Args:
+        model: As in :func:`plan_training`, like the others.
+        rows: Some of the data.
+        config: What the run asks for.
+        max_tokens: The longest row.
+
+    Returns:
+        The plan, without a footprint; None where steps have to be tried.
+    """
+    gemma = unwrap_peft(model)
+    wanted = _read_wishes(rows, config, max_tokens)
+    num_layers = len(gemma.model.language_model.layers)
+    budget_bytes, source = _read_budget(gemma.device, config.memory_gib)
+    margin = margin_bytes(budget_bytes, gemma.device)
+    if wanted.checkpointing is None:
+        most = _bound_bytes(gemma, rows, wanted)
+        if most > budget_bytes - margin:
+            return None
+        why = f"nothing: even {most / GB:.2f} GB, which no step needs, would fit"
+    else:
+        why = "all layers, as asked" if wanted.checkpointing else "nothing, as asked"
+    layers = num_layers if wanted.checkpointing else 0
+    return Plan(
+        name=_name_of(model),
+        device=str(gemma.device),
+        dtype=str(gemma.dtype).removeprefix("torch."),
+        modalities=loaded_modalities(gemma),
+        per_layer_embeddings=None,
+        levels=_with_last_resort((Level(layers, ANY_SIZE.max_tokens),), wanted, num_layers),
+        loss_chunk_tokens=wanted.loss_chunk_tokens or LOSS_CHUNKS[0],
+        query_chunk_tokens=None,
+        max_tokens=max_tokens,
+        target_share=wanted.target_share,
+        budget_bytes=budget_bytes,
+        margin_bytes=margin,
+        footprint=None,
+        reasons={"budget": f"{budget_bytes / GB:.2f} GB {source}", "computed twice": why},
+    )
+
+
+def _name_of(model: PeftModel) -> str:
+    return name_without_path(unwrap_peft(model).name_or_path or "the model")
+
+
+def _count_media(row: Batch) -> int:
+    return sum(x.numel() for x in row.inputs.values() if x.is_floating_point())
+
+
+def _read_wishes(rows: Sequence[Batch], config: TrainConfig, max_tokens: int) -> Wanted:
+    """What a run asks for, its share of targets as in some of its rows and a quarter more."""
+    shares = [row.target_rows.shape[1] / row.labels.shape[1] for row in rows]
+    return Wanted(
+        batch_size=config.batch_size,
+        max_tokens=max_tokens,
+        target_share=min(1.0, 1.25 * max(shares)),
+        checkpointing=config.gradient_checkpointing,
+        loss_chunk_tokens=config.loss_chunk_tokens,
+    )
+
+
+def _bound_bytes(gemma: Any, rows: Sequence[Batch], wanted: Wanted) -> int:
+    """Bytes that no step can exceed without checkpointing, several times too many.
+
+    Every layer is taken to keep three float32 copies of each of its inputs and outputs at every
+    position of text and media, and every head four of its scores.
+
+    Args:
+        gemma: The model.
+        rows: Some of the data.
+        wanted: What the run asks for.
+
+    Returns:
+        Bytes, weights included.
+    """
+    media = max(
+        sum(x.numel() // x.shape[-1] for x in row.inputs.values() if x.is_floating_point())
+        for row in rows
+    )
+    linears = [module for module in gemma.modules() if isinstance(module, torch.nn.Linear)]
+    widths = sum(linear.in_features + linear.out_features for linear in linears)
+    text = gemma.config.get_text_config()
+    text_heads = text.num_hidden_layers * text.num_attention_heads
+    vision = getattr(gemma.config, "vision_config", None)
+    heads = getattr(vision, "num_attention_heads", 16) * getattr(vision, "num_hidden_layers", 32)
+    scores = wanted.batch_size * (text_heads * wanted.max_tokens**2 + heads * media**2)
+    positions = wanted.batch_size * (wanted.max_tokens + media)
+    chunk = LOSS_CHUNKS[0] * text.vocab_size * 20
+    weights = sum(p.nbytes * (4 if p.requires_grad else 1) for p in gemma.parameters())
+    return weights + 12 * positions * widths + 16 * scores + chunk
+
+
+def _with_last_resort(
+    levels: tuple[Level, ...], wanted: Wanted, num_layers: int
+) -> tuple[Level, ...]:
+    """Let all layers be checkpointed after all, where nothing else holds a single row."""
+    if wanted.checkpointing is not None or levels[-1].checkpointed_layers == num_layers:
+        return levels
+    return (*levels, Level(num_layers, 0))
+
+
+def _make_plan(
+    name: str,
+    hollow: PeftModel,
+    example: Batch,
+    wanted: Wanted,
+    *,
+    device: torch.device,
+    budget: tuple[int, str],
+    placement: Placement | None,
+) -> Plan:
+    gemma = unwrap_peft(hollow)
+    dtype, modalities = gemma.dtype, loaded_modalities(gemma)
+    num_layers = len(gemma.model.language_model.layers)
+    # Layers that share keys and values run at targets only: others cost more to keep.
+    layers = gemma.model.language_model.layers
+    sharing = sum(layer.self_attn.is_kv_shared_layer for layer in layers)
+    middle = num_layers - sharing if sharing else num_layers // 2
+    step = HollowStep(hollow, device, accumulates=True)
+    budget_bytes, source = budget
+    margin = margin_bytes(budget_bytes, device)
+    usable = budget_bytes - margin
+    layer_counts = (0, middle, num_layers)
+    choice = choose(step, example, wanted, layer_counts=layer_counts, usable=usable)
+    if choice is None:
+        raise MemoryPlanError(_describe_misfit(name, step, example, wanted, usable, num_layers))
+    return Plan(
+        name=name,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        modalities=modalities,
+        per_layer_embeddings=placement,
+        levels=_with_last_resort(choice.levels, wanted, num_layers),
+        loss_chunk_tokens=choice.loss_chunk_tokens,
+        query_chunk_tokens=choice.query_chunk_tokens,
+        max_tokens=wanted.max_tokens,
+        target_share=wanted.target_share,
+        budget_bytes=budget_bytes,
+        margin_bytes=margin,
+        footprint=choice.footprint,
+        reasons={
+            "budget": f"{budget_bytes / GB:.2f} GB {source}, {margin / GB:.2f} GB of it left to "
+            "the allocator",
+            **_explain(choice, wanted, placement, num_layers),
+        },
+    )
+
+
+def _explain(
+    choice: Choice, wanted: Wanted, placement: Placement | None, num_layers: int
+) -> dict[str, str]:
+    """Say why each choice was made."""
+    whole = wanted.batch_size * wanted.max_tokens
+    first, last = choice.levels[0], choice.levels[-1]
+    steps = []
+    for level in choice.levels:
+        layers = level.checkpointed_layers
+        what = f"the first {layers} of {num_layers} layers" if layers else "nothing"
+        what = "all layers" if layers == num_layers else what
+        steps.append(f"{what} up to {level.max_tokens:,} tokens at a time")
+    chosen = "as asked" if wanted.checkpointing is not None else "the fastest that fits"
+    reasons = {"computed twice": f"{', '.join(steps)}: {chosen}"}
+    if last.max_tokens < whole:
+        reasons["micro-batch"] = (
+            f"{last.max_tokens:,} tokens of the {whole:,} of {wanted.batch_size} rows: more do "
+            "not fit; the step and its gradient stay the same"
+        )
+    elif first.max_tokens >= whole:
+        reasons["micro-batch"] = f"{wanted.batch_size} rows of {wanted.max_tokens} tokens, all fit"
+    chunk = choice.loss_chunk_tokens
+    reasons["loss"] = f"{chunk} target tokens at a time" + (
+        " as asked" if wanted.loss_chunk_tokens else ": fewer would read the head more often"
+    )
+    reasons["attention"] = (
+        "within the band of sliding layers, all queries of full layers at once"
+        if choice.query_chunk_tokens is None
+        else f"{choice.query_chunk_tokens} queries at a time, computed twice, as more do not fit"
+    )
+    if placement is not None:
+        reasons["per-layer embeddings"] = {
+            "disk": "read from the checkpoint's file: a step needs few of their rows",
+            "device": "on the device, as there is room",
+        }[placement]
+    return reasons
+
+
+def _describe_misfit(
+    name: str, step: HollowStep, example: Batch, wanted: Wanted, usable: int, num_layers: int
+) -> str:
+    """Say what is missing, and which plans near the one asked for would fit."""
+
+    def hold(tokens: int, share: float, trained_layers: int = num_layers) -> int:
+        return step.measure_least(
+            widen(example, rows=1, tokens=tokens, target_share=share),
+            frozen_layers=num_layers - trained_layers,
+        )
+
+    tokens, share = wanted.max_tokens, wanted.target_share
+    needed = hold(tokens, share)
+    text = (
+        f"{name} does not fit: one row of {tokens} tokens needs {needed / GB:.2f} GB, and "
+        f"{usable / GB:.2f} GB may be used"
+    )
+    near = []
+    shorter = (tokens // 2, tokens // 4, tokens // 8)
+    if found := next((n for n in shorter if n >= 64 and hold(n, share) <= usable), None):
+        near.append(f"max_tokens={found}")
+    fewer = (num_layers // 2, num_layers // 4)
+    if found := next((n for n in fewer if n and hold(tokens, share, n) <= usable), None):
+        near.append(f"LoraConfig(layers={found})")
+    answers = (share / 2, share / 4)
+    if found := next((s for s in answers if hold(tokens, s) <= usable), None):
+        near.append(f"answers of at most {round(found * tokens)} tokens a row")
+    if near:
+        return f"{text}. What would fit: {', or '.join(near)}"
+    resident = step.resident_bytes
+    return (
+        f"{text}, nor does a shorter row or fewer adapters: weights, adapters and their moments "
+        f"alone hold {resident / GB:.2f} GB. What would help: a smaller model, or a budget of "
+        f"{needed / GB:.1f} GB beside the allocator's share"
+    )
