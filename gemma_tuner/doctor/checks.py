@@ -1,0 +1,140 @@
+"""A check: a name, whether the device answered as the CPU does, and by how much it did not."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gemma_tuner.device import is_out_of_memory
+
+Result = Literal["ok", "wrong", "skipped"]
+Tensors = Mapping[str, Tensor]
+Figures = Mapping[str, float | int | str]
+Finding = tuple[Result, str | None, Figures]
+
+# What operators raise that a device lacks or refuses. NotImplementedError is a RuntimeError.
+REFUSALS = (RuntimeError, TypeError)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What one check found.
+
+    Args:
+        part: The part of the examination that it belongs to.
+        name: What was computed; unique within its part.
+        result: ``ok``, ``wrong`` or ``skipped``.
+        reason: Why it is wrong or was skipped; None where it is ok.
+        source: Where the fault was reported that it looks for; None where it looks for any.
+        figures: What was measured, by names with units; without a unit they are ratios.
+        seconds: How long it took.
+    """
+
+    part: str
+    name: str
+    result: Result
+    reason: str | None = None
+    source: str | None = None
+    figures: Figures = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def find_difference(answer: Tensors, expected: Tensors) -> tuple[str, float]:
+    """Compare tensors by name and find the one that is farthest off.
+
+    Args:
+        answer: The device's, of any dtype.
+        expected: The reference, on the CPU.
+
+    Returns:
+        The name of the tensor and how far off it is: the largest absolute difference over the
+        largest absolute value expected. Infinite for NaN, another shape or another name.
+    """
+    differences = {
+        name: _difference(answer[name], expected[name]) if name in answer else torch.inf
+        for name in expected
+    }
+    worst = max(differences, key=differences.__getitem__)
+    return worst, differences[worst]
+
+
+def _difference(answer: Tensor, expected: Tensor) -> float:
+    if answer.shape != expected.shape:
+        return torch.inf
+    # float64 holds every integer that is compared here: they are below 2^53
+    found, wanted = answer.detach().cpu().double(), expected.detach().double()
+    largest = float(wanted.abs().max()) or 1.0
+    difference = float((found - wanted).abs().max()) / largest
+    return difference if difference == difference else torch.inf
+
+
+def judge(difference: tuple[str, float], tolerance: float) -> Finding:
+    """Decide whether an answer is right.
+
+    Args:
+        difference: From :func:`find_difference`.
+        tolerance: The largest difference that rounding explains.
+
+    Returns:
+        Result, reason and figures of the check.
+    """
+    name, value = difference
+    figures = {
+        "difference": value if value < torch.inf else "infinite",
+        "tolerance": tolerance,
+        "worst": name,
+    }
+    if value <= tolerance:
+        return "ok", None, figures
+    return "wrong", f"{name} differs by {value:.2g}; rounding explains {tolerance:.2g}", figures
+
+
+def run_check(
+    part: str,
+    name: str,
+    measure: Callable[[], Finding],
+    *,
+    source: str | None = None,
+    refusal: Result = "wrong",
+) -> Check:
+    """Run one check; whatever the device refuses becomes its result.
+
+    Args:
+        part: The part of the examination.
+        name: What is computed.
+        measure: Computes and compares.
+        source: Where the fault was reported.
+        refusal: What it counts as that the device raises an error; running out of memory is
+            always ``skipped``.
+
+    Returns:
+        The check.
+    """
+    started = time.perf_counter()
+    figures: Figures = {}
+    try:
+        result, reason, figures = measure()
+    except REFUSALS as error:
+        result = "skipped" if is_out_of_memory(error) else refusal
+        reason = f"the device refuses it: {describe_error(error)}"
+    seconds = round(time.perf_counter() - started, 3)
+    return Check(part, name, result, reason, source, figures, seconds)
+
+
+def describe_error(error: BaseException) -> str:
+    """The first line of an error, without what it may tell about the user.
+
+    Returns:
+        At most 300 characters; folders of users are ``~``.
+    """
+    line = next(iter(str(error).splitlines()), "")
+    line = line.replace(str(Path.home()), "~")
+    line = re.sub(r"(/Users|/home)/[^/\s'\"]+", "~", line)
+    return f"{type(error).__name__}: {line}"[:300]

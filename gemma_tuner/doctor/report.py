@@ -1,0 +1,182 @@
+"""The report: what was found, as JSON for an issue and as a table for a person."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from gemma_tuner.doctor.checks import Check
+from gemma_tuner.doctor.parts import Part
+from gemma_tuner.errors import ConfigError
+
+SCHEMA = 1
+"""Raised when a name of the JSON changes its meaning or goes; not when one is added."""
+
+_STYLES = {"ok": "green", "wrong": "bold red", "skipped": "yellow"}
+
+
+@dataclasses.dataclass(slots=True)
+class Report:
+    """What an examination has found so far.
+
+    Args:
+        machine: System, chip, memory, packages.
+        device: Where the checks ran.
+        evidence: What the results are worth.
+        parts: What was asked for.
+        checks: One after the other.
+        calibration: Speeds; None if they were not measured.
+        calibration_skipped: Why they were not.
+        unfinished: What is running now. In the file of a process that ended, what ended it.
+    """
+
+    machine: dict[str, Any]
+    device: dict[str, Any]
+    evidence: dict[str, Any]
+    parts: tuple[Part, ...]
+    checks: list[Check] = dataclasses.field(default_factory=list)
+    calibration: dict[str, Any] | None = None
+    calibration_skipped: str | None = None
+    unfinished: str | None = None
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many checks had each result."""
+        return {result: sum(check.result == result for check in self.checks) for result in _STYLES}
+
+    @property
+    def exit_status(self) -> int:
+        """1 if something is wrong, else 0."""
+        return int(self.counts["wrong"] > 0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON has it."""
+        return {
+            "schema": SCHEMA,
+            **{
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(self)
+                if field.name != "checks"
+            },
+            "counts": self.counts,
+            "checks": [dataclasses.asdict(check) for check in self.checks],
+        }
+
+    def write(self, path: Path) -> None:
+        """Write the JSON, replacing an older one at once.
+
+        Args:
+            path: The file; its folder must exist.
+
+        Raises:
+            ConfigError: No folder, no room or no permission.
+        """
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError as error:
+            raise ConfigError(
+                f"the report cannot be written to {str(path)!r} ({error.strerror}); give --output "
+                "a file in a folder that exists and that you may write to"
+            ) from error
+
+
+def render_report(report: Report) -> RenderableType:
+    """Lay a report out for a terminal.
+
+    Args:
+        report: What was found.
+
+    Returns:
+        Tables and sentences that rich prints.
+    """
+    machine, device = report.machine, report.device
+    packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
+    counts = report.counts
+    parts: list[RenderableType] = [
+        f"{machine['system']}, {machine['chip']}, {machine['memory_total_bytes'] / 1e9:.1f} GB "
+        f"({machine['swap_used_bytes'] / 1e9:.1f} GB swapped)",
+        f"{device['type']} ({device['reason']}), {device['memory_total_bytes'] / 1e9:.1f} GB, "
+        f"{device['dtype']}",
+        packages,
+        "",
+        _tabulate(report.checks),
+        *_render_speeds(report),
+        "",
+        *_render_faults(report.checks),
+        report.evidence["statement"],
+        f"{counts['ok']} ok, {counts['wrong']} WRONG, {counts['skipped']} skipped",
+    ]
+    return Group(*parts)
+
+
+def _tabulate(checks: Iterable[Check]) -> Table:
+    """One row a kernel; steps of a family together."""
+    groups: dict[tuple[str, str], list[Check]] = {}
+    for check in checks:
+        family, _, case = check.name.partition(", ")
+        name = f"steps of {family}" if check.part == "parity" and case else check.name
+        groups.setdefault((check.part, name), []).append(check)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("check", ratio=1)
+    table.add_column("result")
+    table.add_column("seconds", justify="right")
+    for (_, name), members in groups.items():
+        results = [check.result for check in members]
+        worst = next(each for each in ("wrong", "skipped", "ok") if each in results)
+        label = "WRONG" if worst == "wrong" else worst
+        if len(members) > 1:
+            label += f" ({results.count(worst)} of {len(members)})"
+        seconds = sum(check.seconds for check in members)
+        table.add_row(name, Text(label, _STYLES[worst]), f"{seconds:.1f}")
+    return table
+
+
+def _render_faults(checks: Iterable[Check]) -> Iterator[RenderableType]:
+    for check in checks:
+        if check.result == "ok":
+            continue
+        label = "WRONG" if check.result == "wrong" else "skipped"
+        source = f" (known from {check.source})" if check.source else ""
+        text = f"{label}: {check.name}: {check.reason}{source if label == 'WRONG' else ''}"
+        yield Text(text, _STYLES[check.result])
+        yield ""
+
+
+def _render_speeds(report: Report) -> Iterator[RenderableType]:
+    if report.calibration_skipped is not None:
+        yield f"\nspeeds: not measured: {report.calibration_skipped}"
+    if report.calibration is None:
+        return
+    measured = report.calibration
+    yield "\nspeeds"
+    for matmul in measured["matmuls"] or ():
+        shape = f"{matmul['rows']} x {matmul['inner']} x {matmul['columns']}"
+        yield f"  matmul {shape}, {matmul['dtype']}: {matmul['tflop_per_second']:.3g} TFLOP/s"
+    if measured["copy_gb_per_second"] is not None:
+        yield f"  copy: {measured['copy_gb_per_second']:.3g} GB/s, read and written"
+    if measured["small_op_seconds"] is not None:
+        yield f"  a small operator: {1e6 * measured['small_op_seconds']:.3g} microseconds"
+    if (layer := measured["layer"]) is not None:
+        speed = measured["e2b_tokens_per_second"]
+        yield (
+            f"  one layer of E2B, {layer['tokens']} tokens, {layer['dtype']}: "
+            f"{layer['seconds']:.3g} s"
+        )
+        yield (
+            f"  E2B by that: {speed['all_targets_low']:.3g} to {speed['all_targets_high']:.3g} "
+            f"tokens/s with targets everywhere, {speed['tenth_targets_low']:.3g} to "
+            f"{speed['tenth_targets_high']:.3g} with a tenth of them"
+        )
+    for name, reason in measured["refused"].items():
+        yield f"  {name}: {reason}"
+    for reason in report.evidence["speeds_not_quotable"]:
+        yield f"  not to be quoted: {reason}"
