@@ -1,6 +1,6 @@
 """How much memory does a training step need over what is resident, plain and ours?
 
-    python benchmarks/loss_memory.py [--sequence 512] [--targets 32]
+    python -m benchmarks.loss_memory [--sequence 512] [--targets 32]
 
 One shrunken Gemma 4 with the real vocabulary (262,144), LoRA on the decoder, checkpointing on,
 fp32 on the CPU. Plain is ``model(**inputs, labels=labels).loss.backward()``; ours is the trainer's
@@ -11,17 +11,15 @@ depend on an allocator. Both steps must give the same loss and gradients.
 import argparse
 import json
 import time
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
+from benchmarks.live_bytes import LiveBytes
 from gemma_tuner.collators.batch import Batch, Row, pad_rows
 from gemma_tuner.training.loss import target_loss_sum
 
@@ -43,36 +41,6 @@ SHRUNKEN = {
     "final_logit_softcapping": 30.0,
 }
 LANGUAGE = r".*language_model\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
-
-
-class LiveBytes(TorchDispatchMode):
-    """Count the bytes of storages that operators made and that are still alive."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live_bytes = self.peak_bytes = 0
-        self._alive: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {storage.data_ptr() for storage in storages((args, kwargs))}
-        for storage in storages(result):
-            key = storage.data_ptr()
-            if key in self._alive or key in given:
-                continue
-            self._alive.add(key)
-            self.live_bytes += storage.nbytes()
-            self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-            weakref.finalize(storage, self._free, key, storage.nbytes())
-        return result
-
-    def _free(self, key: int, num_bytes: int) -> None:
-        self._alive.discard(key)
-        self.live_bytes -= num_bytes
-
-
-def storages(tree: Any) -> list[torch.UntypedStorage]:
-    return [x.untyped_storage() for x in tree_leaves(tree) if torch.is_tensor(x)]
 
 
 def build_model() -> Any:
