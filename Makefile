@@ -44,3 +44,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
 		--constraint constraints.txt --editable '.[dev]'
 	@touch $@
+
+# Real MLX for the slow tests of the exports, apart from .venv, whose packages it would change.
+.venv-mlx/.installed:
+	"$(PYTHON)" -m venv .venv-mlx
+	.venv-mlx/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+		'mlx[cpu]==0.32.4' mlx-lm==0.32.2 mlx-vlm==0.7.10
+	@touch $@

@@ -1,0 +1,1 @@
+"""Carry a fine-tune away: adapters, merged checkpoints, MLX; each opens in what will run it."""

@@ -1,0 +1,122 @@
+"""The checkpoint that an adapter belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from gemma_tuner.errors import CheckpointError
+from gemma_tuner.export.deltas import Adapter, Delta
+from gemma_tuner.export.fingerprints import hash_stored_norms
+from gemma_tuner.export.weights import StoredTensor, find_checkpoint
+from gemma_tuner.training.identity import portable_name, shorten_differences
+
+
+def find_base(adapter: Adapter, base: str | Path | None, revision: str | None) -> Path:
+    """Find the checkpoint that an adapter belongs to.
+
+    Args:
+        adapter: It may name its base.
+        base: A folder or a name on the Hub, instead of the one that the adapter names.
+        revision: Of the base on the Hub; by default the adapter's.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: Nothing names it, or it is neither a folder nor in the local cache.
+    """
+    source = base if base is not None else adapter.base
+    if source is None:
+        raise CheckpointError("the adapter does not name its base; pass base=FOLDER_OR_HUB_NAME")
+    if revision is None and source == adapter.base:
+        revision = adapter.revision
+    return find_checkpoint(source, revision)
+
+
+def check_same_base(adapter: Adapter, folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse a base of the same shapes that is another release, where the adapter can tell.
+
+    Args:
+        adapter: From ``export_adapter`` it has the base's fingerprint; else it may have a commit.
+        folder: The base.
+        tensors: The base's.
+
+    Raises:
+        CheckpointError: It is another.
+    """
+    name = portable_name(str(folder))
+    if adapter.norms_sha256 is not None:
+        if adapter.norms_sha256 != hash_stored_norms(tensors):
+            raise CheckpointError(
+                f"the adapter was trained on {adapter.base or 'another model'}, and {name} has "
+                "the same shapes but other weights (another release, or fine-tuned since); give "
+                "the checkpoint that it was trained on"
+            )
+        return
+    cached = re.search(r"snapshots/([0-9a-f]{40})", folder.as_posix())
+    if adapter.revision and cached and not cached[1].startswith(adapter.revision):
+        raise CheckpointError(
+            f"the adapter was trained on revision {adapter.revision} of {adapter.base}, and "
+            f"{name} is at {cached[1]}; pass revision={adapter.revision!r}"
+        )
+
+
+def check_fits(
+    adapter: Adapter, tensors: Mapping[str, StoredTensor], folder: Path, model_type: str
+) -> dict[str, Delta]:
+    """Check that an adapter is one for this checkpoint.
+
+    Args:
+        adapter: The adapter.
+        tensors: The checkpoint's.
+        folder: The checkpoint's, named in messages.
+        model_type: Of its configuration.
+
+    Returns:
+        The adapter's deltas by the names that the checkpoint's files use.
+
+    Raises:
+        CheckpointError: It adapts weights that the checkpoint does not have, or has in another
+            shape.
+    """
+    base = portable_name(str(folder))
+    deltas = {stored_name(name, model_type): delta for name, delta in adapter.deltas.items()}
+    differences = []
+    for name, delta in deltas.items():
+        if name in tensors and not tensors[name].dtype.is_floating_point:
+            raise CheckpointError(
+                f"{base} is quantised; give the original in bfloat16 or float32 as base, or make "
+                "one of it with from_mlx"
+            )
+        if name not in tensors:
+            differences.append(f"{name}: {list(delta.shape)} against nothing")
+        elif tensors[name].shape != delta.shape:
+            differences.append(f"{name}: {list(delta.shape)} against {list(tensors[name].shape)}")
+    if differences:
+        raise CheckpointError(
+            f"the adapter is for another model than {base} ({len(differences)} of {len(deltas)} "
+            f"weights; adapter against checkpoint: {shorten_differences(differences, 3)}); "
+            f"{f'it was trained on {adapter.base}: ' if adapter.base else ''}give that checkpoint "
+            "as base"
+        )
+    return deltas
+
+
+def stored_name(name: str, model_type: str) -> str:
+    """Tell the name that a weight has in the files of a checkpoint.
+
+    Args:
+        name: In transformers' modules.
+        model_type: Of the checkpoint's configuration.
+
+    Returns:
+        The name in the files.
+
+    Source: ``conversion_mapping.py`` of transformers 5.23, "gemma4_unified"; the other families
+    are stored under the names of their modules.
+    """
+    if model_type == "gemma4_unified":
+        return name.replace(".multimodal_embedder.embedding_projection", ".embedding_projection")
+    return name

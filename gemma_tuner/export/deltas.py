@@ -1,0 +1,275 @@
+"""What a PEFT adapter adds to which weight of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gemma_tuner.errors import CheckpointError
+from gemma_tuner.export.weights import list_file, read_json
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+FINGERPRINT = "gemma_tuner.json"
+PREFIX = "base_model.model."
+
+# Settings of PEFT's LoRA that change what an adapter computes, with the value that does not.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "lora_bias": (False, None),
+    "modules_to_save": (None, []),
+    "monteclora_config": (None,),
+    "trainable_token_indices": (None, {}, []),
+    "use_bdlora": (None, False),
+    "use_qalora": (False, None),
+    "velora_config": (None,),
+}
+# Others change the base weights when they begin, which the adapter's file does not say.
+_NEUTRAL_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What an adapter adds to one weight.
+
+    Args:
+        module: The adapted module, such as ``model.language_model.layers.0.mlp.up_proj``.
+        parameter: The adapted parameter: ``weight``, or a name such as ``gate_up_proj`` of a
+            parameter that holds all experts.
+        a: ``[rank, in]`` float32; for experts ``[experts * rank, in]``, an expert after another.
+        b: ``[out, rank]`` float32; for experts ``[out, rank * experts]``, an expert beside another
+            within each rank.
+        magnitude: DoRA's, ``[out]`` float32, or None.
+        rank: Of one expert where there are several.
+        scale: What ``b @ a`` is multiplied by.
+    """
+
+    module: str
+    parameter: str
+    a: Tensor
+    b: Tensor
+    magnitude: Tensor | None
+    rank: int
+    scale: float
+
+    @property
+    def name(self) -> str:
+        """The full name of the adapted weight."""
+        return f"{self.module}.{self.parameter}"
+
+    @property
+    def num_experts(self) -> int:
+        """How many matrices the adapted parameter holds; 1 for a linear layer."""
+        return self.a.shape[0] // self.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that this fits."""
+        matrix = (self.b.shape[0], self.a.shape[1])
+        return matrix if self.parameter == "weight" else (self.num_experts, *matrix)
+
+    def split_experts(self) -> tuple[Tensor, Tensor]:
+        """Return ``a [experts, rank, in]`` and ``b [experts, out, rank]``.
+
+        Source: ``ParamWrapper.get_delta_weight`` of PEFT 0.21.
+        """
+        count = self.num_experts
+        return (
+            self.a.reshape(count, self.rank, -1),
+            self.b.reshape(-1, self.rank, count).permute(2, 0, 1),
+        )
+
+    def merge(self, weight: Tensor, index: int, rows: slice) -> Tensor:
+        """Merge some rows of one matrix.
+
+        Args:
+            weight: ``[rows, in]`` float32.
+            index: Which expert's matrix; 0 for a linear layer.
+            rows: Which rows of it.
+
+        Returns:
+            The merged rows, ``[rows, in]`` float32.
+
+        Source: ``DoraLinearVariant.merge_safe`` of PEFT 0.21.
+        """
+        a, b = self.split_experts() if self.parameter != "weight" else (self.a[None], self.b[None])
+        merged = torch.addmm(weight, b[index, rows], a[index], alpha=self.scale)
+        if self.magnitude is not None:
+            merged *= (self.magnitude[rows] / torch.linalg.norm(merged, dim=1))[:, None]
+        return merged
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A PEFT LoRA adapter as it lies in its folder.
+
+    Args:
+        config: ``adapter_config.json``.
+        deltas: By the full name of the weight that each belongs to.
+        norms_sha256: Fingerprint of the base (see :func:`hash_norms`), where the adapter says it.
+    """
+
+    config: Mapping[str, Any]
+    deltas: Mapping[str, Delta]
+    norms_sha256: str | None
+
+    @property
+    def base(self) -> str | None:
+        """The base model's name on the Hub, or its folder's last name."""
+        return self.config.get("base_model_name_or_path")
+
+    @property
+    def revision(self) -> str | None:
+        """The base's commit, where it is known."""
+        return self.config.get("revision")
+
+
+def read_adapter(path: str | Path) -> Adapter:
+    """Read a PEFT LoRA adapter.
+
+    Args:
+        path: The adapter's folder, such as ``Trainer.save`` or a training checkpoint made.
+
+    Returns:
+        The adapter, in memory, float32.
+
+    Raises:
+        CheckpointError: Files are missing or damaged, or it is an adapter of a kind that a weight
+            cannot take in.
+    """
+    folder = Path(path)
+    name = folder.resolve().name
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(
+            f"{name} holds no adapter ({CONFIG} is not there); give the folder that Trainer.save "
+            "or save_pretrained wrote"
+        )
+    config = read_json(folder / CONFIG)
+    _check_config(name, config)
+    list_file(folder / WEIGHTS)
+    tensors = load_file(folder / WEIGHTS)
+    fingerprint = (
+        read_json(folder / FINGERPRINT).get("base_norms_sha256")
+        if (folder / FINGERPRINT).is_file()
+        else None
+    )
+    return Adapter(config, collect_deltas(name, config, tensors), fingerprint)
+
+
+def _check_config(name: str, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{name} is a PEFT adapter of type {config.get('peft_type')!r}; only LORA can be "
+            "exported"
+        )
+    for setting, neutral in _UNSUPPORTED.items():
+        if config.get(setting) not in neutral:
+            raise CheckpointError(
+                f"{name} was trained with {setting}={config[setting]!r}, which cannot be "
+                "exported; merge it with PEFT itself, or train without it"
+            )
+    if config.get("init_lora_weights") not in _NEUTRAL_INITS:
+        raise CheckpointError(
+            f"{name} was begun with init_lora_weights={config['init_lora_weights']!r}, which "
+            "changes the base weights; save it with path_initial_model_for_weight_conversion"
+        )
+
+
+def collect_deltas(
+    name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, Delta]:
+    """Pair the tensors of an adapter.
+
+    Args:
+        name: The adapter's, for messages.
+        config: ``adapter_config.json``.
+        tensors: ``adapter_model.safetensors``.
+
+    Returns:
+        One entry a weight, by its full name.
+
+    Raises:
+        CheckpointError: A tensor lacks its partner or is of a kind that LoRA does not have.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = re.fullmatch(
+            rf"{re.escape(PREFIX)}(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)", key
+        )
+        if match is None:
+            raise CheckpointError(
+                f"{name} holds {key}, which is no LoRA of a linear layer and cannot be exported"
+            )
+        parts.setdefault(match[1], {})[match[2].split(".")[0]] = tensor.float()
+    deltas = {}
+    for path, found in parts.items():
+        if not {"lora_A", "lora_B"} <= found.keys():
+            raise CheckpointError(f"{name} lacks one half of its adapter on {path}; save it again")
+        module, parameter = _split_parameter(config, path)
+        rank, scale = rank_and_scale(config, f"{module}.{parameter}".removesuffix(".weight"))
+        delta = Delta(
+            module,
+            parameter,
+            found["lora_A"],
+            found["lora_B"],
+            found.get("lora_magnitude_vector"),
+            rank,
+            scale,
+        )
+        if delta.a.shape[0] != delta.b.shape[1] or delta.a.shape[0] % rank:
+            raise CheckpointError(
+                f"{name} says rank {rank} for {path}, but its tensors are {list(delta.a.shape)} "
+                f"and {list(delta.b.shape)}; save it again"
+            )
+        deltas[delta.name] = delta
+    return deltas
+
+
+def _split_parameter(config: Mapping[str, Any], path: str) -> tuple[str, str]:
+    """Return the module and the parameter that an adapter's path means.
+
+    PEFT wraps a module once for each of its adapted parameters, in the order in which the module
+    has them (``gate_up_proj`` first, so innermost); each wrapper inside another is a
+    ``base_layer``.
+    """
+    module = path.replace(".base_layer", "")
+    adapted = {
+        target.rpartition(".")[2]
+        for target in config.get("target_parameters") or ()
+        if f".{module}.{target.rpartition('.')[2]}".endswith(f".{target}")
+    }
+    if not adapted:
+        return module, "weight"
+    depth = path.count(".base_layer")
+    from_outside = [name for name in ("down_proj", "gate_up_proj") if name in adapted]
+    return module, from_outside[depth]
+
+
+def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """Tell an adapter's rank and what ``b @ a`` is multiplied by.
+
+    Args:
+        config: ``adapter_config.json``.
+        module: The adapted module, or the parameter where PEFT adapts a parameter.
+
+    Returns:
+        Rank and scale.
+    """
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = ranks.get(get_pattern_key(list(ranks), module), config["r"])
+    alpha = alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"])
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -1,0 +1,88 @@
+"""Output folders that are either whole or not there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from gemma_tuner.errors import CheckpointError
+
+# Configurations, tokenizer, headers and the file system's own blocks, on top of the tensors.
+_MARGIN_BYTES = 64 * 2**20
+
+
+@contextmanager
+def new_folder(path: str | Path, num_bytes: int) -> Iterator[Path]:
+    """Yield a hidden sibling that takes the place of ``path`` once the block has filled it.
+
+    If the block fails, the sibling is removed; what a killed export left there is removed by the
+    next one.
+
+    Args:
+        path: The folder that shall be there afterwards.
+        num_bytes: How large the tensors in it will be.
+
+    Raises:
+        CheckpointError: Something is there already, the disk has no room, or it fails while it is
+            written.
+    """
+    folder = Path(path)
+    if folder.exists():
+        raise CheckpointError(
+            f"{folder.resolve().name!r} exists already; delete it, or choose another folder"
+        )
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    with disk_errors_explained(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        _check_room(folder.parent, num_bytes)
+        temporary.mkdir()
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                sync(file)
+            sync(temporary)
+            temporary.rename(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        sync(folder.parent)
+
+
+@contextmanager
+def disk_errors_explained(folder: Path) -> Iterator[None]:
+    """Turn what can go wrong with a disk into a CheckpointError with a remedy."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # An OSError's own message holds the path.
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise CheckpointError(
+            f"cannot write {folder.resolve().name!r}: {reason or type(error).__name__}. Nothing "
+            "half-written is left; free disk space there, or choose another folder"
+        ) from None
+
+
+def sync(path: Path) -> None:
+    """Force a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_room(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes + _MARGIN_BYTES:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk has {free / 1e9:.2f} GB free and {num_bytes / 1e9:.2f} GB are needed",
+        )

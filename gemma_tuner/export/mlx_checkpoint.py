@@ -1,0 +1,231 @@
+"""Checkpoints of mlx-community as transformers reads them: dequantised, renamed, transposed.
+
+A quantised row is a stream of ``bits``-bit numbers, the first in the lowest bits of little-endian
+words. Every ``group_size`` of them share a scale and a bias of the checkpoint's dtype:
+``weight = scale * number + bias``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from gemma_tuner.errors import CheckpointError
+from gemma_tuner.export.bases import stored_name
+from gemma_tuner.export.folders import new_folder
+from gemma_tuner.export.merged import complete_config, copy_settings
+from gemma_tuner.export.mlx_names import transformers_name
+from gemma_tuner.export.weights import (
+    NewTensor,
+    StoredTensor,
+    find_checkpoint,
+    list_tensors,
+    read_json,
+    tensor_bytes,
+    write_weights,
+)
+from gemma_tuner.training.identity import portable_name
+
+_BITS = (2, 3, 4, 5, 6, 8)
+_GROUP_SIZES = (32, 64, 128)
+# What is unpacked at once; int64 on the way.
+_BLOCK_ELEMENTS = 2**24
+_GATE, _UP = ".switch_glu.gate_proj.weight", ".switch_glu.up_proj.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A tensor as transformers has it, read in parts along its first axis."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]
+
+    def chunks(self) -> Iterator[bytes]:
+        if not self.shape:
+            yield from tensor_bytes(self.read(0, 1))
+            return
+        rows = max(1, _BLOCK_ELEMENTS // max(1, math.prod(self.shape[1:])))
+        for start in range(0, self.shape[0], rows):
+            yield from tensor_bytes(self.read(start, min(start + rows, self.shape[0])))
+
+
+def dequantise(
+    packed: Tensor, scales: Tensor, biases: Tensor, *, bits: int, group_size: int
+) -> Tensor:
+    """Unpack an affinely quantised MLX tensor, bit-equal to ``mx.dequantize`` on the CPU.
+
+    Args:
+        packed: ``[..., columns * bits / 32]`` uint32.
+        scales: ``[..., columns / group_size]``, of the checkpoint's dtype.
+        biases: Likewise.
+        bits: 2, 3, 4, 5, 6 or 8.
+        group_size: 32, 64 or 128.
+
+    Returns:
+        ``[..., columns]`` in the dtype of the scales.
+    """
+    # Eight numbers fill whole bytes whatever their bits are: as many bytes as each has bits.
+    in_bytes = packed.contiguous().view(torch.uint8).unflatten(-1, (-1, bits)).long()
+    words = (in_bytes << (8 * torch.arange(bits))).sum(-1, keepdim=True)
+    numbers = (words >> (bits * torch.arange(8))) & (2**bits - 1)
+    grouped = numbers.flatten(-2).unflatten(-1, (-1, group_size)).to(scales.dtype)
+    return (scales[..., None] * grouped + biases[..., None]).flatten(-2)
+
+
+def from_mlx(checkpoint: str | Path, path: str | Path, *, revision: str | None = None) -> Path:
+    """Write a checkpoint of mlx-lm or mlx-vlm as one that ``load_model`` opens.
+
+    Quantised weights are written out in full, in the dtype of their scales: a 4-bit checkpoint
+    grows to about 3.6 times its size. One that mlx-lm made has no towers; load it with
+    ``modalities=("text",)``; of Gemma 3n it cannot be used.
+
+    Args:
+        checkpoint: The MLX checkpoint's folder, or its name on the Hub if it is in the local
+            cache.
+        path: The new folder.
+        revision: Of the checkpoint on the Hub.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: The checkpoint is incomplete, quantised in another way (mxfp4, nvfp4), or
+            Gemma 3n without its projectors; the folder exists already or cannot be written.
+    """
+    folder = find_checkpoint(checkpoint, revision)
+    config = read_json(folder / "config.json")
+    model_type = str(config.get("model_type"))
+    settings = config.get("quantization") or config.get("quantization_config") or {}
+    sources = _translate(_read_sources(list_tensors(folder), settings), model_type)
+    if model_type == "gemma3n" and not any("embed_vision" in name for name in sources):
+        raise CheckpointError(
+            f"{portable_name(str(folder))} has no projectors, without which transformers cannot "
+            "run Gemma 3n even on text (mlx-lm drops them); use a checkpoint that mlx-vlm made"
+        )
+    tensors = [
+        NewTensor(name, source.dtype, source.shape, source.chunks)
+        for name, source in sources.items()
+    ]
+    kept = {
+        name: value
+        for name, value in config.items()
+        if name not in ("quantization", "quantization_config")
+    }
+    with new_folder(path, sum(tensor.num_bytes for tensor in tensors)) as temporary:
+        copy_settings(folder, temporary)
+        (temporary / "config.json").write_text(
+            json.dumps(complete_config(kept), indent=2) + "\n", encoding="utf-8"
+        )
+        write_weights(temporary, tensors, "dequantising")
+    return Path(path)
+
+
+def _read_sources(
+    tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]
+) -> dict[str, _Source]:
+    """Dequantise what is quantised: a module is, if and only if it has scales."""
+    sources = {}
+    for name, stored in tensors.items():
+        module, _, part = name.rpartition(".")
+        scales = tensors.get(f"{module}.scales")
+        if scales is None:
+            sources[name] = _Source(stored.dtype, stored.shape, partial(_read_plain, stored))
+        elif part == "weight":
+            sources[name] = _dequantised(name, stored, scales, tensors, settings)
+        elif part not in ("scales", "biases"):
+            sources[name] = _Source(stored.dtype, stored.shape, partial(_read_plain, stored))
+    return sources
+
+
+def _dequantised(
+    name: str,
+    packed: StoredTensor,
+    scales: StoredTensor,
+    tensors: Mapping[str, StoredTensor],
+    settings: Mapping[str, Any],
+) -> _Source:
+    module = name.rpartition(".")[0]
+    own = settings.get(module)
+    own = {**settings, **own} if isinstance(own, Mapping) else settings
+    bits, group_size = own.get("bits", 4), own.get("group_size", 64)
+    biases = tensors.get(f"{module}.biases")
+    if own.get("mode", "affine") != "affine" or biases is None:
+        raise CheckpointError(
+            f"{module} is quantised as {own.get('mode', 'affine without biases')!r}; only affine "
+            "quantisation can be read: use the checkpoint in 4 or 8 bits, or in bfloat16"
+        )
+    shape = (*packed.shape[:-1], scales.shape[-1] * group_size)
+    if (
+        bits not in _BITS
+        or group_size not in _GROUP_SIZES
+        or packed.shape[-1] * 32 != shape[-1] * bits
+        or biases.shape != scales.shape
+    ):
+        raise CheckpointError(
+            f"{module} does not fit its configuration ({bits} bits in groups of {group_size}; "
+            f"weight {list(packed.shape)}, scales {list(scales.shape)}); download it again"
+        )
+
+    def read(start: int, stop: int) -> Tensor:
+        parts = (_read_plain(stored, start, stop) for stored in (packed, scales, biases))
+        return dequantise(*parts, bits=bits, group_size=group_size)
+
+    return _Source(scales.dtype, shape, read)
+
+
+def _read_plain(stored: StoredTensor, start: int, stop: int) -> Tensor:
+    with safe_open(stored.path, "pt") as file:
+        if not stored.shape:
+            return file.get_tensor(stored.name)
+        return file.get_slice(stored.name)[start:stop]
+
+
+def _translate(sources: Mapping[str, _Source], model_type: str) -> dict[str, _Source]:
+    """Give tensors the names and layouts of transformers."""
+    translated = {}
+    for name, source in sources.items():
+        target = stored_name(transformers_name(name, model_type), model_type)
+        if target.endswith(_UP):
+            continue
+        if target.endswith(_GATE):
+            target = target.replace(_GATE, ".gate_up_proj")
+            translated[target] = _join(source, sources[name.replace(_GATE, _UP)])
+            continue
+        target = target.replace(".switch_glu.down_proj.weight", ".down_proj")
+        translated[target] = _transpose(target, source)
+    return translated
+
+
+def _join(gate: _Source, up: _Source) -> _Source:
+    """Experts' gate and up, one above the other within each expert."""
+    experts, rows, columns = gate.shape
+
+    def read(start: int, stop: int) -> Tensor:
+        return torch.cat([gate.read(start, stop), up.read(start, stop)], dim=1)
+
+    return _Source(gate.dtype, (experts, rows + up.shape[1], columns), read)
+
+
+def _transpose(name: str, source: _Source) -> _Source:
+    """Convolutions have their channels last in MLX, and second in torch."""
+    if len(source.shape) == 4:
+        order = (0, 3, 1, 2)
+    elif "conv1d" in name and len(source.shape) == 3:
+        order = (0, 2, 1)
+    else:
+        return source
+    return _Source(
+        source.dtype,
+        tuple(source.shape[axis] for axis in order),
+        lambda start, stop: source.read(start, stop).permute(order),
+    )

@@ -1,0 +1,93 @@
+"""What the modules of a Gemma model are called in mlx-lm, mlx-vlm and transformers.
+
+==================  ==================================  ====================================
+transformers        ``model.language_model.layers.0``   ``model.vision_tower.encoder...``
+mlx-vlm             ``language_model.model.layers.0``   ``vision_tower.encoder...``
+mlx-lm              ``language_model.model.layers.0``   (it has no towers)
+mlx-lm, Gemma 3n    ``model.language_model.layers.0``
+==================  ==================================  ====================================
+
+Source: ``sanitize`` of gemma3n, gemma4 and gemma4_unified in mlx-lm 0.32.2 and mlx-vlm 0.7.10.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+from gemma_tuner.errors import ConfigError
+from gemma_tuner.export.bases import stored_name
+
+Program = Literal["mlx-lm", "mlx-vlm"]
+
+_LANGUAGE = "model.language_model."
+_MLX_LANGUAGE = "language_model.model."
+
+
+def check_program(program: str) -> None:
+    """Raise unless the program is one of MLX's.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if program not in get_args(Program):
+        raise ConfigError(f"program is {program!r}; it may be {' or '.join(get_args(Program))}")
+
+
+def mlx_name(name: str, model_type: str, program: Program) -> str:
+    """Translate a module's name from transformers to MLX.
+
+    Args:
+        name: Such as ``model.language_model.layers.0.mlp.up_proj``.
+        model_type: Of the base's configuration.
+        program: The program that will load it.
+
+    Returns:
+        The name there.
+
+    Raises:
+        ConfigError: The program does not have that part of the model.
+
+    Example:
+        >>> mlx_name("model.language_model.layers.0.mlp.up_proj", "gemma4", "mlx-lm")
+        'language_model.model.layers.0.mlp.up_proj'
+        >>> mlx_name("model.audio_tower.layers.1.self_attn.post.linear", "gemma4", "mlx-vlm")
+        'audio_tower.layers.1.self_attn.post.linear'
+    """
+    if name.startswith(_LANGUAGE):
+        if program == "mlx-lm" and model_type == "gemma3n":
+            return name
+        return _MLX_LANGUAGE + name.removeprefix(_LANGUAGE)
+    if program == "mlx-lm":
+        raise ConfigError(
+            f"the adapter is also on {name}, which mlx-lm does not have (it loads the language "
+            "model alone); export it with program='mlx-vlm'"
+        )
+    return stored_name(name, model_type).removeprefix("model.")
+
+
+def transformers_name(name: str, model_type: str) -> str:
+    """Translate a name from MLX to transformers; the inverse of :func:`mlx_name`.
+
+    Args:
+        name: Of a module or tensor, in either program.
+        model_type: Of the base's configuration.
+
+    Returns:
+        The name in transformers.
+
+    Example:
+        >>> transformers_name("language_model.model.layers.0.mlp.up_proj", "gemma4")
+        'model.language_model.layers.0.mlp.up_proj'
+        >>> transformers_name("embed_vision.embedding_projection", "gemma4_unified")
+        'model.embed_vision.multimodal_embedder.embedding_projection'
+    """
+    if name.startswith("language_model."):
+        rest = name.removeprefix("language_model.").removeprefix("model.")
+        return _LANGUAGE + rest
+    full = name if name.startswith("model.") else f"model.{name}"
+    if model_type == "gemma4_unified":
+        return full.replace(
+            "embed_vision.embedding_projection",
+            "embed_vision.multimodal_embedder.embedding_projection",
+        )
+    return full

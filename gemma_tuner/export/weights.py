@@ -1,0 +1,333 @@
+"""Weights in safetensors files, read and written one tensor at a time.
+
+A checkpoint may be larger than memory: nothing here holds more than one of its tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gemma_tuner.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+_CHUNK_BYTES = 16 * 2**20
+_BLOCK_ELEMENTS = 2**22
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies.
+
+    Args:
+        path: Its file.
+        name: Its name there.
+        dtype: Of its elements.
+        shape: Its shape.
+        start: Of its bytes in the file.
+    """
+
+    path: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """Read it.
+
+        Returns:
+            The tensor, on the CPU.
+        """
+        with safe_open(self.path, "pt") as file:
+            return file.get_tensor(self.name)
+
+    def blocks(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """Read a matrix, or a pile of them, in blocks of rows that take little memory.
+
+        Yields:
+            For each block the matrix's number, its rows, and the block ``[rows, in]``.
+        """
+        *piles, num_rows, num_columns = self.shape
+        step = max(1, _BLOCK_ELEMENTS // num_columns)
+        with safe_open(self.path, "pt") as file:
+            part = file.get_slice(self.name)
+            for index in range(math.prod(piles)):
+                for start in range(0, num_rows, step):
+                    rows = slice(start, min(start + step, num_rows))
+                    yield index, rows, part[index, rows] if piles else part[rows]
+
+    def copy(self) -> Iterator[bytes]:
+        """Read its bytes in chunks, which costs no memory of its size."""
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            left = self.num_bytes
+            while left:
+                chunk = file.read(min(left, _CHUNK_BYTES))
+                if not chunk:
+                    raise SafetensorError(f"{self.path.name} ended early")
+                left -= len(chunk)
+                yield chunk
+
+
+@dataclass(frozen=True, slots=True)
+class NewTensor:
+    """A tensor that will be written.
+
+    Args:
+        name: Its name in the new checkpoint.
+        dtype: Of its elements.
+        shape: Its shape.
+        chunks: Makes its bytes; called when it is its turn.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[bytes]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """Find the folder of a checkpoint without using a network.
+
+    Args:
+        name_or_path: A folder, or a name on the Hugging Face Hub that is in the local cache.
+        revision: A branch, tag or commit on the Hub.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: It is neither.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    try:
+        return Path(snapshot_download(str(name_or_path), revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError):
+        at = f" --revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{folder.name if folder.is_absolute() else name_or_path} is no folder, and not in "
+            f"the local cache{f' at revision {revision}' if revision else ''}; fetch it with `hf "
+            f"download {folder.name if folder.is_absolute() else name_or_path}{at}`, or give the "
+            "checkpoint's folder"
+        ) from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file of a checkpoint.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The object in it.
+
+    Raises:
+        CheckpointError: It is missing or damaged.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path.parent.resolve().name} has no readable {path.name} "
+            f"({type(error).__name__}); download the checkpoint again, or give its folder"
+        ) from None
+    if not isinstance(document, dict):
+        raise CheckpointError(f"{path.name} holds no JSON object; download the checkpoint again")
+    return document
+
+
+def list_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """List all tensors of a checkpoint, in the order of its files.
+
+    Args:
+        folder: Holds ``model.safetensors``, or shards and their index.
+
+    Returns:
+        Names and places.
+
+    Raises:
+        CheckpointError: A shard is missing or damaged, or a tensor is in none.
+    """
+    name = folder.resolve().name
+    if (folder / INDEX).is_file():
+        weight_map = read_json(folder / INDEX).get("weight_map", {})
+        files = sorted(set(weight_map.values()))
+    else:
+        weight_map = {}
+        files = ["model.safetensors"]
+    absent = [file for file in files if not (folder / file).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{name} lacks {len(absent)} of {len(files)} weight files ({', '.join(absent[:5])}); "
+            "download the checkpoint again"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        tensors |= list_file(folder / file)
+    lost = sorted(weight_map.keys() - tensors.keys())
+    if lost:
+        raise CheckpointError(
+            f"{name} lacks {len(lost)} tensors that its index names ({', '.join(lost[:5])}); "
+            "download the checkpoint again"
+        )
+    return tensors
+
+
+def list_file(path: Path) -> dict[str, StoredTensor]:
+    """List the tensors of one safetensors file, in the order of their bytes.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Names and places.
+
+    Raises:
+        CheckpointError: It is missing, damaged or cut off.
+    """
+    try:
+        with safe_open(path, "pt"):  # checks the header against the file's size
+            pass
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header: dict[str, Any] = json.loads(file.read(header_bytes))
+    except (OSError, SafetensorError) as error:
+        detail = "" if isinstance(error, OSError) else f": {error}"
+        raise CheckpointError(
+            f"{path.name} is missing, damaged or incomplete ({type(error).__name__}{detail}); "
+            "download it again"
+        ) from None
+    header.pop("__metadata__", None)
+    unknown = sorted({entry["dtype"] for entry in header.values()} - DTYPES.keys())
+    if unknown:
+        raise CheckpointError(
+            f"{path.name} holds {', '.join(unknown)} tensors, which cannot be exported; use the "
+            "checkpoint in bfloat16 or float32"
+        )
+    return {
+        name: StoredTensor(
+            path,
+            name,
+            DTYPES[entry["dtype"]],
+            tuple(entry["shape"]),
+            8 + header_bytes + entry["data_offsets"][0],
+        )
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0])
+    }
+
+
+def tensor_bytes(tensor: Tensor) -> Iterator[bytes]:
+    """Yield a tensor's bytes as safetensors holds them."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, len(flat), _CHUNK_BYTES):
+        yield flat[start : start + _CHUNK_BYTES].tobytes()
+
+
+def write_weights(
+    folder: Path, tensors: Sequence[NewTensor], what: str, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Write tensors one by one into as few files as ``shard_bytes`` allows; show progress.
+
+    Args:
+        folder: Gets ``model.safetensors``, or shards and their index.
+        tensors: In the order in which they are made.
+        what: For the progress bar.
+        shard_bytes: The most tensor bytes of a file; a larger tensor has a file of its own.
+    """
+    shards = _group(tensors, shard_bytes)
+    names = (
+        ["model.safetensors"]
+        if len(shards) == 1
+        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    )
+    total = sum(tensor.num_bytes for tensor in tensors)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task(what, total=total)
+        for name, shard in zip(names, shards, strict=True):
+            with (folder / name).open("wb") as file:
+                file.write(_header(shard))
+                for tensor in shard:
+                    for chunk in tensor.chunks():
+                        file.write(chunk)
+                        progress.advance(task, len(chunk))
+    if len(shards) > 1:
+        weight_map = {
+            t.name: name for name, shard in zip(names, shards, strict=True) for t in shard
+        }
+        index: Mapping[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _group(tensors: Sequence[NewTensor], shard_bytes: int) -> list[list[NewTensor]]:
+    """Fill shards in order; within one the widest elements come first, so that all are aligned."""
+    shards: list[list[NewTensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.num_bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.num_bytes
+    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
+
+
+def _header(tensors: Sequence[NewTensor]) -> bytes:
+    """Return a safetensors header: its length, then names, dtypes, shapes and places.
+
+    Source: the safetensors README, "Format".
+    """
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        end = offset + tensor.num_bytes
+        entries[tensor.name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,91 @@
+"""Run checkpoints and adapters in real MLX; started by test_export_mlx.py in MLX's environment.
+
+    python mlx_run.py CASES.json
+
+Each case has ``program`` and ``model``, and may have ``adapter``; ``inputs`` (.npz); ``output``
+(.npz, gets ``logits``; ``bound``, how many adapters the model has; of mlx-vlm ``embedded``, what
+the decoder is given); ``quantise`` (settings) and ``quantised`` (folder, gets the quantised
+checkpoint). ``dequantise`` (.safetensors) instead gets quantised tensors of every kind and what
+``mx.dequantize`` makes of them.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+
+def load(case):
+    if case["program"] == "mlx-lm":
+        from mlx_lm.tuner.utils import load_adapters
+        from mlx_lm.utils import load_model
+
+        model, _ = load_model(Path(case["model"]))
+    else:
+        from mlx_vlm.trainer.peft.utils import load_adapters
+        from mlx_vlm.utils import load_model
+
+        model = load_model(Path(case["model"]))
+        tower = getattr(model, "audio_tower", None)
+        for layer in getattr(tower, "layers", ()):
+            # mlx-vlm 0.7.10 makes these without their constructor, and then cannot freeze them
+            layer.self_attn._rel_pos._no_grad = set()
+    if case.get("adapter"):
+        load_adapters(model, case["adapter"])
+    if "quantise" in case:
+        quantise(model, case)
+    model.eval()
+    return model
+
+
+def quantise(model, case):
+    from mlx_lm.utils import quantize_model
+
+    config = json.loads((Path(case["model"]) / "config.json").read_text())
+    model, config = quantize_model(model, config, **case["quantise"])
+    folder = Path(case["quantised"])
+    folder.mkdir()
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def run(case):
+    model = load(case)
+    inputs = {name: mx.array(value) for name, value in np.load(case["inputs"]).items()}
+    ids = inputs.pop("input_ids")
+    embedded = mx.zeros(0)
+    if case["program"] == "mlx-lm":
+        # As generation does; without a cache, layers of 3n do not share keys and values.
+        out = model(ids, cache=model.make_cache())
+    else:
+        embedded = model.get_input_embeddings(ids, **inputs).inputs_embeds
+        out = model(ids, inputs.pop("pixel_values", None), **inputs)
+    logits = getattr(out, "logits", out)
+    bound = sum(hasattr(module, "lora_a") for _, module in model.named_modules())
+    np.savez(case["output"], logits=np.array(logits), bound=bound, embedded=np.array(embedded))
+
+
+def dequantise(path):
+    mx.random.seed(0)
+    tensors = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        for bits in (2, 3, 4, 5, 6, 8):
+            for group_size in (32, 64, 128):
+                weight = mx.random.normal((24, 256)).astype(getattr(mx, dtype))
+                parts = mx.quantize(weight, group_size=group_size, bits=bits)
+                name = f"{dtype} {bits} {group_size}"
+                for part, tensor in zip(("packed", "scales", "biases"), parts, strict=True):
+                    tensors[f"{name} {part}"] = tensor
+                tensors[f"{name} weight"] = mx.dequantize(*parts, group_size=group_size, bits=bits)
+    mx.save_safetensors(path, tensors)
+
+
+for case in json.loads(Path(sys.argv[1]).read_text()):
+    if "dequantise" in case:
+        dequantise(case["dequantise"])
+    else:
+        run(case)

@@ -1,0 +1,196 @@
+"""Exports open in real mlx-lm and mlx-vlm, with the logits of transformers and PEFT."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import gemma_tuner as gt
+from gemma_tuner.export.merged import export_merged
+from gemma_tuner.export.mlx import export_mlx, import_mlx
+from gemma_tuner.export.mlx_checkpoint import dequantise, from_mlx
+from gemma_tuner.training.checkpoint import save_adapter
+from tests.export_parts import TARGETS, add_trained_lora, logits, save_base, text_inputs
+
+ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-mlx"
+PYTHON = ENVIRONMENT / "bin" / "python"
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (ENVIRONMENT / ".installed").exists(),
+        reason="MLX IS NOT TESTED: make its environment with `make .venv-mlx/.installed`",
+    ),
+]
+# A vision tower that mlx-vlm knows of 3n is none of timm's small ones, so 3n is mlx-lm's here.
+ADAPTERS = [
+    ("gemma4-e2b", ("language",), "lora", "mlx-lm", 48),
+    ("gemma4-e2b", ("language",), "dora", "mlx-lm", 48),
+    ("gemma4-e2b", TARGETS["gemma4-e2b"], "lora", "mlx-vlm", 84),
+    ("gemma4-e2b", TARGETS["gemma4-e2b"], "dora", "mlx-vlm", 84),
+    ("gemma4-12b", TARGETS["gemma4-12b"], "rslora", "mlx-vlm", 42),
+    ("gemma4-12b", ("language",), "rslora", "mlx-lm", 40),
+    # experts: gate and up are two modules in MLX
+    ("gemma4-26b-a4b", ("language", "experts"), "lora", "mlx-lm", 40 + 6 * 3),
+    ("gemma3n", ("language",), "lora", "mlx-lm", 48),
+    ("gemma3n", ("language",), "dora", "mlx-lm", 48),
+]
+
+
+def run_mlx(cases, tmp_path):
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    script = Path(__file__).with_name("mlx_run.py")
+    done = subprocess.run(
+        [PYTHON, script, tmp_path / "cases.json"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def run_case(tmp_path, inputs, **case):
+    """Logits ``[1, tokens, vocabulary]``, how many adapters are bound, the decoder's input."""
+    given = {name: value.numpy() for name, value in inputs.items()}
+    if case["program"] == "mlx-lm":
+        given = {"input_ids": given["input_ids"]}
+    np.savez(tmp_path / "inputs.npz", **given)
+    paths = {name: str(value) for name, value in case.items() if isinstance(value, Path)}
+    files = {"inputs": str(tmp_path / "inputs.npz"), "output": str(tmp_path / "output.npz")}
+    run_mlx([case | paths | files], tmp_path)
+    output = np.load(tmp_path / "output.npz")
+    logits, embedded = (torch.from_numpy(output[name]) for name in ("logits", "embedded"))
+    return logits, int(output["bound"]), embedded
+
+
+@pytest.mark.parametrize(("family", "targets", "variant", "program", "num_bound"), ADAPTERS)
+def test_adapter_and_merged_checkpoint(family, targets, variant, program, num_bound, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model, _ = save_base(family, base)
+    model = add_trained_lora(model, targets=targets, variant=variant)
+    save_adapter(model, adapter)
+    inputs = text_inputs()
+    expected = logits(model, inputs)
+    with model.disable_adapter():
+        assert (logits(model, inputs) - expected).abs().max() > 0.5
+
+    export_mlx(adapter, tmp_path / "mlx", program=program, base=base)
+    got, bound, _ = run_case(
+        tmp_path, inputs, program=program, model=base, adapter=tmp_path / "mlx"
+    )
+    assert bound == num_bound
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+    import_mlx(tmp_path / "mlx", tmp_path / "back", base=base)
+    before, after = (
+        load_file(folder / "adapter_model.safetensors") for folder in (adapter, tmp_path / "back")
+    )
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    export_merged(adapter, tmp_path / "merged", base=base)
+    got, _, _ = run_case(tmp_path, inputs, program=program, model=tmp_path / "merged")
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+@pytest.mark.parametrize(("modality", "num_bound"), [("vision", 15), ("audio", 21)])
+def test_media_through_adapted_towers(modality, num_bound, variant, tmp_path):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model, processor = save_base("gemma4-e2b", base)
+    targets = (modality, rf"model\.embed_{modality}\.embedding_projection")
+    model = add_trained_lora(model, targets=targets, variant=variant)
+    save_adapter(model, adapter)
+    inputs = media_inputs(processor, modality)
+    seen = []
+    decoder = model.get_base_model().model.language_model
+    hook = decoder.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["inputs_embeds"]), with_kwargs=True
+    )
+    expected = logits(model, inputs)
+    hook.remove()
+    with model.disable_adapter():
+        assert (logits(model, inputs) - expected).abs().max() > 0.1
+
+    export_mlx(adapter, tmp_path / "mlx", program="mlx-vlm", base=base)
+    export_merged(adapter, tmp_path / "merged", base=base)
+    for parts in (
+        {"model": base, "adapter": tmp_path / "mlx"},
+        {"model": tmp_path / "merged"},
+    ):
+        got, bound, embedded = run_case(tmp_path, inputs, program="mlx-vlm", **parts)
+        assert bound == (num_bound if "adapter" in parts else 0)
+        torch.testing.assert_close(embedded, seen[0], rtol=0, atol=1e-5)
+        # The base alone differs by 1.04e-4 with this picture, and transformers' own sdpa from its
+        # eager attention by 0.74e-4: the random decoder magnifies rounding.
+        torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
+
+
+def media_inputs(processor, modality):
+    """The processor's tensors for a question about a picture or a sound."""
+    rng = np.random.default_rng(0)
+    if modality == "audio":
+        media = {"audio": [rng.normal(scale=0.1, size=9_000)]}
+    else:
+        pixels = rng.integers(0, 255, (100, 160, 3), dtype=np.uint8)
+        media = {"images": [[Image.fromarray(pixels)]]}
+    placeholder = "<|audio|>" if modality == "audio" else "<|image|>"
+    inputs = processor(text=[f"{placeholder} what"], return_tensors="pt", **media)
+    inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+    if modality == "vision":
+        # mlx-vlm wants the patches that are there, without padding
+        valid = (inputs["image_position_ids"][0] != -1).all(-1)
+        for name in ("pixel_values", "image_position_ids"):
+            inputs[name] = inputs[name][:, valid]
+    return inputs
+
+
+def test_tensors_of_every_kind_are_dequantised_bit_equal(tmp_path):
+    run_mlx([{"dequantise": str(tmp_path / "tensors.safetensors")}], tmp_path)
+    tensors = load_file(tmp_path / "tensors.safetensors")
+    names = {name.rpartition(" ")[0] for name in tensors}
+    assert len(names) == 3 * 6 * 3
+    for name in names:
+        _, bits, group_size = name.split()
+        parts = (tensors[f"{name} {part}"] for part in ("packed", "scales", "biases"))
+        weight = dequantise(*parts, bits=int(bits), group_size=int(group_size))
+        assert torch.equal(weight, tensors[f"{name} weight"]), name
+
+
+@pytest.mark.parametrize(
+    ("family", "program"),
+    [("gemma4-e2b", "mlx-vlm"), ("gemma4-26b-a4b", "mlx-lm")],
+)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantised_checkpoints_load(family, program, bits, tmp_path):
+    save_base(family, tmp_path / "base")
+    inputs = text_inputs()
+    expected, _, _ = run_case(
+        tmp_path,
+        inputs,
+        program=program,
+        model=tmp_path / "base",
+        quantise={"bits": bits, "group_size": 32},
+        quantised=tmp_path / "mlx",
+    )
+    for file in (tmp_path / "base").iterdir():
+        if not (tmp_path / "mlx" / file.name).exists():
+            shutil.copy(file, tmp_path / "mlx")
+    from_mlx(tmp_path / "mlx", tmp_path / "plain")
+    modalities = ("text", "image", "audio") if program == "mlx-vlm" else ("text",)
+    model, _ = gt.load_model(tmp_path / "plain", modalities=modalities, device="cpu")
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=0, atol=1e-4)
+    if program == "mlx-vlm":
+        stored = load_file(tmp_path / "base" / "model.safetensors")
+        plain = load_file(tmp_path / "plain" / "model.safetensors")
+        assert plain.keys() == stored.keys()
+        assert all(plain[name].shape == stored[name].shape for name in stored)
+        convolutions = [name for name in stored if "conv" in name and stored[name].ndim > 2]
+        assert convolutions
+        assert all(torch.equal(plain[name], stored[name]) for name in convolutions)
