@@ -24,6 +24,19 @@ if TYPE_CHECKING:
     from gemma_tuner.errors import MemoryPlanError as MemoryPlanError
     from gemma_tuner.errors import ResumeError as ResumeError
     from gemma_tuner.errors import SourceError as SourceError
+    from gemma_tuner.evaluation.answers import Generation as Generation
+    from gemma_tuner.evaluation.evaluate import evaluate as evaluate
+    from gemma_tuner.evaluation.generation import generate as generate
+    from gemma_tuner.evaluation.generation import generate_stream as generate_stream
+    from gemma_tuner.evaluation.report import Report as Report
+    from gemma_tuner.evaluation.samples import SampleGenerations as SampleGenerations
+    from gemma_tuner.evaluation.scores import Score as Score
+    from gemma_tuner.export.adapter import export_adapter as export_adapter
+    from gemma_tuner.export.adapter import push_to_hub as push_to_hub
+    from gemma_tuner.export.merged import export_merged as export_merged
+    from gemma_tuner.export.mlx import export_mlx as export_mlx
+    from gemma_tuner.export.mlx import import_mlx as import_mlx
+    from gemma_tuner.export.mlx_checkpoint import from_mlx as from_mlx
     from gemma_tuner.models.loading import load_model as load_model
     from gemma_tuner.models.lora import LoraConfig as LoraConfig
     from gemma_tuner.models.lora import add_lora as add_lora
@@ -58,13 +71,17 @@ _HOME = {
     "ExampleStream": "streaming.stream",
     "FetchConfig": "streaming.config",
     "GemmaTunerError": "errors",
+    "Generation": "evaluation.answers",
     "Image": "records",
     "ImageCollator": "collators.image",
     "LoraConfig": "models.lora",
     "MemoryPlanError": "errors",
     "MultimodalCollator": "collators.multimodal",
     "Plan": "training.plan",
+    "Report": "evaluation.report",
     "ResumeError": "errors",
+    "SampleGenerations": "evaluation.samples",
+    "Score": "evaluation.scores",
     "SourceError": "errors",
     "Text": "records",
     "TextCollator": "collators.text",
@@ -72,9 +89,18 @@ _HOME = {
     "Trainer": "training.trainer",
     "Turn": "records",
     "add_lora": "models.lora",
+    "evaluate": "evaluation.evaluate",
+    "export_adapter": "export.adapter",
+    "export_merged": "export.merged",
+    "export_mlx": "export.mlx",
+    "from_mlx": "export.mlx_checkpoint",
+    "generate": "evaluation.generation",
+    "generate_stream": "evaluation.generation",
+    "import_mlx": "export.mlx",
     "load_model": "models.loading",
     "mix": "streaming.mixing",
     "plan": "training.plan",
+    "push_to_hub": "export.adapter",
     "stream_bigquery": "streaming.opening",
     "stream_gcs": "streaming.opening",
     "stream_hub": "streaming.opening",

@@ -106,9 +106,9 @@ def test_dir_lists_the_public_names():
 
 
 # name -> the parameters that callers may rely on: their defaults, or REQUIRED. ``*`` stands before
-# the first keyword-only one. More parameters may follow; these may not change. Still to come, with
-# the memory plan: load_model(plan=None) and Trainer.plan. ImageCollator's image_tokens=None is the
-# checkpoint's own budget, 280 for Gemma 4: Gemma 3n would refuse a fixed 280.
+# the first keyword-only one. More parameters may follow; these may not change. ImageCollator's
+# image_tokens=None is the checkpoint's own budget, 280 for Gemma 4: Gemma 3n would refuse a fixed
+# 280.
 CONTRACT = {
     "load_model": {
         "name_or_path": REQUIRED,
@@ -116,8 +116,24 @@ CONTRACT = {
         "modalities": ("text",),
         "device": None,
         "dtype": None,
+        "plan": None,
         "revision": None,
     },
+    "plan": {
+        "name_or_path": REQUIRED,
+        "*": None,
+        "memory_gib": ...,
+        "modalities": ("text",),
+        "max_tokens": ...,
+    },
+    "generate": {
+        "model": REQUIRED,
+        "processor": REQUIRED,
+        "*": None,
+        "image": None,
+        "audio": None,
+    },
+    "evaluate": {"model": REQUIRED, "stream": REQUIRED, "collator": REQUIRED, "*": None},
     "LoraConfig": {
         "rank": 16,
         "alpha": 32,
@@ -153,6 +169,7 @@ CONTRACT = {
         "config": REQUIRED,
         "eval_stream": None,
     },
+    "Trainer.plan": {"self": REQUIRED},
     "Trainer.preview": {"self": REQUIRED},
     "Trainer.fit": {"self": REQUIRED, "resume": False},
     "Trainer.evaluate": {"self": REQUIRED},

@@ -79,7 +79,7 @@ def test_unknown_settings_name_the_nearest():
     with pytest.raises(ConfigError, match=r"'zzz'; it has max_steps, epochs"):
         TrainConfig.from_dict({"zzz": 1})
     with pytest.raises(ConfigError, match="'max_step'; did you mean 'max_steps'"):
-        TrainConfig(max_step=1)  # pyright: ignore[reportCallIssue]
+        TrainConfig(max_step=1)
 
 
 def test_every_setting_is_documented():

@@ -1,0 +1,229 @@
+"""Rows of prompts to the tokens that follow them, through the model's own ``generate``.
+
+Axes: ``B`` rows, ``T`` tokens of the longest prompt.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from torch import Tensor
+
+from gemma_tuner.collators.batch import Row, pad_rows
+from gemma_tuner.device import seeded
+from gemma_tuner.errors import ConfigError, DataError
+from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.models.settings import is_number, is_whole_number, name_nearest
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from gemma_tuner.collators.text import TextCollator
+
+DEFAULT_NEW_TOKENS = 256
+
+
+class DecodingOptions(TypedDict, total=False):
+    """The keywords of :class:`Decoding`, for functions that pass them on."""
+
+    max_new_tokens: int | None
+    do_sample: bool | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    seed: int | None
+
+
+@name_nearest
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoding:
+    """How tokens are chosen, under transformers' names; None is the checkpoint's own setting.
+
+    Args:
+        max_new_tokens: The most tokens that an answer may have; where the checkpoint does not
+            say, 256.
+        do_sample: Draw tokens by their probability, or always take the likeliest.
+        temperature, top_p, top_k: As in transformers; any of them turns sampling on.
+        seed: Makes drawing repeatable; None draws on from torch's own random state.
+
+    Raises:
+        ConfigError: A value out of its range, or settings of sampling where it is turned off.
+    """
+
+    max_new_tokens: int | None = None
+    do_sample: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        tokens = self.max_new_tokens
+        if tokens is not None and (not is_whole_number(tokens) or tokens < 1):
+            raise ConfigError(f"max_new_tokens is {tokens!r}; it must be a whole number from 1 up")
+        if self.do_sample not in (None, True, False):
+            raise ConfigError(f"do_sample is {self.do_sample!r}; it may be True or False")
+        given = self.sampling
+        if given and self.do_sample is False:
+            raise ConfigError(
+                f"{', '.join(given)} is given with do_sample=False, which would ignore it; leave "
+                "one of the two out"
+            )
+        if self.temperature is not None and not (
+            is_number(self.temperature) and 0 < self.temperature < math.inf
+        ):
+            raise ConfigError(
+                f"temperature is {self.temperature!r}; it must be a finite number above 0 "
+                "(for the likeliest token, do_sample=False)"
+            )
+        if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
+            raise ConfigError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
+        if self.top_k is not None and (not is_whole_number(self.top_k) or self.top_k < 1):
+            raise ConfigError(f"top_k is {self.top_k!r}; it must be a whole number from 1 up")
+        if self.seed is not None and (
+            not is_whole_number(self.seed) or not 0 <= self.seed < 2**63
+        ):
+            raise ConfigError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^63-1")
+
+    @property
+    def sampling(self) -> dict[str, float]:
+        """The settings of sampling that are given."""
+        given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+def build_config(gemma: Any, decoding: Decoding, stop_ids: frozenset[int]) -> GenerationConfig:
+    """Put the wanted settings over the checkpoint's own.
+
+    Args:
+        gemma: A Gemma model, not wrapped by PEFT.
+        decoding: What is wanted.
+        stop_ids: Stop tokens beside those that the checkpoint names.
+
+    Returns:
+        A new configuration; the model's own is as it was.
+    """
+    config = copy.deepcopy(gemma.generation_config)
+    own = config.eos_token_id
+    own_ids = own if isinstance(own, list) else [] if own is None else [own]
+    config.eos_token_id = sorted({*own_ids, *stop_ids})
+    config.max_length = None
+    config.max_new_tokens = decoding.max_new_tokens or config.max_new_tokens or DEFAULT_NEW_TOKENS
+    if decoding.do_sample is not None or decoding.sampling:
+        config.do_sample = decoding.do_sample is not False
+    if config.do_sample:
+        for name, value in decoding.sampling.items():
+            setattr(config, name, value)
+    else:  # transformers warns of settings that greedy decoding does not read
+        config.temperature = config.top_p = config.top_k = None
+    return config
+
+
+def check_length(gemma: Any, row: Row, config: GenerationConfig) -> None:
+    """Refuse a prompt that leaves no room for its answer.
+
+    Args:
+        gemma: A Gemma model, not wrapped by PEFT.
+        row: The prompt.
+        config: For ``max_new_tokens``.
+
+    Raises:
+        DataError: Prompt and answer together are longer than the model's context.
+    """
+    context = gemma.config.get_text_config().max_position_embeddings
+    new_tokens = int(config.max_new_tokens or 0)
+    if len(row.input_ids) + new_tokens > context:
+        raise DataError(
+            f"its prompt of {len(row.input_ids):,} tokens and an answer of up to {new_tokens:,} "
+            f"(max_new_tokens) are longer than the model's context of {context:,}; shorten the "
+            "prompt, or lower max_new_tokens",
+            key=row.key,
+        )
+
+
+def complete(
+    model: Any,
+    collator: TextCollator,
+    rows: Sequence[Row],
+    config: GenerationConfig,
+    *,
+    seed: int | None = None,
+    **options: Any,
+) -> list[tuple[int, ...]]:
+    """Continue prompts.
+
+    Args:
+        model: A Gemma model, as loaded or wrapped by PEFT, whose adapters are used as they are
+            set. It is left in the mode that it was found in, checkpointing included.
+        collator: For its family and tokenizer.
+        rows: At least one prompt.
+        config: From :func:`build_config`.
+        seed: Makes sampling repeatable.
+        **options: Further arguments of ``generate`` in transformers.
+
+    Returns:
+        The new tokens of each row, up to its stop token and with it.
+    """
+    gemma = unwrap_peft(model)
+    inputs = {name: tensor.to(gemma.device) for name, tensor in pad_left(collator, rows).items()}
+    with ExitStack() as stack:
+        stack.enter_context(in_eval_mode(model))
+        if seed is not None:
+            stack.enter_context(seeded(gemma.device, seed))
+        output = gemma.generate(**inputs, generation_config=config, **options)
+    new_ids = output[:, inputs["input_ids"].shape[1] :].tolist()
+    return [_cut_after_stop(ids, config.eos_token_id) for ids in new_ids]
+
+
+def pad_left(collator: TextCollator, rows: Sequence[Row]) -> dict[str, Tensor]:
+    """Pad prompts on the left, so that every answer begins at the same place.
+
+    Args:
+        collator: For its family and tokenizer.
+        rows: At least one prompt.
+
+    Returns:
+        The model's inputs, ``[B, T]`` int64, and media tensors.
+    """
+    lengths = [len(row.input_ids) for row in rows]
+    batch = pad_rows(
+        rows,
+        max_tokens=max(lengths),
+        pad_token_id=collator.processor.tokenizer.pad_token_id,
+        token_type_name=collator.family.token_type_name,
+    )
+    inputs = dict(batch.inputs)
+    for name in ("input_ids", "attention_mask", collator.family.token_type_name):
+        padded = inputs[name].clone()
+        for index, length in enumerate(lengths):
+            padded[index] = padded[index].roll(max(lengths) - length)
+        inputs[name] = padded
+    return inputs
+
+
+@contextmanager
+def in_eval_mode(model: Any) -> Iterator[None]:
+    """Switch off dropout and checkpointing, which a training run has on in some modules only.
+
+    Args:
+        model: A Gemma model, as loaded or wrapped by PEFT; afterwards it is as it was.
+    """
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _cut_after_stop(ids: list[int], stop_ids: Any) -> tuple[int, ...]:
+    for position, token in enumerate(ids):
+        if token in stop_ids:
+            return tuple(ids[: position + 1])
+    return tuple(ids)

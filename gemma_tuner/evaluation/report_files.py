@@ -1,0 +1,132 @@
+"""A report in a folder: JSON, Markdown, media of the worst examples; whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import soundfile
+
+from gemma_tuner.errors import CheckpointError, ConfigError
+from gemma_tuner.evaluation.report import Report
+from gemma_tuner.media.audio import SAMPLE_RATE_HZ
+from gemma_tuner.records import Example, Image
+
+_JSON, _MARKDOWN, _MEDIA = "report.json", "report.md", "media"
+
+
+def check_output(output: str | Path) -> None:
+    """Refuse a folder that a report cannot take, before the work that it is to report.
+
+    Args:
+        output: The folder; it may be missing, empty, or hold an earlier report.
+
+    Raises:
+        ConfigError: It holds something else.
+        CheckpointError: It cannot be written.
+    """
+    folder = Path(output)
+    with _errors_explained(folder):
+        if folder.exists() and any(folder.iterdir()) and not (folder / _JSON).is_file():
+            raise ConfigError(
+                f"output is the folder {folder.resolve().name!r}, which holds something other "
+                "than a report; give a new folder"
+            )
+        with _replaced_folder(folder, keep=True):
+            pass
+
+
+def write_report(report: Report, output: str | Path, worst: Mapping[str, Example]) -> Report:
+    """Write a report; an earlier one in that folder is replaced once the new one is whole.
+
+    Args:
+        report: What to write.
+        output: The folder.
+        worst: The worst examples with their media decoded, by key and in order.
+
+    Returns:
+        The report with the names of its media files.
+
+    Raises:
+        CheckpointError: No room or no permission; what was there is as it was.
+    """
+    folder = Path(output)
+    with _errors_explained(folder), _replaced_folder(folder) as temporary:
+        media = {
+            key: tuple(_write_media(example, temporary, number))
+            for number, (key, example) in enumerate(worst.items(), 1)
+        }
+        report = replace(report, media=media)
+        (temporary / _JSON).write_text(report.to_json(), encoding="utf-8")
+        (temporary / _MARKDOWN).write_text(report.to_markdown(len(worst)), encoding="utf-8")
+    return report
+
+
+def _write_media(example: Example, folder: Path, number: int) -> Iterator[str]:
+    """Write an example's pictures and sounds, and yield their names; keys may hold anything."""
+    for index, part in enumerate(example.media, 1):
+        source: Any = part.source
+        name = f"{_MEDIA}/{number:03d}-{index}{'.png' if isinstance(part, Image) else '.wav'}"
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        if isinstance(part, Image):
+            source.save(path)
+        else:
+            soundfile.write(path, source, part.sample_rate_hz or SAMPLE_RATE_HZ, subtype="FLOAT")
+        yield name
+
+
+@contextmanager
+def _replaced_folder(folder: Path, *, keep: bool = False) -> Iterator[Path]:
+    """Yield a hidden sibling that takes a folder's place once the block has filled it.
+
+    Args:
+        folder: The folder.
+        keep: Only try: take the sibling away again, and leave the folder as it is.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if keep:
+            return
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        _sync(folder.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _errors_explained(folder: Path) -> Iterator[None]:
+    """Turn what can go wrong with a disk into a CheckpointError with a remedy."""
+    try:
+        yield
+    except (OSError, soundfile.LibsndfileError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise CheckpointError(
+            f"the report cannot be written to {folder.resolve().name!r} "
+            f"({reason or type(error).__name__}); what was there is untouched. Free disk space, "
+            "or give another folder as output"
+        ) from None  # whose message holds the path

@@ -1,0 +1,159 @@
+"""Results as Markdown and HTML. Whatever comes from data is escaped: it is text, never markup."""
+
+from __future__ import annotations
+
+import html
+import math
+import re
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gemma_tuner.evaluation.results import Answered, Results, ScoreResult
+
+_MAX_CHARACTERS = 1500  # of one text; the JSON has all of it
+_MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")  # what means something within a line
+_PICTURES = (".png",)
+
+Row = tuple[str, ...]
+
+
+def write_markdown(results: Results, num_worst: int) -> str:
+    """Write figures and the worst examples as Markdown.
+
+    Args:
+        results: What was measured; its media are linked.
+        num_worst: How many examples to show.
+
+    Returns:
+        The text.
+    """
+    head, *rows = _make_table(results)
+    lines = [
+        f"# Evaluation of {_escape_markdown(results.model)}",
+        "",
+        _join_row(head),
+        _join_row(("---", *["---:"] * (len(head) - 1))),
+        *(_join_row(tuple(map(_escape_markdown, row))) for row in rows),
+        "",
+        *(f"- {_escape_markdown(line)}" for line in _describe(results)),
+    ]
+    worst = results.find_worst(num_worst)
+    if worst:
+        by = f" by {results.scores[0].name}" if results.scores else ""
+        lines += ["", f"## The {len(worst)} worst of {len(results.examples)} answers{by}"]
+    for number, example in enumerate(worst, 1):
+        lines += ["", f"### {number}. {_escape_markdown(example.key)}", ""]
+        for path in results.media.get(example.key, ()):
+            mark = "!" if path.endswith(_PICTURES) else ""
+            lines += [f"{mark}[{path}]({path})", ""]
+        lines += [
+            f"- **{title}:** {_shorten(text, _escape_markdown)}"
+            for title, text in _list_texts(results, example)
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def write_html(results: Results, num_worst: int) -> str:
+    """Write figures and the worst examples as HTML, for notebooks.
+
+    Args:
+        results: What was measured.
+        num_worst: How many examples to show.
+
+    Returns:
+        A fragment without scripts, styles or links.
+    """
+    head, *rows = _make_table(results)
+
+    def join(cells: Row, tag: str) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in cells) + "</tr>"
+
+    parts = [
+        f"<h3>Evaluation of {html.escape(results.model)}</h3>",
+        f"<table>{join(head, 'th')}{''.join(join(row, 'td') for row in rows)}</table>",
+        f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in _describe(results))}</ul>",
+    ]
+    for example in results.find_worst(num_worst):
+        texts = "".join(
+            f"<li><b>{html.escape(title)}:</b> {_shorten(text, _escape_html)}</li>"
+            for title, text in _list_texts(results, example)
+        )
+        parts.append(
+            f"<details><summary>{html.escape(example.key)}</summary><ul>{texts}</ul></details>"
+        )
+    return "\n".join(parts)
+
+
+def _make_table(results: Results) -> list[Row]:
+    """Figures in rows, the first row their names; a column for each system."""
+    is_compared = len(results.systems) > 1
+    extra = ("difference", "95 % interval") if is_compared else ()
+    rows: list[Row] = [("", *results.systems, *extra)]
+    for title, name, form in (
+        ("held-out loss, nats a token (lower is better)", "loss", "{:.4f}"),
+        ("perplexity (lower is better)", "perplexity", "{:.3f}"),
+    ):
+        values = [getattr(results.held_out[system], name) for system in results.systems]
+        more = (f"{values[0] - values[1]:+.4f}", "") if is_compared else ()
+        rows.append((title, *map(form.format, values), *more))
+    rows += [_make_score_row(results, score) for score in results.scores]
+    return rows
+
+
+def _make_score_row(results: Results, score: ScoreResult) -> Row:
+    better = "higher" if score.higher_is_better else "lower"
+    row = (
+        f"{score.name} ({better} is better)",
+        *(_show_number(score.values[system], "{:.4f}") for system in results.systems),
+    )
+    if score.difference is None:
+        return row
+    interval = "too few rows"
+    if score.interval is not None:
+        low, high = score.interval
+        interval = f"{low:+.4f} to {high:+.4f}"
+    return (*row, _show_number(score.difference, "{:+.4f}"), interval)
+
+
+def _show_number(value: float, form: str) -> str:
+    return "undefined" if math.isnan(value) else form.format(value)
+
+
+def _describe(results: Results) -> Iterator[str]:
+    for name, count in results.counts.items():
+        yield f"{name.replace('_', ' ')}: {count:,}"
+    for name, value in results.settings.items():
+        yield f"{name.replace('_', ' ')}: {value}"
+
+
+def _list_texts(results: Results, example: Answered) -> Iterator[tuple[str, str]]:
+    yield "prompt", example.prompt
+    for reference in dict.fromkeys(example.references):
+        yield "reference", reference
+    for system in results.systems:
+        answer = example.answers[system]
+        shown = ", ".join(
+            f"{name} {tallies[system].value:.4g}" for name, tallies in example.tallies.items()
+        )
+        yield f"{system} ({shown})", answer.text
+        if answer.thinking:
+            yield f"{system}, thinking", answer.thinking
+
+
+def _shorten(text: str, escape: Callable[[str], str]) -> str:
+    if len(text) <= _MAX_CHARACTERS:
+        return escape(text) or "(empty)"
+    return f"{escape(text[:_MAX_CHARACTERS])} … ({len(text):,} characters)"
+
+
+def _escape_markdown(text: str) -> str:
+    return "<br>".join(_MARKDOWN.sub(r"\\\1", html.escape(text, quote=False)).splitlines())
+
+
+def _escape_html(text: str) -> str:
+    return "<br>".join(html.escape(text).splitlines())
+
+
+def _join_row(cells: Row) -> str:
+    return f"| {' | '.join(cells)} |"

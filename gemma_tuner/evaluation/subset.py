@@ -1,0 +1,100 @@
+"""The rows of a stream that an evaluation reads, several times over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from gemma_tuner.errors import ConfigError, DataError
+from gemma_tuner.models.settings import is_whole_number
+from gemma_tuner.records import Example
+from gemma_tuner.training.feed import Stream
+
+
+class Subset:
+    """Rows spread evenly over a stream, which is not moved; it stands in for the stream.
+
+    What turned out to be of no use is not read again, so that each bad row counts once against the
+    stream's budget however often the rest is read.
+
+    Args:
+        stream: Held-out examples.
+        max_rows: How many to read at most; None reads all.
+
+    Raises:
+        ConfigError: A stream of another kind or without rows, or ``max_rows`` below 1.
+    """
+
+    def __init__(self, stream: Stream, max_rows: int | None) -> None:
+        missing = [
+            name for name in ("__len__", "read_rows", "pass_over") if not hasattr(stream, name)
+        ]
+        if missing:
+            raise ConfigError(
+                f"the stream is a {type(stream).__name__}, which has no {', '.join(missing)}; "
+                "make one such as stream_local(paths) returns"
+            )
+        if max_rows is not None and (not is_whole_number(max_rows) or max_rows < 1):
+            raise ConfigError(f"max_examples is {max_rows!r}; it must be a whole number from 1 up")
+        if not len(stream):
+            raise ConfigError("there is nothing to evaluate on: the stream has no examples")
+        self._stream = stream
+        count = len(stream) if max_rows is None else min(max_rows, len(stream))
+        # The first rows alone may be of one kind: data is often sorted by its answers.
+        self._rows = [position * len(stream) // count for position in range(count)]
+        self._positions: dict[str, int] = {}
+        self._bad: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def num_passed_over(self) -> int:
+        """Examples that the stream passed over so far."""
+        return self._stream.num_passed_over
+
+    @property
+    def num_rows_of_stream(self) -> int:
+        """Rows of the whole stream."""
+        return len(self._stream)
+
+    @property
+    def num_bad(self) -> int:
+        """Rows that turned out to be of no use."""
+        return len(self._bad)
+
+    def read_rows(self, indices: Iterable[int]) -> Iterator[Example | None]:
+        """Read rows by their place in the subset; None for each that is of no use.
+
+        Args:
+            indices: From 0.
+
+        Yields:
+            The examples.
+        """
+        wanted = list(indices)
+        good = [position for position in wanted if position not in self._bad]
+        examples = self._stream.read_rows([self._rows[position] for position in good])
+        for position in wanted:
+            if position in self._bad:
+                yield None
+                continue
+            example = next(examples)
+            if example is None:
+                self._bad.add(position)
+            else:
+                self._positions[example.key] = position
+            yield example
+
+    def pass_over(self, error: DataError) -> None:
+        """Note that an example cannot be used, or raise the error where the stream's budget ends.
+
+        Args:
+            error: Why, with the example's key.
+        """
+        self._stream.pass_over(error)
+        if error.key in self._positions:
+            self._bad.add(self._positions[error.key])
+
+    def find_position(self, key: str) -> int:
+        """Return the place of an example that was read."""
+        return self._positions[key]

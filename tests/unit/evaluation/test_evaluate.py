@@ -1,0 +1,349 @@
+"""Loss, answers and scores of adapter and base, the report, and what is refused."""
+
+import io
+import json
+import resource
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image as PILImage
+
+from gemma_tuner.collators.multimodal import MultimodalCollator
+from gemma_tuner.collators.text import TextCollator
+from gemma_tuner.errors import CheckpointError, ConfigError, DataError
+from gemma_tuner.evaluation.evaluate import evaluate
+from gemma_tuner.evaluation.generation import generate
+from gemma_tuner.evaluation.results import compare
+from gemma_tuner.evaluation.samples import SampleGenerations, append_samples
+from gemma_tuner.evaluation.scores import Tally, exact_match, word_error_rate
+from gemma_tuner.evaluation.subset import Subset
+from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.records import Example
+from gemma_tuner.streaming.opening import stream_local
+from gemma_tuner.testing import tiny_model
+from gemma_tuner.training.config import TrainConfig
+from gemma_tuner.training.modes import begin_training
+from gemma_tuner.training.trainer import Trainer
+
+NASTY = "a|b *c* <script>alert(1)</script> [x](y)\n| `z` |"
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """A model whose adapter changes every answer, and its collator."""
+    model, processor = tiny_model("gemma4-12b")
+    model = add_lora(model, LoraConfig(rank=4))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model, processor, MultimodalCollator(processor)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four good rows, one with a damaged picture, and one that is far too long."""
+    root = tmp_path_factory.mktemp("data")
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 12, 3), dtype=np.uint8)
+    PILImage.fromarray(pixels).save(file, "PNG")
+    (root / "good.png").write_bytes(file.getvalue())
+    (root / "bad.png").write_bytes(file.getvalue()[:40])
+    rows = [
+        ("Hello", "yes", None),
+        (NASTY, NASTY, "good.png"),
+        ("See", "no", "bad.png"),
+        ("long " * 200, "no", None),
+        ("How are you?", "Fine", None),
+        ("2 + 2", "four", None),
+    ]
+    lines = [json.dumps(make_row(f"row {n}", *row)) + "\n" for n, row in enumerate(rows)]
+    (root / "data.jsonl").write_text("".join(lines))
+    return root
+
+
+def make_row(key, prompt, response, image):
+    picture = [{"type": "image", "image": image}] if image else []
+    content = [*picture, {"type": "text", "text": prompt}]
+    answer = {"role": "assistant", "content": response}
+    return {"id": key, "messages": [{"role": "user", "content": content}, answer]}
+
+
+def open_stream(folder, tmp_path, **options):
+    options = {"max_bad_fraction": 0.5, **options}
+    return stream_local(folder / "data.jsonl", cache_dir=tmp_path / "cache", **options)
+
+
+def run(setup, stream, **options):
+    model, _, collator = setup
+    options = {"max_new_tokens": 3, "progress": False, **options}
+    options.setdefault("scores", ["wer", "exact_match"])
+    collator = options.pop("collator", collator)
+    return evaluate(model, stream, collator, **options)
+
+
+def short(setup):
+    return MultimodalCollator(setup[1], max_tokens=400)
+
+
+def test_losses_answers_and_scores_of_adapter_and_base(setup, folder, tmp_path):
+    model, processor, _ = setup
+    begin_training(model)
+    modes = {name: module.training for name, module in model.named_modules()}
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.get_parameter(next(n for n in trainable if "lora_A" in n)).requires_grad_(False)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    stream = open_stream(folder, tmp_path)
+    state = stream.state_dict()
+
+    report = run(setup, stream, collator=short(setup), batch_size=3)
+
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    assert stream.state_dict()["position"] == state["position"]
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    model.eval()
+
+    good = ["row 0", "row 1", "row 4", "row 5"]
+    assert [example.key for example in report.examples] == good
+    assert report.systems == ("adapter", "base")
+    counts = report.counts
+    assert (counts["rows_read"], counts["passed_over"], counts["answered"]) == (6, 2, 4)
+    assert counts["examples_with_loss"] == 4
+
+    examples = [stream[index] for index in (0, 1, 4, 5)]
+    media = [[part.source for part in example.media] for example in examples]
+    asked = [example.turns[0].text for example in examples]
+    ours = generate(model, processor, asked, image=media, max_new_tokens=3, do_sample=False)
+    with model.disable_adapter():
+        base = generate(model, processor, asked, image=media, max_new_tokens=3, do_sample=False)
+    assert [example.answers["adapter"] for example in report.examples] == ours
+    assert [example.answers["base"] for example in report.examples] == base
+    assert ours != base
+    references = [example.turns[-1].text for example in examples]
+    assert [example.references for example in report.examples] == [(r,) for r in references]
+    for system, answers in (("adapter", ours), ("base", base)):
+        texts = [answer.text for answer in answers]
+        wer = word_error_rate().measure(texts, references)
+        assert report["wer"].values[system] == wer > 0.5
+        assert report["exact_match"].values[system] == 0.0
+    difference = report["wer"].values["adapter"] - report["wer"].values["base"]
+    assert report["wer"].difference == difference
+
+    # The loss is the trainer's own.
+    config = TrainConfig(max_steps=1, output_dir=tmp_path / "run", progress=False)
+    trainer = Trainer(model, stream, short(setup), config, eval_stream=stream)
+    held_out = report.held_out
+    assert held_out["adapter"].loss == pytest.approx(trainer.evaluate().loss, rel=1e-6)
+    with model.disable_adapter():
+        assert held_out["base"].loss == pytest.approx(trainer.evaluate().loss, rel=1e-6)
+
+
+def test_a_model_that_is_always_right_is_perfect(setup, folder, tmp_path):
+    stream = open_stream(folder, tmp_path)
+    first = run(setup, stream, collator=short(setup), max_examples=3, compare_base=False)
+    said = {example.key: example.answers["adapter"].text for example in first.examples}
+    assert set(said) == {"row 0", "row 4"}  # rows spread over the data, of which one is bad
+    report = run(
+        setup,
+        stream,
+        collator=short(setup),
+        max_examples=3,
+        compare_base=False,
+        scores=["wer", "cer", "exact_match", "anls"],
+        references=lambda example: ["something else", said[example.key]],
+    )
+    values = {score.name: score.values["adapter"] for score in report.scores}
+    assert values["exact_match"] == values["anls"] == 1.0
+    assert all(value == 0.0 or np.isnan(value) for value in (values["wer"], values["cer"]))
+    assert report.systems == ("adapter",)
+    assert report["wer"].difference is None
+
+
+def test_a_bare_model_is_evaluated_by_itself_and_loss_alone_generates_nothing(folder, tmp_path):
+    model, processor = tiny_model("gemma4-12b")
+    stream = open_stream(folder, tmp_path).take(1)
+    report = evaluate(model, stream, TextCollator(processor), scores=(), progress=False)
+    assert (report.systems, report.examples, report.scores) == (("model",), (), ())
+    assert report.held_out["model"].loss > 0
+
+
+def test_the_report_in_a_folder(setup, folder, tmp_path):
+    stream = open_stream(folder, tmp_path).take(2)
+    output = tmp_path / "reports" / "first"
+    report = run(setup, stream, output=output, scores=["exact_match", "wer"])
+    assert sorted(path.name for path in output.iterdir()) == ["media", "report.json", "report.md"]
+    assert (output / "report.json").read_text() == report.to_json()
+
+    document = json.loads(report.to_json())
+    assert document["scores"][0]["values"] == {"adapter": 0.0, "base": 0.0}
+    row = document["examples"][1]
+    assert row["references"] == [NASTY]
+    assert row["tallies"]["wer"]["adapter"]["out_of"] > 0
+    with PILImage.open(output / row["media"][0]) as saved:
+        assert np.array_equal(np.asarray(saved), np.asarray(next(iter(stream[1].media)).source))
+
+    text = (output / "report.md").read_text()
+    assert f"![{row['media'][0]}]({row['media'][0]})" in text
+    for shown in (text, report._repr_html_()):
+        assert "<script>" not in shown
+        assert "&lt;script&gt;" in shown
+    assert r"a\|b \*c\*" in text
+    assert r"\[x\](y)<br>\| \`z\` \|" in text
+
+    again = run(setup, stream, output=output, scores=["exact_match", "wer"])  # takes its place
+    assert again.to_json() == report.to_json()
+    assert [path.name for path in output.parent.iterdir()] == ["first"]
+
+
+def test_the_worst_come_first(setup, folder, tmp_path):
+    def length(prediction, references):
+        return float(len(references[0]))
+
+    report = run(setup, open_stream(folder, tmp_path).take(2), scores=[length])
+    assert [example.key for example in report.find_worst(5)] == ["row 0", "row 1"]
+    assert report["length"].values["adapter"] == (3 + len(NASTY)) / 2
+    with pytest.raises(KeyError, match="the report has length"):
+        report["wer"]
+
+
+def test_a_folder_that_cannot_take_a_report(setup, folder, tmp_path):
+    stream = open_stream(folder, tmp_path).take(2)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds something other than a report"):
+        run(setup, stream, output=other)
+    assert [path.name for path in other.iterdir()] == ["thesis.txt"]
+
+    with pytest.raises(CheckpointError, match=r"cannot be written to 'report'"):
+        run(setup, stream, output=other / "thesis.txt" / "report")
+
+    output = tmp_path / "report"
+    run(setup, stream, output=output)
+    before = (output / "report.json").read_text()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # what a full disk is like
+    try:
+        with pytest.raises(CheckpointError, match="what was there is untouched") as raised:
+            run(setup, stream, output=output)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path) not in str(raised.value)
+    assert (output / "report.json").read_text() == before
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+class EmptyStream:
+    num_passed_over = 0
+
+    def __len__(self):
+        return 0
+
+    def read_rows(self, indices):
+        return iter(())
+
+    def pass_over(self, error):
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"scores": ["exact"]}, ConfigError, "did you mean 'exact_match'"),
+        ({"stream": EmptyStream()}, ConfigError, "nothing to evaluate on"),
+        ({"stream": [1]}, ConfigError, "the stream is a list"),
+        ({"max_examples": 0}, ConfigError, "max_examples is 0"),
+        ({"max_new_tokens": 0}, ConfigError, "max_new_tokens is 0"),
+        ({"batch_size": 0}, ConfigError, "batch_size is 0"),
+        ({"language": 3}, ConfigError, "language is 3"),
+        ({"references": lambda example: []}, DataError, "at least one text"),
+    ],
+)
+def test_bad_settings_are_refused(setup, folder, tmp_path, options, error, words):
+    stream = options.get("stream", open_stream(folder, tmp_path).take(1))
+    with pytest.raises(error, match=words):
+        run(setup, stream, **{k: v for k, v in options.items() if k != "stream"})
+
+
+def test_a_stream_of_which_nothing_can_be_used(setup, folder, tmp_path):
+    collator = MultimodalCollator(setup[1], max_tokens=16)
+    stream = open_stream(folder, tmp_path, max_bad_fraction=1.0)
+    with pytest.raises(ConfigError, match="no example of the held-out stream can be used"):
+        run(setup, stream, collator=collator)
+    with pytest.raises(DataError, match="row 2"):  # the first that cannot even be decoded
+        run(setup, open_stream(folder, tmp_path, max_bad_fraction=0.0), collator=collator)
+
+
+def test_pictures_without_a_tower(setup, folder, tmp_path):
+    model, processor = tiny_model("gemma4-12b")
+    model.model.embed_vision = None
+    stream = open_stream(folder, tmp_path).take(2)
+    with pytest.raises(ConfigError, match=r"'row 1'|row 1 holds image.*modalities=\('text', 'im"):
+        evaluate(model, stream, MultimodalCollator(processor), progress=False)
+
+
+def test_a_subset_is_spread_over_the_stream_and_reads_bad_rows_once(folder, tmp_path):
+    stream = open_stream(folder, tmp_path)
+    subset = Subset(stream, 3)
+    for _ in range(2):
+        read = [example and example.key for example in subset.read_rows(range(3))]
+        assert read == ["row 0", None, "row 4"]
+    assert (len(subset), subset.num_bad, stream.num_passed_over) == (3, 1, 1)
+    assert len(Subset(stream, 100)) == 6
+
+
+def test_the_interval_of_a_paired_bootstrap():
+    rng = np.random.default_rng(0)
+    right = rng.random(400) < 0.7
+    base = right & (rng.random(400) < 0.8)
+    tallies = {
+        "adapter": [Tally(float(x), 1) for x in right],
+        "base": [Tally(float(x), 1) for x in base],
+    }
+    result = compare(exact_match(), tallies)
+    assert result.difference == right.mean() - base.mean()
+    spread = 1.96 * np.std(right.astype(float) - base) / 20
+    expected = (right.mean() - base.mean() - spread, right.mean() - base.mean() + spread)
+    assert result.interval == pytest.approx(expected, abs=0.01)
+    assert compare(exact_match(), tallies) == result
+    same = compare(exact_match(), {"adapter": tallies["base"], "base": tallies["base"]})
+    assert (same.difference, same.interval) == (0.0, (0.0, 0.0))
+    assert compare(exact_match(), {n: rows[:1] for n, rows in tallies.items()}).interval is None
+
+
+def test_answers_at_intervals_of_training(setup, folder, tmp_path):
+    model, _, collator = setup
+    examples = [open_stream(folder, tmp_path)[index] for index in (0, 1)]
+    sample = SampleGenerations(collator, examples, every_steps=5, max_new_tokens=3)
+    begin_training(model)
+    modes = [module.training for module in model.modules()]
+    assert sample(model, 3) == []
+    records = sample(model, 10)
+    assert [module.training for module in model.modules()] == modes
+    model.eval()
+    assert [(r.step, r.key, r.reference) for r in records] == [
+        (10, "row 0", "yes"),
+        (10, "row 1", NASTY),
+    ]
+    assert records[1].prompt == f"user: [image] {NASTY}"
+    assert all(record.prediction for record in records)
+    for _ in range(2):
+        append_samples(tmp_path / "samples.jsonl", records)
+    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
+    assert len(lines) == 4
+    assert json.loads(lines[0])["prediction"] == records[0].prediction
+
+    with pytest.raises(ConfigError, match="every_steps is 0"):
+        SampleGenerations(collator, examples, every_steps=0)
+    with pytest.raises(ConfigError, match="no examples"):
+        SampleGenerations(collator, [], every_steps=1)
+    with pytest.raises(DataError, match="has no answer"):
+        SampleGenerations(collator, [Example("d", document="text")], every_steps=1)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        append_samples(tmp_path / "missing" / "samples.jsonl", records)
