@@ -129,6 +129,7 @@ CONTRACT = {
     "generate": {
         "model": REQUIRED,
         "processor": REQUIRED,
+        "prompts": REQUIRED,
         "*": None,
         "image": None,
         "audio": None,

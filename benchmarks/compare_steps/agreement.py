@@ -32,6 +32,8 @@ NEGLIGIBLE = 1e-4
 # Of a spread that is known from 8 batches only, within a third.
 ROUNDING_BATCHES = 8
 SLACK = 2
+# Plain's variants must agree at least so far, or being as near as they are would say nothing.
+VARIANTS_COSINE = 0.9
 
 
 class Disagreement(SystemExit):
@@ -182,7 +184,8 @@ def check_rounding(
     mean of its gradients' cosines.
 
     Raises:
-        Disagreement: A mode that is :data:`SLACK` times as far from plain as its farthest variant.
+        Disagreement: A mode that is :data:`SLACK` times as far from plain as its farthest variant,
+            or variants that are too far for that to say anything.
     """
     expected = [_take_begun(plain, batch) for batch in batches]
     variants = [
@@ -194,6 +197,12 @@ def check_rounding(
     variants += [each for each in found if each.mode == PLAIN_ROUNDED]
     most = SLACK * max((each.loss_difference for each in variants), default=0.0)
     least = 1 - SLACK * max((1 - each.cosine for each in variants), default=0.0)
+    for each in variants:
+        if not each.cosine >= VARIANTS_COSINE:
+            raise Disagreement(
+                f"{each.mode}: its gradients' cosine with plain's is {each.cosine:.5f}: rounding "
+                "decides the bfloat16 gradients of this model, and nothing can be compared"
+            )
     for each in found:
         if not each.loss_difference <= most or not each.cosine >= least:
             raise Disagreement(

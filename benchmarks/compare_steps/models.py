@@ -75,7 +75,12 @@ def shrink_config(text: Mapping[str, Any], processor: Any, vocabulary: int) -> A
 
 
 def build_random(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A frozen model of a configuration's text part, its weights drawn from seed 0."""
+    """A frozen model of a configuration's text part, its weights drawn from seed 0.
+
+    Queries are scaled as trained ones are. Gemma divides no attention score by the square root of
+    the head's size: its query norms learn to. At norms of one, attention takes a maximum, and
+    through 35 layers rounding alone decides the gradient, so that bfloat16 could not be checked.
+    """
     family = family_of(config)
     if family.towers_optional:
         config.vision_config = config.audio_config = None
@@ -86,6 +91,9 @@ def build_random(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
             model = getattr(transformers, family.model_class)(config)
     finally:
         torch.set_default_dtype(torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("q_norm.weight"):
+            parameter.data.fill_(parameter.numel() ** -0.5)
     return model.eval().requires_grad_(requires_grad=False)
 
 

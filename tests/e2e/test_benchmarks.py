@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 
 from benchmarks.compare_steps import agreement, models, modes
 from benchmarks.compare_steps.__main__ import TINY_ROWS, main
 from benchmarks.compare_steps.measure import COLUMNS, measure_shape
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.testing.tiny import tiny_model
+from gemma_tuner.testing.tiny_processor import tiny_processor
 
 OURS = [name for name in modes.NAMES if name.startswith("ours")]
 CPU = torch.device("cpu")
@@ -93,6 +95,40 @@ def test_a_mode_that_computes_something_else_is_refused(tiny, batches, spoil, wo
     plain.begin()
     unwrap_peft(plain.model).disable_input_require_grads()
     assert raised.value.code not in (None, 0)  # the process fails
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_chaotic", [False, True])
+def test_bfloat16_is_held_to_the_spread_of_plain(checkpoint, is_chaotic, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    base = models.build_random(config, CPU, torch.bfloat16)
+    if is_chaotic:  # attention takes a maximum, and rounding decides which
+        for name, parameter in base.named_parameters():
+            if name.endswith("q_norm.weight"):
+                parameter.data.fill_(30.0)
+    models.save(base, tiny_processor("gemma4-e2b"), tmp_path)
+    base, processor, _ = models.load_timed(tmp_path, CPU, torch.bfloat16, "device")
+    names = [modes.PLAIN, "ours"]
+    plain, _, ours = modes.build_modes(
+        base, processor, tmp_path, rank=4, chunk_tokens=16, names=[*names, modes.PLAIN_ROUNDED]
+    )
+    batches = [models.make_batch(TINY_ROWS, base, seed=seed) for seed in range(3)]
+    if is_chaotic:
+        with pytest.raises(agreement.Disagreement, match="nothing can be compared"):
+            agreement.check_rounding([ours], plain, batches, print)
+        return
+    found = agreement.check_rounding([ours], plain, batches, print)
+    assert [each.mode for each in found][-1] == "ours"
+
+    def step(batch):
+        labels = batch.labels.clone()
+        labels[0, 10:14] = -100
+        return plain.step(replace(batch, labels=labels))
+
+    with pytest.raises(agreement.Disagreement, match="an answer less: in bfloat16, loss off by"):
+        agreement.check_rounding(
+            [replace(plain, name="an answer less", step=step)], plain, batches, print
+        )
 
 
 def test_what_agrees_passes_and_adapters_are_put_back(tiny, batches):
