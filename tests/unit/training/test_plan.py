@@ -55,10 +55,7 @@ def make_example(family, modality):
             pytest.param(family, modality, marks=pytest.mark.slow)
             for family, modality in (
                 ("gemma4-e2b", "image"),
-                ("gemma4-e2b", "audio"),
                 ("gemma4-31b", "text"),
-                ("gemma4-12b", "image"),
-                ("gemma3n", "text"),
                 ("gemma3n", "audio"),
             )
         ),
