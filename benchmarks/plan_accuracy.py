@@ -1,0 +1,83 @@
+"""Predicted against measured peak memory of a LoRA step at a checkpoint's real size, on a GPU.
+
+    python -m benchmarks.plan_accuracy FOLDER [--shape 1x2048x512 ...]
+
+FOLDER holds a released config.json. A model of that size with random weights takes one step for
+each shape (rows x tokens x targets a row) and each number of checkpointed layers; its peak is
+CUDA's ``max_memory_allocated``. The prediction is :class:`HollowStep`'s, which has no weights.
+"""
+
+import argparse
+import gc
+import json
+from pathlib import Path
+
+import torch
+import transformers
+
+from benchmarks.compare_steps.models import build_random
+from gemma_tuner.collators.batch import Row, pad_rows
+from gemma_tuner.models.attention import use_attention
+from gemma_tuner.models.hollow import build_hollow_like
+from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.training.footprint import HollowStep
+from gemma_tuner.training.loss import target_loss_sum
+from gemma_tuner.training.modes import begin_training
+
+SHAPES = ("1x2048x512", "4x850x80", "2x1024x1023", "8x400x40")
+CHUNK = 256
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("config_folder", type=Path)
+    parser.add_argument("--shape", action="append", help="rows x tokens x targets, as 1x2048x512")
+    args = parser.parse_args()
+    device = torch.device("cuda")
+    config = transformers.AutoConfig.from_pretrained(args.config_folder)
+    gemma = build_random(config, device, torch.bfloat16)
+    use_attention(gemma)
+    model = add_lora(gemma, LoraConfig(rank=16))
+    layers = gemma.model.language_model.layers
+    own = sum(not layer.self_attn.is_kv_shared_layer for layer in layers)
+    step = HollowStep(build_hollow_like(model), device, accumulates=False)
+    for shape in args.shape or SHAPES:
+        rows, tokens, targets = map(int, shape.split("x"))
+        ids = torch.randint(10, 1000, (tokens,))
+        is_target = torch.arange(tokens) >= tokens - targets
+        row = Row("", ids, torch.zeros_like(ids), is_target)
+        batch = pad_rows(
+            [row] * rows, max_tokens=tokens, pad_token_id=0, token_type_name="mm_token_type_ids"
+        )
+        for count in (0, own, len(layers)):
+            begin_training(model, checkpointed_layers=count)
+            for _ in range(2):  # the first also makes workspaces
+                gc.collect()
+                torch.cuda.reset_peak_memory_stats()
+                resident = torch.cuda.memory_allocated()
+                loss = target_loss_sum(model, batch.to(device), chunk_tokens=CHUNK)
+                (loss / batch.num_target_tokens).backward()
+                measured = torch.cuda.max_memory_allocated() - resident
+                del loss
+                model.zero_grad(set_to_none=True)
+            found = step.measure(
+                batch,
+                checkpointed_layers=count,
+                loss_chunk_tokens=CHUNK,
+                query_chunk_tokens=None,
+            )
+            weights = found.resident_bytes - found.resident["moments"]
+            record = {
+                "shape": shape,
+                "checkpointed_layers": count,
+                "resident_gb": [round(x / 1e9, 3) for x in (weights, resident)],
+                "step_gb": [round(x / 1e9, 3) for x in (found.step_bytes, measured)],
+                "peak_ratio": round((weights + found.step_bytes) / (resident + measured), 4),
+                "step_ratio": round(found.step_bytes / measured, 4),
+            }
+            print(json.dumps(record), flush=True)
+    print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    main()
