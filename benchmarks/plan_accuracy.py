@@ -11,12 +11,13 @@ import argparse
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from benchmarks.compare_steps.models import build_random
-from gemma_tuner.collators.batch import Row, pad_rows
+from gemma_tuner.collators.batch import Batch, Row, pad_rows
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.hollow import build_hollow_like
 from gemma_tuner.models.lora import LoraConfig, add_lora
@@ -26,6 +27,17 @@ from gemma_tuner.training.modes import begin_training
 
 SHAPES = ("1x2048x512", "4x850x80", "2x1024x1023", "8x400x40")
 CHUNK = 256
+
+
+def measure_step(model: Any, batch: Batch) -> tuple[int, int]:
+    """Bytes that lie there between steps, and those on top of them at a step's peak."""
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    resident = torch.cuda.memory_allocated()
+    loss = target_loss_sum(model, batch.to(torch.device("cuda")), chunk_tokens=CHUNK)
+    (loss / batch.num_target_tokens).backward()
+    model.zero_grad(set_to_none=True)
+    return resident, torch.cuda.max_memory_allocated() - resident
 
 
 def main() -> None:
@@ -51,15 +63,8 @@ def main() -> None:
         )
         for count in (0, own, len(layers)):
             begin_training(model, checkpointed_layers=count)
-            for _ in range(2):  # the first also makes workspaces
-                gc.collect()
-                torch.cuda.reset_peak_memory_stats()
-                resident = torch.cuda.memory_allocated()
-                loss = target_loss_sum(model, batch.to(device), chunk_tokens=CHUNK)
-                (loss / batch.num_target_tokens).backward()
-                measured = torch.cuda.max_memory_allocated() - resident
-                del loss
-                model.zero_grad(set_to_none=True)
+            measure_step(model, batch)  # the first also makes workspaces
+            resident, measured = measure_step(model, batch)
             found = step.measure(
                 batch,
                 checkpointed_layers=count,
