@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gemma_tuner.collators.batch import Row, pad_rows
 from gemma_tuner.collators.multimodal import MultimodalCollator
-from gemma_tuner.models.attention import ATTENTION
+from gemma_tuner.models.attention import ATTENTION, use_attention
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
 from gemma_tuner.models.target_only import MAX_SHARE, TargetOnly, target_only_of
@@ -426,6 +426,7 @@ def test_flops_at_real_size(share, most, most_below, most_without):
     inputs = {**batch.inputs, "attention_mask": masks}
     begin_training(model)
     plain = count_flops(lambda: model(**inputs, labels=batch.labels, use_cache=False).loss)
+    use_attention(unwrap_peft(model))
 
     def ours():
         return target_loss_sum(model, batch, chunk_tokens=256)
