@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry
 
 from gemma_tuner.collators.batch import Batch
 from gemma_tuner.device import is_available
@@ -55,12 +54,10 @@ class Footprint:
     Args:
         resident: Bytes held between steps, by part: weights, adapters and moments.
         step: Bytes on top of that at the peak, by what made them.
-        flops: Floating-point operations of its matrix products and convolutions.
     """
 
     resident: Mapping[str, int]
     step: Mapping[str, int]
-    flops: int
 
     @property
     def resident_bytes(self) -> int:
@@ -119,7 +116,7 @@ class HollowStep:
             query_chunk_tokens: As in ``set_query_chunk``.
 
         Returns:
-            Bytes and floating-point operations.
+            Bytes by part.
         """
         model = self._model
         batch = batch.with_bucketed_targets() if self._is_mps else batch
@@ -137,7 +134,7 @@ class HollowStep:
             trace.region = "backward pass"
             (loss_sum / batch.num_target_tokens).backward()
             model.zero_grad(set_to_none=True)
-        return Footprint(self.resident, trace.peak, trace.flops)
+        return Footprint(self.resident, trace.peak)
 
     def measure_least(self, batch: Batch, *, frozen_layers: int = 0) -> int:
         """The peak bytes of a micro-batch when nothing is spared in time.
@@ -204,14 +201,12 @@ class _Trace(TorchDispatchMode):
     Attributes:
         region: What storages made from now on are counted under.
         peak: Bytes by region when they were most.
-        flops: Floating-point operations so far.
     """
 
     def __init__(self, region: str) -> None:
         super().__init__()
         self.region = region
         self.peak: dict[str, int] = {}
-        self.flops = 0
         self._peak_bytes = 0
         self._live: Counter[str] = Counter()
         self._live_bytes = 0
@@ -262,9 +257,6 @@ class _Trace(TorchDispatchMode):
         if func.namespace == "prim":  # asks for a device or a size
             return func(*args, **(kwargs or {}))
         out = _run_with_known_values(func, args, kwargs or {})
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
         for made in _tensors(out):
             self._count(made)
         return out

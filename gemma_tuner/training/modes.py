@@ -39,10 +39,13 @@ def checkpoint_layers(model: Any, count: int) -> None:
         count: How many decoder layers, from the first on. With any, the towers' layers do, too.
     """
     gemma = unwrap_peft(model)
+    layers = gemma.model.language_model.layers
+    if all(layer.gradient_checkpointing == (i < count) for i, layer in enumerate(layers)):
+        return  # asked for every micro-batch, and a walk over all modules takes a millisecond
     for module in gemma.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.gradient_checkpointing = count > 0
-    for layer in gemma.model.language_model.layers[count:]:
+    for layer in layers[count:]:
         layer.gradient_checkpointing = False
 
 

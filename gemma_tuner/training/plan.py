@@ -267,9 +267,6 @@ def plan_training(
         MemoryPlanError: Nothing fits; the error names the nearest plans that would.
     """
     gemma = unwrap_peft(model)
-    placement = choose_placement(gemma.config, gemma.device, None)
-    if placement is not None:
-        placement = "device" if find_mapped_embedding(model) is None else "disk"
     return _make_plan(
         _name_of(model),
         build_hollow_like(model),
@@ -277,7 +274,7 @@ def plan_training(
         _read_wishes(rows, config, max_tokens),
         device=gemma.device,
         budget=_read_budget(gemma.device, config.memory_gib),
-        placement=placement,
+        placement=_placement_of(model),
     )
 
 
@@ -313,7 +310,7 @@ def plan_without_trial(
         device=str(gemma.device),
         dtype=str(gemma.dtype).removeprefix("torch."),
         modalities=loaded_modalities(gemma),
-        per_layer_embeddings=None,
+        per_layer_embeddings=_placement_of(model),
         levels=_with_last_resort((Level(layers, ANY_SIZE.max_tokens),), wanted, num_layers),
         loss_chunk_tokens=wanted.loss_chunk_tokens or LOSS_CHUNKS[0],
         query_chunk_tokens=None,
@@ -328,6 +325,13 @@ def plan_without_trial(
 
 def _name_of(model: PeftModel) -> str:
     return name_without_path(unwrap_peft(model).name_or_path or "the model")
+
+
+def _placement_of(model: PeftModel) -> Placement | None:
+    """Where a loaded model's per-layer table is."""
+    gemma = unwrap_peft(model)
+    mapped = find_mapped_embedding(model) is not None
+    return choose_placement(gemma.config, gemma.device, "disk" if mapped else "device")
 
 
 def _count_media(row: Batch) -> int:

@@ -232,7 +232,7 @@ class Trainer:
         for step_input in reports.time_waits(feed):
             loss, grad_norm = self.train_step(step_input)
             reports.advance(self.step)
-            for message in self._cut_to_fit(step_input).take_messages():
+            for message in self.micro_batches.take_messages() if self.micro_batches else ():
                 reports.event(self.step, "out_of_memory", message)
             self.governor.after_step(self.step, reports)
             if self.ledger.log_is_due:
@@ -411,7 +411,8 @@ class Trainer:
             plan = plan_without_trial(self.model, rows, self.config, self.collator.max_tokens)
             if plan is None:
                 plan = self._make_plan(rows)
-                announce(str(plan))
+                if self.processes.is_main:
+                    announce(str(plan))
             self._use(plan)
         return self.micro_batches  # pyright: ignore[reportReturnType]
 
