@@ -1,0 +1,110 @@
+"""A run's settings as one YAML or JSON file: flag names and their values, flat."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+from gemma_tuner.errors import ConfigError
+
+Scalar: TypeAlias = str | int | float | bool | None
+Setting: TypeAlias = Scalar | list[Scalar]
+
+FILE_NAME = "settings.yaml"
+"""What :func:`save_settings` calls the file, in the run's folder."""
+
+
+def read_settings(path: str | Path, known: Collection[str]) -> dict[str, Setting]:
+    """Read settings; JSON is read too, as it is YAML.
+
+    Args:
+        path: The file: one mapping of names to a value, or to a list of values. Dashes in a name
+            are read as underscores. Nothing in it is run.
+        known: The names there are, with underscores.
+
+    Returns:
+        Names with underscores, and their values as the file has them. A number such as 1e-4 is a
+        string in YAML: whoever takes it converts it.
+
+    Raises:
+        ConfigError: The file cannot be read, is not such a mapping, or has an unknown name.
+    """
+    import yaml  # noqa: PLC0415 - only where there is a file
+
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"the settings file {path.name!r} cannot be read ({error.strerror}); give the path of "
+            "a YAML or JSON file"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the settings file {path.name!r} is not UTF-8 text") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(
+            f"the settings file {path.name!r} is neither YAML nor JSON{place}: "
+            f"{getattr(error, 'problem', None) or type(error).__name__}"
+        ) from None
+    if not isinstance(content, Mapping):
+        raise ConfigError(
+            f"the settings file {path.name!r} holds {_name_type(content)}; it must be a mapping, "
+            "a line for each setting, such as `learning_rate: 2e-4`"
+        )
+    settings: dict[str, Setting] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ConfigError(_unknown(name, known, path.name))
+        if name in settings:
+            raise ConfigError(f"the settings file {path.name!r} has {name!r} twice; keep one")
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str | int | float | bool | None) for item in values):
+            raise ConfigError(
+                f"the setting {name!r} in {path.name!r} must be a value or a list of values; got "
+                f"{_name_type(value)}"
+            )
+        settings[name] = value
+    return settings
+
+
+def save_settings(folder: str | Path, settings: Mapping[str, Setting]) -> Path:
+    """Write settings into a run's folder, so that they start the same run again.
+
+    Args:
+        folder: The run's; made if it is missing.
+        settings: Names and values; what is None is left out.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    import yaml  # noqa: PLC0415
+
+    path = Path(folder) / FILE_NAME
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(given, sort_keys=False, allow_unicode=True), "utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{FILE_NAME} cannot be written in {path.parent.name!r} ({error.strerror}); free disk "
+            "space there, or choose another folder for the run"
+        ) from None
+    return path
+
+
+def _unknown(name: str, known: Collection[str], file_name: str) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it can have {', '.join(sorted(known))}"
+    return f"the settings file {file_name!r} has an unknown setting {name!r}; {hint}"
+
+
+def _name_type(value: object) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,55 @@
+"""One file holds a run's settings, and starts the same run again."""
+
+import json
+
+import pytest
+
+from gemma_tuner.errors import ConfigError
+from gemma_tuner.settings import read_settings, save_settings
+
+KNOWN = ("data", "learning_rate", "max_tokens", "resume")
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    settings = {"data": ["a.jsonl", "ü b.jsonl"], "learning_rate": 2e-4, "max_tokens": None}
+    path = save_settings(tmp_path / "run", settings)
+    assert read_settings(path, KNOWN) == {
+        "data": ["a.jsonl", "ü b.jsonl"],
+        "learning_rate": 2e-4,
+    }
+
+
+def test_json_and_dashes_are_read(tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps({"max-tokens": 64, "resume": True}))
+    assert read_settings(path, KNOWN) == {"max_tokens": 64, "resume": True}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown setting 'learning_rat'; did you mean 'learning_rate'"),
+        ("max-tokens: 1\nmax_tokens: 2", "has 'max_tokens' twice"),
+        ("data: {a: b}", "must be a value or a list of values; got a dict"),
+        ("data: [[a]]", "must be a value or a list of values; got a list"),
+        ("- a", "holds a list; it must be a mapping"),
+        ("", "holds nothing"),
+        ("data: [a", "neither YAML nor JSON at line"),
+        ("data: !!python/object/apply:os.getcwd []", "neither YAML nor JSON"),
+    ],
+)
+def test_bad_files_are_explained(tmp_path, text, message):
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        read_settings(path, KNOWN)
+    assert message in str(caught.value)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_missing_and_unwritable(tmp_path):
+    with pytest.raises(ConfigError, match=r"'none\.yaml' cannot be read"):
+        read_settings(tmp_path / "none.yaml", KNOWN)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        save_settings(tmp_path / "file", {})
