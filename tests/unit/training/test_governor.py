@@ -280,10 +280,10 @@ def test_memory_that_is_never_freed_is_reported(tmp_path, reports, monkeypatch):
     held = []
     for step in range(1, 41):
         if step > 15:
-            # Fresh pages: a large process may have freed memory to give to a tensor. 8 MiB a
-            # step: 6 steps to the limit, and 10 to be sure.
-            held.append(mmap.mmap(-1, 8 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
-            held[-1].write(bytes(8 * 2**20))
+            # Fresh pages: a large process may have freed memory to give to a tensor. 4 MiB a
+            # step: 12 steps to the limit, and 10 to be sure.
+            held.append(mmap.mmap(-1, 4 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+            held[-1].write(bytes(4 * 2**20))
         governor.after_record(record_of(step), reports)
     (event,) = read_events(tmp_path)
     assert event["name"] == "memory_growth"
