@@ -50,6 +50,8 @@ def add_trained_lora(model, *, seed=1, **settings):
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.02, generator=generator)
+            elif "modules_to_save" in name:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
             elif "magnitude" in name:
                 parameter.mul_(1 + 0.1 * torch.randn(parameter.shape, generator=generator))
     return wrapped

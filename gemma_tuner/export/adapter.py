@@ -16,8 +16,7 @@ from peft import PeftModel
 from gemma_tuner.device import announce
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.cards import Scores, write_adapter_card
-from gemma_tuner.export.deltas import CONFIG, FINGERPRINT
-from gemma_tuner.export.fingerprints import hash_model_norms
+from gemma_tuner.export.deltas import CONFIG
 from gemma_tuner.export.folders import new_folder
 from gemma_tuner.training.checkpoint import save_adapter
 
@@ -67,10 +66,6 @@ def export_adapter(
         config["revision"] = config.get("revision") or _find_revision(base)
         (temporary / CONFIG).write_text(
             json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
-        (temporary / FINGERPRINT).write_text(
-            json.dumps({"base_norms_sha256": hash_model_norms(base)}, indent=2) + "\n",
-            encoding="utf-8",
         )
         write_adapter_card(
             temporary,

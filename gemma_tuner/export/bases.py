@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.deltas import Adapter, Delta
-from gemma_tuner.export.fingerprints import hash_stored_norms
+from gemma_tuner.export.deltas import Adapter, Delta, Replacement
 from gemma_tuner.export.weights import StoredTensor, find_checkpoint
-from gemma_tuner.training.identity import portable_name, shorten_differences
+from gemma_tuner.training.identity import (
+    hash_decoder_norms,
+    portable_name,
+    shorten_differences,
+)
 
 
 def find_base(adapter: Adapter, base: str | Path | None, revision: str | None) -> Path:
@@ -48,7 +51,7 @@ def check_same_base(adapter: Adapter, folder: Path, tensors: Mapping[str, Stored
     """
     name = portable_name(str(folder))
     if adapter.norms_sha256 is not None:
-        if adapter.norms_sha256 != hash_stored_norms(tensors):
+        if adapter.norms_sha256 != hash_decoder_norms(tensors, lambda key: tensors[key].read()):
             raise CheckpointError(
                 f"the adapter was trained on {adapter.base or 'another model'}, and {name} has "
                 "the same shapes but other weights (another release, or fine-tuned since); give "
@@ -65,7 +68,7 @@ def check_same_base(adapter: Adapter, folder: Path, tensors: Mapping[str, Stored
 
 def check_fits(
     adapter: Adapter, tensors: Mapping[str, StoredTensor], folder: Path, model_type: str
-) -> dict[str, Delta]:
+) -> dict[str, Delta | Replacement]:
     """Check that an adapter is one for this checkpoint.
 
     Args:

@@ -128,6 +128,8 @@ def _describe_data(data: Mapping[str, Any] | None) -> dict[str, str]:
 
 
 def _describe_lora(config: Mapping[str, Any]) -> str:
+    if modules := config.get("modules_to_save"):
+        return f"full, {len(modules)} layers"
     kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
     return f"{kind}, rank {config['r']}, alpha {config['lora_alpha']}"
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.weights import list_file, read_json
+from gemma_tuner.training.checkpoint import FINGERPRINT
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-FINGERPRINT = "gemma_tuner.json"
 PREFIX = "base_model.model."
 
 # Settings of PEFT's LoRA that change what an adapter computes, with the value that does not.
@@ -31,7 +31,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "kasa_config": (None,),
     "layer_replication": (None,),
     "lora_bias": (False, None),
-    "modules_to_save": (None, []),
     "monteclora_config": (None,),
     "trainable_token_indices": (None, {}, []),
     "use_bdlora": (None, False),
@@ -114,17 +113,53 @@ class Delta:
 
 
 @dataclass(frozen=True, slots=True)
+class Replacement:
+    """A weight that was trained itself (``LoraConfig(variant="full")``, ``modules_to_save``).
+
+    Args:
+        module: The trained module.
+        weight: ``[out, in]`` float32.
+    """
+
+    module: str
+    weight: Tensor
+
+    @property
+    def name(self) -> str:
+        """The full name of the trained weight."""
+        return f"{self.module}.weight"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that this replaces."""
+        return tuple(self.weight.shape)
+
+    def merge(self, weight: Tensor, index: int, rows: slice) -> Tensor:
+        """Give some rows, as :meth:`Delta.merge` does.
+
+        Args:
+            weight: ``[rows, in]`` float32, what is replaced.
+            index: 0.
+            rows: Which rows.
+
+        Returns:
+            The trained rows, ``[rows, in]`` float32.
+        """
+        return self.weight[rows]
+
+
+@dataclass(frozen=True, slots=True)
 class Adapter:
     """A PEFT LoRA adapter as it lies in its folder.
 
     Args:
         config: ``adapter_config.json``.
         deltas: By the full name of the weight that each belongs to.
-        norms_sha256: Fingerprint of the base (see :func:`hash_norms`), where the adapter says it.
+        norms_sha256: Of the base (see ``hash_decoder_norms``), where the adapter says it.
     """
 
     config: Mapping[str, Any]
-    deltas: Mapping[str, Delta]
+    deltas: Mapping[str, Delta | Replacement]
     norms_sha256: str | None
 
     @property
@@ -136,6 +171,26 @@ class Adapter:
     def revision(self) -> str | None:
         """The base's commit, where it is known."""
         return self.config.get("revision")
+
+    def require_lora(self, program: str) -> list[Delta]:
+        """The adapter for a program that adds to weights and does not replace them.
+
+        Args:
+            program: Its name, for the message.
+
+        Returns:
+            The deltas.
+
+        Raises:
+            CheckpointError: Some weights were trained themselves.
+        """
+        deltas = [delta for delta in self.deltas.values() if isinstance(delta, Delta)]
+        if len(deltas) < len(self.deltas):
+            raise CheckpointError(
+                f"{len(self.deltas) - len(deltas)} weights were trained themselves (variant "
+                f"'full'), which an adapter for {program} cannot hold; export the merged model"
+            )
+        return deltas
 
 
 def read_adapter(path: str | Path) -> Adapter:
@@ -191,7 +246,7 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
 
 def collect_deltas(
     name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> dict[str, Delta]:
+) -> dict[str, Delta | Replacement]:
     """Pair the tensors of an adapter.
 
     Args:
@@ -206,7 +261,18 @@ def collect_deltas(
         CheckpointError: A tensor lacks its partner or is of a kind that LoRA does not have.
     """
     parts: dict[str, dict[str, Tensor]] = {}
+    deltas: dict[str, Delta | Replacement] = {}
+    replaced = tuple(f".{module}.weight" for module in config.get("modules_to_save") or ())
+    if lacking := [name for name in replaced if not any(f".{k}".endswith(name) for k in tensors)]:
+        raise CheckpointError(
+            f"{name} says modules_to_save={lacking[0][1 : -len('.weight')]!r}, whose weight is not "
+            "there; save it again"
+        )
     for key, tensor in tensors.items():
+        if key.startswith(PREFIX) and f".{key}".endswith(replaced):
+            replacement = Replacement(key.removeprefix(PREFIX)[: -len(".weight")], tensor.float())
+            deltas[replacement.name] = replacement
+            continue
         match = re.fullmatch(
             rf"{re.escape(PREFIX)}(.+)\.(lora_A\.weight|lora_B\.weight|lora_magnitude_vector)", key
         )
@@ -215,7 +281,6 @@ def collect_deltas(
                 f"{name} holds {key}, which is no LoRA of a linear layer and cannot be exported"
             )
         parts.setdefault(match[1], {})[match[2].split(".")[0]] = tensor.float()
-    deltas = {}
     for path, found in parts.items():
         if not {"lora_A", "lora_B"} <= found.keys():
             raise CheckpointError(f"{name} lacks one half of its adapter on {path}; save it again")

@@ -15,7 +15,7 @@ import torch
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.bases import check_fits, check_same_base, find_base
 from gemma_tuner.export.cards import write_merged_card
-from gemma_tuner.export.deltas import Delta, read_adapter
+from gemma_tuner.export.deltas import Delta, Replacement, read_adapter
 from gemma_tuner.export.folders import new_folder
 from gemma_tuner.export.weights import (
     INDEX,
@@ -127,7 +127,9 @@ def export_merged(
     return report
 
 
-def _merge(stored: StoredTensor, delta: Delta, report: MergeReport) -> Iterator[bytes]:
+def _merge(
+    stored: StoredTensor, delta: Delta | Replacement, report: MergeReport
+) -> Iterator[bytes]:
     for index, rows, block in stored.blocks():
         weight = block.float()
         merged = delta.merge(weight, index, rows)

@@ -77,10 +77,11 @@ def export_mlx(
             "mlx-vlm up to 0.7.10 cannot load adapters into a Gemma 4 that hears (it fails with "
             "'_no_grad'); if yours cannot, use export_merged"
         )
-    rank = max(delta.rank for delta in read.deltas.values())
-    scale = max(delta.scale for delta in read.deltas.values())
+    deltas = read.require_lora("MLX")
+    rank = max(delta.rank for delta in deltas)
+    scale = max(delta.scale for delta in deltas)
     tensors: dict[str, Tensor] = {}
-    for delta in read.deltas.values():
+    for delta in deltas:
         tensors |= _to_mlx(delta, model_type, program, rank, scale)
     keys = sorted({name.rpartition(".")[0] for name in tensors})
     settings = {

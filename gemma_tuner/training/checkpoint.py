@@ -5,6 +5,7 @@
     output_dir/checkpoints/step-00000010/
         adapter_config.json        the adapter as PEFT writes it: PeftModel.from_pretrained
         adapter_model.safetensors  loads this folder
+        gemma_tuner.json           a fingerprint of the base, checked when it is exported
         optimizer.safetensors      "<parameter>.exp_avg", ".exp_avg_sq", ".step"
         trainer_state.json         step, stream, settings, totals, identity, versions
 
@@ -41,6 +42,7 @@ from torch.nn import Parameter
 from gemma_tuner.errors import CheckpointError, ResumeError
 from gemma_tuner.training.identity import (
     describe_model,
+    hash_decoder_norms,
     list_differences,
     portable_name,
     shorten_differences,
@@ -48,6 +50,8 @@ from gemma_tuner.training.identity import (
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _ADAPTER_WEIGHTS = "adapter_model.safetensors"
+FINGERPRINT = "gemma_tuner.json"
+"""Beside an adapter: ``base_norms_sha256`` says which release it was trained on."""
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "trainer_state.json"
 _FORMAT = 1
@@ -140,7 +144,7 @@ def save_adapter(model: PeftModel, path: str | Path) -> Path:
         with _new_folder(temporary):
             _write_adapter(model, temporary)
             _sync_folder(temporary)
-            for name in (_ADAPTER_WEIGHTS, _ADAPTER_CONFIG):
+            for name in (FINGERPRINT, _ADAPTER_WEIGHTS, _ADAPTER_CONFIG):
                 (temporary / name).replace(folder / name)
             temporary.rmdir()
             _sync(folder)
@@ -301,6 +305,11 @@ def _write_adapter(model: PeftModel, folder: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = portable_name(config["base_model_name_or_path"])
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    base: Any = model.get_base_model()
+    norms_sha256 = hash_decoder_norms(dict(base.named_parameters()), base.get_parameter)
+    (folder / FINGERPRINT).write_text(
+        json.dumps({"base_norms_sha256": norms_sha256}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 # --- reading back ----------------------------------------------------------------------------

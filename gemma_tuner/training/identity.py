@@ -5,13 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
+
+# In every family, loaded with towers or without, and trained by no adapter.
+_DECODER_NORMS = re.compile(
+    r"(model\.)?language_model\.(model\.)?(layers\.\d+\.\w*layernorm\.weight)"
+)
 
 # Who wrote a config, where it came from and how the model is run, rather than what it is. Keys
 # that begin with an underscore are of the same kind.
@@ -52,6 +58,25 @@ def describe_model(model: PeftModel) -> dict[str, Any]:
             name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad
         },
     }
+
+
+def hash_decoder_norms(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    """Fingerprint a release: a few small tensors tell it from another of the same shapes.
+
+    Args:
+        names: The tensors of a model that is not wrapped, or of a checkpoint.
+        read: Gives one of them; only norms of the decoder's layers are asked for.
+
+    Returns:
+        SHA-256, the same for a checkpoint in bfloat16 and in float32.
+    """
+    digest = hashlib.sha256()
+    norms = {match[3]: name for name in names if (match := _DECODER_NORMS.fullmatch(name))}
+    for short_name, name in sorted(norms.items()):
+        digest.update(short_name.encode())
+        rounded = read(name).detach().to("cpu", torch.bfloat16)
+        digest.update(rounded.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def list_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

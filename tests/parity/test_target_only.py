@@ -191,6 +191,7 @@ def test_rows_padded_on_the_left_and_no_padding(model):
     [
         {"variant": "dora"},
         {"variant": "rslora"},
+        {"variant": "full"},
         {"layers": 1},
         {"layers": (0, 2)},
         {"layers": (3, 3)},
@@ -198,7 +199,8 @@ def test_rows_padded_on_the_left_and_no_padding(model):
     ids=str,
 )
 def test_every_kind_and_place_of_adapter(family, settings):
-    targets = [t for t in TARGETS[family] if t != "experts" or settings.get("variant") != "dora"]
+    no_experts = settings.get("variant") in ("dora", "full")
+    targets = [t for t in TARGETS[family] if t != "experts" or not no_experts]
     model = make_model(family, targets=targets, **settings)
     batch = make_batch(model, LAYOUTS["ragged"])
     for checkpointing in (False, True):

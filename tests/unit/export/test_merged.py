@@ -70,12 +70,12 @@ def test_merged_checkpoint_computes_what_the_adapter_does(e2b, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
+@pytest.mark.parametrize("variant", ["lora", "dora", "rslora", "full"])
 def test_every_family_and_variant(family, variant, tmp_path):
     save_base(family, tmp_path / "base")
     offered = ("text", "image") if family in FAMILIES[2:4] else ("text", "image", "audio")
     model, _ = gt.load_model(tmp_path / "base", modalities=offered, device="cpu")
-    targets = [t for t in TARGETS[family] if t != "experts" or variant != "dora"]
+    targets = [t for t in TARGETS[family] if t != "experts" or variant in ("lora", "rslora")]
     model = add_trained_lora(model, targets=targets, variant=variant)
     save_adapter(model, tmp_path / "adapter")
     export_merged(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")

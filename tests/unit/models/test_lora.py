@@ -135,6 +135,43 @@ def test_variants_begin_at_the_base_and_reload(variant, dtype, checkpoints, make
     assert (stock - after).float().norm() <= rounding * after.float().norm()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_trains_the_layers_themselves(dtype, checkpoints, make_batch, tmp_path):
+    def load():
+        return load_model(
+            checkpoints["gemma4-e2b"], modalities=("image", "audio"), device="cpu", dtype=dtype
+        )
+
+    targets = ("language", "vision", "audio", "projectors")
+    model, processor = load()
+    batch = make_batch(processor, "image", "audio")
+    plain = load()[0].requires_grad_(requires_grad=True)
+    plain(**batch).loss.backward()
+    model = wrap(model, variant="full", targets=targets)
+    assert {parameter.dtype for parameter in trainable(model)} == {torch.float32}
+    loss = model(**batch).loss
+    loss.backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 48 + 14 + 20 + 2
+    for name, parameter in trained.items():
+        short = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+        expected = plain.get_parameter(short).grad
+        torch.testing.assert_close(parameter.grad.to(expected.dtype), expected)
+    with torch.no_grad():
+        before = model(**batch).logits
+        for parameter in trained.values():
+            parameter -= 0.1 * parameter.grad
+        after = model(**batch).logits
+        assert not torch.equal(after, before)
+        with model.disable_adapter():
+            assert torch.equal(model(**batch).logits, before)
+    model.save_pretrained(tmp_path)
+    stock = peft.PeftModel.from_pretrained(load()[0], tmp_path).eval()
+    _compute_in_model_dtype(stock)
+    with torch.no_grad():
+        assert torch.equal(stock(**batch).logits, after)
+
+
 def test_without_a_config_the_decoder_gets_rank_16():
     model = add_lora(tiny_model("gemma4-e2b")[0])
     assert {p.shape[0] for name, p in model.named_parameters() if "lora_A" in name} == {16}
@@ -304,6 +341,8 @@ def test_one_set_of_adapters_only():
         ({"layers": (3, 2)}, r"layers is \(3, 2\)"),
         ({"targets": ("experts",), "variant": "dora"}, "neither dora nor dropout"),
         ({"targets": ("experts",), "dropout": 0.1}, "neither dora nor dropout"),
+        ({"targets": ("experts",), "variant": "full"}, "neither dropout nor 'experts'"),
+        ({"variant": "full", "dropout": 0.1}, "neither dropout nor 'experts'"),
     ],
 )
 def test_settings_are_checked(settings, message):
