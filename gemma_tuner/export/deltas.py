@@ -265,8 +265,7 @@ def collect_deltas(
     replaced = tuple(f".{module}.weight" for module in config.get("modules_to_save") or ())
     if lacking := [name for name in replaced if not any(f".{k}".endswith(name) for k in tensors)]:
         raise CheckpointError(
-            f"{name} says modules_to_save={lacking[0][1 : -len('.weight')]!r}, whose weight is not "
-            "there; save it again"
+            f"{name} has no {lacking[0][1:]}, though its modules_to_save names it; save it again"
         )
     for key, tensor in tensors.items():
         if key.startswith(PREFIX) and f".{key}".endswith(replaced):

@@ -160,7 +160,7 @@ def test_full_trains_the_layers_themselves(dtype, checkpoints, make_batch, tmp_p
     with torch.no_grad():
         before = model(**batch).logits
         for parameter in trained.values():
-            parameter -= 0.1 * parameter.grad
+            parameter.sub_(0.1 * parameter.grad)
         after = model(**batch).logits
         assert not torch.equal(after, before)
         with model.disable_adapter():

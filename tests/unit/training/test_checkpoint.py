@@ -31,6 +31,7 @@ CONFIG = TrainConfig(max_steps=100, learning_rate=1e-2, output_dir="/home/ada/se
 FILES = [
     "adapter_config.json",
     "adapter_model.safetensors",
+    "gemma_tuner.json",
     "optimizer.safetensors",
     "trainer_state.json",
 ]
@@ -358,7 +359,7 @@ def test_tensors_that_do_not_match_are_named(tmp_path, file, change):
     assert_same_bits(run.snapshot(), before)
 
 
-@pytest.mark.parametrize("file", FILES[1:])
+@pytest.mark.parametrize("file", [FILES[1], *FILES[3:]])
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "removed"])
 def test_a_damaged_file_is_named_and_the_one_before_serves(tmp_path, file, damage):
     run = Run()
@@ -409,7 +410,7 @@ def test_an_adapter_is_a_stock_peft_folder(tmp_path):
     run = Run()
     run.train(2)
     path = save_adapter(run.model, tmp_path / "deep" / "adapter")
-    assert sorted(read_files(path)) == FILES[:2]
+    assert sorted(read_files(path)) == FILES[:3]
     stock = peft.PeftModel.from_pretrained(Run().model.unload(), str(path))
     ids = torch.arange(8)[None]
     assert torch.equal(stock(input_ids=ids).logits, run.model.eval()(input_ids=ids).logits)
@@ -426,7 +427,7 @@ def test_an_existing_folder_keeps_its_other_files(tmp_path):
     before = read_files(tmp_path / "checkpoints" / "step-00000000")
     run.train(1)
     save_adapter(run.model, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [*FILES[:2], "checkpoints", "notes.txt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [*FILES[:3], "checkpoints", "notes.txt"]
     assert read_files(tmp_path / "checkpoints" / "step-00000000") == before
     assert (tmp_path / FILES[1]).read_bytes() != before[FILES[1]]
 

@@ -1,0 +1,167 @@
+"""Trained adapters: where a run keeps them, and putting one back on its base."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import peft
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+
+from gemma_tuner.errors import CheckpointError
+from gemma_tuner.models.families import Modality
+from gemma_tuner.models.lora import wrap_peft
+from gemma_tuner.training.checkpoint import FINGERPRINT, latest_checkpoint
+from gemma_tuner.training.identity import (
+    hash_decoder_norms,
+    list_differences,
+    portable_name,
+    shorten_differences,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_TOWERS: Mapping[Modality, tuple[str, ...]] = {
+    "image": (".vision_tower.", ".embed_vision."),
+    "audio": (".audio_tower.", ".embed_audio."),
+}
+
+
+def find_adapter(path: str | Path) -> Path:
+    """Find the adapter that a folder means.
+
+    Args:
+        path: An adapter's folder (PEFT), or a run's: its saved adapter, else its newest
+            checkpoint.
+
+    Returns:
+        The adapter's folder.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    folder = Path(path)
+    for candidate in (folder, folder / "adapter", latest_checkpoint(folder)):
+        if candidate is not None and (candidate / _CONFIG).is_file():
+            return candidate
+    raise CheckpointError(
+        f"{folder.resolve().name!r} holds no adapter ({_CONFIG}) and no checkpoint; give the "
+        "folder of a run or of an adapter"
+        if folder.is_dir()
+        else f"there is no folder {folder.name!r}; give the folder of a run or of an adapter"
+    )
+
+
+def read_adapter_base(folder: Path) -> str | None:
+    """The model that an adapter names as its base: a Hub name or a folder's; None if it does not.
+
+    Args:
+        folder: The adapter's.
+
+    Returns:
+        The name.
+
+    Raises:
+        CheckpointError: Its configuration is damaged.
+    """
+    return _read_json(folder / _CONFIG).get("base_model_name_or_path")
+
+
+def list_adapter_modalities(folder: Path) -> tuple[Modality, ...]:
+    """The parts of a model that an adapter needs, by the names of its weights.
+
+    Args:
+        folder: The adapter's.
+
+    Returns:
+        ``text``, and what it adapts towers or projectors of.
+
+    Raises:
+        CheckpointError: Its weights are missing or damaged.
+    """
+    try:
+        with safe_open(folder / _WEIGHTS, "pt") as weights:
+            names = list(weights.keys())
+    except (OSError, SafetensorError) as error:
+        raise _damaged(folder, error) from None
+    return (
+        "text",
+        *(
+            modality
+            for modality, parts in _TOWERS.items()
+            if any(part in name for name in names for part in parts)
+        ),
+    )
+
+
+def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
+    """Put a trained adapter on the model that it was trained on, to be used, not trained on.
+
+    Args:
+        model: From ``load_model``, with the towers that the adapter needs.
+        path: As for :func:`find_adapter`.
+
+    Returns:
+        The model, wrapped as ``add_lora`` wraps it, with the adapter's weights.
+
+    Raises:
+        CheckpointError: There is no adapter, it is damaged, or it was trained on another model.
+    """
+    folder = find_adapter(path)
+    name, base = folder.resolve().name, portable_name(model.name_or_path)
+    document = _read_json(folder / _CONFIG)
+    trained_on = document.get("base_model_name_or_path") or "another model"
+    remedy = f"load the model that it was trained on ({trained_on}) and try again"
+    if (folder / FINGERPRINT).is_file():
+        expected = _read_json(folder / FINGERPRINT).get("base_norms_sha256")
+        found = hash_decoder_norms(dict(model.named_parameters()), model.get_parameter)
+        if expected != found:
+            raise CheckpointError(f"the adapter {name} is not for {base or 'this model'}; {remedy}")
+    try:
+        tensors = {}
+        with safe_open(folder / _WEIGHTS, "pt") as weights:
+            for key in weights.keys():  # noqa: SIM118 - it is no mapping
+                tensors[key] = weights.get_tensor(key)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(folder, error) from None
+    try:
+        wrapped = wrap_peft(model, peft.PeftConfig.from_pretrained(str(folder)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the adapter {name} does not fit {base or 'this model'} ({error}); {remedy}"
+        ) from None
+    here = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    if differences := list_differences(_shapes(tensors), _shapes(here)):
+        raise CheckpointError(
+            f"the adapter {name} does not fit {base or 'this model'}; adapter against model: "
+            f"{shorten_differences(differences, 3)}; {remedy}"
+        )
+    with torch.no_grad():
+        for key, tensor in tensors.items():
+            here[key].copy_(tensor)
+    wrapped.requires_grad_(requires_grad=False)
+    return wrapped
+
+
+def _shapes(tensors: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(path.parent, error) from None
+
+
+def _damaged(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"the adapter {folder.resolve().name} is incomplete or damaged ({type(error).__name__}); "
+        "save it again, or take an earlier checkpoint"
+    )
