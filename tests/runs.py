@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 from gemma_tuner.collators.multimodal import MultimodalCollator
+from gemma_tuner.evaluation.samples import SampleGenerations
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.streaming.config import FetchConfig
 from gemma_tuner.streaming.opening import stream_bigquery, stream_local
@@ -34,6 +35,7 @@ def build_trainer(
     dropout=0.0,
     rows=10,
     stream=None,
+    samples=None,
     **settings,
 ):
     """A trainer on the first bundled samples: 4 examples a step, an epoch of 2.5 steps."""
@@ -51,8 +53,11 @@ def build_trainer(
         "output_dir": Path(folder) / "run",
         **settings,
     }
+    collator = MultimodalCollator(processor)
+    if samples is not None:
+        samples = SampleGenerations(collator, [stream[0]], **samples)
     return StoppingTrainer(
-        model, stream, MultimodalCollator(processor), TrainConfig(**settings), eval_stream=stream
+        model, stream, collator, TrainConfig(**settings), eval_stream=stream, samples=samples
     )
 
 
@@ -91,6 +96,7 @@ def read_trace(folder, kind="step"):
         "tokens_per_second",
         "target_tokens_per_second",
         "data_wait_seconds",
+        "time",
         "memory_bytes",
         "device",
     )

@@ -58,7 +58,7 @@ def write_report(report: Report, output: str | Path, worst: Mapping[str, Example
     folder = Path(output)
     with _errors_explained(folder), _replaced_folder(folder) as temporary:
         media = {
-            key: tuple(_write_media(example, temporary, number))
+            key: tuple(f"{_MEDIA}/{n}" for n in write_media(example, temporary / _MEDIA, number))
             for number, (key, example) in enumerate(worst.items(), 1)
         }
         report = replace(report, media=media)
@@ -67,13 +67,22 @@ def write_report(report: Report, output: str | Path, worst: Mapping[str, Example
     return report
 
 
-def _write_media(example: Example, folder: Path, number: int) -> Iterator[str]:
-    """Write an example's pictures and sounds, and yield their names; keys may hold anything."""
+def write_media(example: Example, folder: Path, number: int) -> Iterator[str]:
+    """Write an example's pictures and sounds.
+
+    Args:
+        example: With its media decoded.
+        folder: Where; made if it is missing.
+        number: Begins the files' names; keys may hold anything.
+
+    Yields:
+        The name of each file.
+    """
     for index, part in enumerate(example.media, 1):
         source: Any = part.source
-        name = f"{_MEDIA}/{number:03d}-{index}{'.png' if isinstance(part, Image) else '.wav'}"
+        name = f"{number:03d}-{index}{'.png' if isinstance(part, Image) else '.wav'}"
         path = folder / name
-        path.parent.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
         if isinstance(part, Image):
             source.save(path)
         else:

@@ -1,22 +1,40 @@
-"""Answers to the same few questions at intervals of a training run, to watch what it learns."""
+"""Answers to the same few questions at intervals of a training run, to watch what it learns.
+
+::
+
+    output_dir/samples.jsonl     a line for each answer, see SampleRecord
+    output_dir/samples/001-1.png the pictures and sounds of the questions
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import soundfile
+import torch
+
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError
-from gemma_tuner.evaluation.decoding import Decoding
+from gemma_tuner.evaluation.decoding import Decoding, in_eval_mode
 from gemma_tuner.evaluation.generator import Generator, check_modalities
 from gemma_tuner.evaluation.prompts import end_with_answer, show_prompt
+from gemma_tuner.evaluation.report_files import write_media
+from gemma_tuner.media.load import load_media
+from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.settings import is_whole_number
 from gemma_tuner.records import Example
+from gemma_tuner.training.loss import predicting_hidden_states
 
 if TYPE_CHECKING:
+    from gemma_tuner.collators.batch import Batch
     from gemma_tuner.collators.text import TextCollator
+
+FILE, FOLDER = "samples.jsonl", "samples"
+_HEAD_ROWS = 64  # of the vocabulary's head at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +47,9 @@ class SampleRecord:
         prompt: What was asked.
         reference: The right answer.
         prediction: What the model answered.
+        media: Files of the question's pictures and sounds, in the run's folder ``samples``.
+        tokens: The tokens of the right answer, each with the probability that the model gives it
+            after those before it.
     """
 
     step: int
@@ -36,23 +57,26 @@ class SampleRecord:
     prompt: str
     reference: str
     prediction: str
+    media: tuple[str, ...] = ()
+    tokens: tuple[tuple[str, float], ...] = ()
 
 
 class SampleGenerations:
     """Answers examples every so many steps; the model is left as it was found.
 
-    Call it after each step, and give what it returns to :func:`append_samples`.
+    Give it to ``Trainer(..., samples=...)``: it then also answers before the first step and after
+    the last, and writes questions, answers and media into the run's folder, on this machine.
 
     Args:
         collator: What the model is trained with.
         examples: A few conversations with their answers, from held-out data.
-        every_steps: How often; step 0 counts as due, so that the beginning is seen.
+        every_steps: How often.
         batch_size: Examples at a time.
         max_new_tokens: The most tokens of an answer.
 
     Raises:
         ConfigError: No examples, or a number below 1.
-        DataError: An example without an answer.
+        DataError: An example without an answer, or one whose media cannot be read.
     """
 
     def __init__(
@@ -73,14 +97,71 @@ class SampleGenerations:
         self._batch_size = batch_size
         self._collator = replace(collator, train_on="last")
         self._decoding = Decoding(max_new_tokens=max_new_tokens, do_sample=False)
-        self._examples = [_require_answer(example) for example in examples]
+        self._examples = [load_media(_require_answer(example)) for example in examples]
+        self._media: list[tuple[str, ...]] = [()] * len(examples)
+        self._path: Path | None = None
+        self._last_step = -1
 
-    def is_due(self, step: int) -> bool:
-        """Whether answers are wanted after so many steps."""
-        return step % self.every_steps == 0
+    def begin(self, folder: str | Path, step: int) -> None:
+        """Write the media into a run's folder, and drop answers beyond the step it begins at.
 
-    def __call__(self, model: Any, step: int) -> list[SampleRecord]:
-        """Answer the examples if that is due.
+        Args:
+            folder: The run's.
+            step: Optimizer steps done before; 0 drops all answers.
+
+        Raises:
+            CheckpointError: No room or no permission.
+        """
+        self._path = Path(folder) / FILE
+        with _errors_explained():
+            (self._path.parent / FOLDER).mkdir(parents=True, exist_ok=True)
+            self._media = [
+                tuple(write_media(example, self._path.parent / FOLDER, number))
+                for number, example in enumerate(self._examples, 1)
+            ]
+            kept = []
+            if step and self._path.exists():
+                lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+                # A killed run leaves its last line unfinished.
+                whole = [line for line in lines if line.endswith("\n")]
+                kept = [line for line in whole if json.loads(line)["step"] <= step]
+            self._last_step = json.loads(kept[-1])["step"] if kept else -1
+            temporary = self._path.with_name(f".{FILE}.tmp")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(self._path)
+
+    def is_due(self, step: int, total_steps: int) -> bool:
+        """Whether answers are wanted: before the first step, after the last, and as configured."""
+        return step != self._last_step and (
+            step % self.every_steps == 0 or step in (0, total_steps)
+        )
+
+    def write(self, model: Any, step: int) -> list[SampleRecord]:
+        """Answer the examples, and add the answers to the run's file.
+
+        Args:
+            model: As in :meth:`answer`.
+            step: Optimizer steps done.
+
+        Returns:
+            A record for each example.
+
+        Raises:
+            ConfigError: :meth:`begin` was not called, or as in :meth:`answer`.
+            CheckpointError: No room or no permission.
+            DataError: As in :meth:`answer`.
+        """
+        if self._path is None:
+            raise ConfigError("there is no folder to write to; call begin(folder, step) first")
+        self._last_step = step
+        records = self.answer(model, step)
+        lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
+        with _errors_explained(), self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+        return records
+
+    def answer(self, model: Any, step: int) -> list[SampleRecord]:
+        """Answer the examples, and tell how sure the model is of each token of the right answer.
 
         Args:
             model: A Gemma model, as loaded or wrapped by PEFT; its mode and checkpointing are
@@ -88,48 +169,82 @@ class SampleGenerations:
             step: Optimizer steps done.
 
         Returns:
-            A record for each example, or an empty list.
+            A record for each example.
 
         Raises:
             ConfigError: Media for which the model has no tower.
             DataError: An example that cannot be used.
         """
-        if not self.is_due(step):
-            return []
         check_modalities(model, self._examples)
         generator = Generator(model, self._collator, self._decoding)
         records = []
         for start in range(0, len(self._examples), self._batch_size):
             chunk = self._examples[start : start + self._batch_size]
             prompts = [generator.encode(example) for example in chunk]
-            for example, prompt, answer in zip(
-                chunk, prompts, generator.answer(prompts), strict=True
+            answers = generator.answer(prompts)
+            for number, (example, prompt, answer) in enumerate(
+                zip(chunk, prompts, answers, strict=True), start
             ):
                 reference, _ = generator.reader.read(prompt.answer_ids)
                 records.append(
-                    SampleRecord(step, example.key, show_prompt(example), reference, answer.text)
+                    SampleRecord(
+                        step,
+                        example.key,
+                        show_prompt(example),
+                        reference,
+                        answer.text,
+                        self._media[number],
+                        self._rate_tokens(model, self._collator([example])),
+                    )
                 )
         return records
 
+    def _rate_tokens(self, model: Any, batch: Batch) -> tuple[tuple[str, float], ...]:
+        """Give each target token of one row with its probability."""
+        with torch.no_grad(), in_eval_mode(model):
+            probabilities = target_probabilities(model, batch)
+        tokenizer = self._collator.processor.tokenizer
+        target_ids = batch.target_ids[: batch.num_target_tokens].tolist()
+        texts = [tokenizer.decode([token]) for token in target_ids]
+        return tuple(zip(texts, probabilities, strict=True))
 
-def append_samples(path: str | Path, records: Sequence[SampleRecord]) -> None:
-    """Append records to a file of JSON lines, such as ``samples.jsonl`` in a run's folder.
+
+def target_probabilities(model: Any, batch: Batch) -> list[float]:
+    """Give the probability of each target token of a batch.
 
     Args:
-        path: The file; made if it is missing, in a folder that is there.
-        records: From :class:`SampleGenerations`.
+        model: A Gemma model, as loaded or wrapped by PEFT, in eval mode.
+        batch: On the CPU.
 
-    Raises:
-        CheckpointError: No room or no permission.
+    Returns:
+        One number for each of the ``num_target_tokens``.
     """
-    lines = [json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records]
+    gemma = unwrap_peft(model)
+    placed = batch.to(gemma.device)
+    hidden = predicting_hidden_states(model, placed)
+    head = gemma.get_output_embeddings().weight
+    softcap = gemma.config.get_text_config().final_logit_softcapping
+    found = []
+    for start in range(0, batch.num_target_tokens, _HEAD_ROWS):
+        rows = slice(start, min(start + _HEAD_ROWS, batch.num_target_tokens))
+        logits = (hidden[rows] @ head.T).float()
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        chosen = logits.gather(1, placed.target_ids[rows, None]).squeeze(1)
+        found.append(torch.exp(chosen - torch.logsumexp(logits, dim=1)))
+    return torch.cat(found).tolist()
+
+
+@contextmanager
+def _errors_explained() -> Iterator[None]:
+    """Turn what can go wrong with a disk into a CheckpointError with a remedy."""
     try:
-        with Path(path).open("a", encoding="utf-8") as file:
-            file.write("".join(lines))
-    except OSError as error:
+        yield
+    except (OSError, soundfile.LibsndfileError) as error:
+        reason = error.strerror if isinstance(error, OSError) else None
         raise CheckpointError(
-            f"{Path(path).name} cannot be written ({error.strerror or type(error).__name__}); "
-            "free disk space, or choose another folder"
+            f"sample answers cannot be written ({reason or type(error).__name__}); free disk "
+            "space, or choose another output_dir"
         ) from None  # whose message holds the path
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -14,6 +14,12 @@ from gemma_tuner.models.settings import is_number, is_whole_number, name_nearest
 
 Schedule = Literal["constant", "cosine", "linear"]
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine", "linear")
+
+# Source: LoggerType of accelerate 1.15.
+TRACKERS = (
+    *("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio"),
+    "wandb",
+)
 
 # What a resumed run may change: its length (which moves the rest of a decaying schedule), what it
 # reports, and what costs memory but changes no gradient.
@@ -31,6 +37,8 @@ _FREE_ON_RESUME = (
     "max_nonfinite_steps",
     "output_dir",
     "progress",
+    "trackers",
+    "watch",
 )
 
 # The smallest value of each whole-numbered setting.
@@ -59,7 +67,7 @@ _MAY_BE_NONE = (
 )
 _POSITIVE = ("learning_rate", "epsilon", "max_grad_norm", "memory_gib")
 _FROM_ZERO = ("weight_decay", "feature_cache_gib")
-_SWITCHES = ("gradient_checkpointing", "progress")
+_SWITCHES = ("gradient_checkpointing", "progress", "watch")
 # The largest seed that torch.Generator.manual_seed takes on every device.
 _LARGEST_SEED = 2**63 - 1
 
@@ -107,6 +115,10 @@ class TrainConfig:
             which is skipped, before the run stops.
         output_dir: Folder of this run's checkpoints and log; one run, one folder.
         progress: Whether to show progress on stderr.
+        trackers: Experiment trackers that get the run's numbers, such as ``("tensorboard",)``
+            (files in ``output_dir``) or ``("wandb",)``; each has to be installed.
+        watch: Whether to open a page that shows the run, on this machine alone, until the process
+            ends; ``gemma-tuner watch RUN`` opens it again.
 
     Raises:
         ConfigError: An unknown setting, or a value out of its range or of another type.
@@ -135,6 +147,8 @@ class TrainConfig:
     max_nonfinite_steps: int = 5
     output_dir: str | Path = "runs/default"
     progress: bool = True
+    trackers: Sequence[str] = ()
+    watch: bool = False
 
     def __post_init__(self) -> None:
         for name, smallest in _SMALLEST.items():
@@ -161,6 +175,7 @@ class TrainConfig:
             raise _out_of_range("seed", self.seed, f"a whole number from 0 to {_LARGEST_SEED}")
         if not isinstance(self.output_dir, str | Path) or not str(self.output_dir):
             raise _out_of_range("output_dir", self.output_dir, "a folder's path, str or Path")
+        _check_trackers(self.trackers)
         self._check_length()
 
     def _check_length(self) -> None:
@@ -196,10 +211,11 @@ class TrainConfig:
         """The settings as JSON has them; ``from_dict`` takes them back.
 
         Returns:
-            Field names to values: ``betas`` a list, ``output_dir`` a string.
+            Field names to values: tuples are lists, ``output_dir`` a string.
         """
         settings = dataclasses.asdict(self)
-        return settings | {"betas": list(self.betas), "output_dir": str(self.output_dir)}
+        lists = {"betas": list(self.betas), "trackers": list(self.trackers)}
+        return settings | lists | {"output_dir": str(self.output_dir)}
 
     def fixed_settings(self) -> dict[str, Any]:
         """The settings that a resumed run must share with the run that it continues.
@@ -216,6 +232,15 @@ def _check_whole_number(name: str, value: object, smallest: int) -> None:
     if not is_whole_number(value) or value < smallest:
         none = " or None" if name in _MAY_BE_NONE else ""
         raise _out_of_range(name, value, f"a whole number from {smallest} up{none}")
+
+
+def _check_trackers(trackers: object) -> None:
+    if not (
+        isinstance(trackers, Sequence)
+        and not isinstance(trackers, str)
+        and all(name in TRACKERS for name in trackers)
+    ):
+        raise _out_of_range("trackers", trackers, f"a tuple of {', '.join(TRACKERS)}")
 
 
 def _check_betas(betas: object) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -106,7 +107,8 @@ class EvalRecord:
 class JsonlLog:
     """A log with one JSON object a line, flushed as it is written.
 
-    Each line has ``kind`` ("step", "eval" or "event") and ``step``. JSON has no NaN and no
+    Each line has ``kind`` ("step", "eval" or "event"), ``step`` and ``time`` (seconds since 1970).
+    JSON has no NaN and no
     infinity: such a value becomes null, and ``nonfinite`` says which it was::
 
         {"kind": "step", "step": 7, "loss": null, "nonfinite": {"loss": "nan"}, ...}
@@ -166,7 +168,7 @@ class JsonlLog:
             for name, value in fields.items()
             if isinstance(value, float) and not math.isfinite(value)
         }
-        line = {"kind": kind, **fields} | dict.fromkeys(nonfinite)
+        line = {"kind": kind, **fields, "time": round(time.time(), 3)} | dict.fromkeys(nonfinite)
         if nonfinite:
             line["nonfinite"] = nonfinite
         with _errors_explained(self.path):

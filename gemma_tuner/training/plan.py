@@ -6,17 +6,14 @@ made for, what each part holds and why.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import PIL.Image
 import torch
 
-from gemma_tuner.collators.batch import Batch, Row, pad_rows
-from gemma_tuner.collators.multimodal import MultimodalCollator
+from gemma_tuner.collators.batch import Batch
 from gemma_tuner.device import (
     choose_device,
     choose_dtype,
@@ -25,31 +22,27 @@ from gemma_tuner.device import (
     parse_device,
 )
 from gemma_tuner.errors import ConfigError, MemoryPlanError
-from gemma_tuner.media.audio import SAMPLE_RATE_HZ
 from gemma_tuner.models.embeddings import Placement, choose_placement, find_mapped_embedding
-from gemma_tuner.models.families import Modality, family_of, loaded_modalities
+from gemma_tuner.models.families import Modality, loaded_modalities
 from gemma_tuner.models.hollow import build_hollow, build_hollow_like
-from gemma_tuner.models.loading import name_without_path, read_config, read_processor
+from gemma_tuner.models.loading import name_without_path, read_config
 from gemma_tuner.models.lora import LoraConfig, find_adapters, unwrap_peft, wrap_peft
 from gemma_tuner.models.settings import is_number
-from gemma_tuner.records import Audio, Example, Image, Text, Turn
 from gemma_tuner.training.choice import (
     ANY_SIZE,
     LOSS_CHUNKS,
-    Choice,
     Level,
     Wanted,
     choose,
-    widen,
 )
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.footprint import Footprint, HollowStep
+from gemma_tuner.training.imagined import imagine_example
+from gemma_tuner.training.plan_text import GB, describe_misfit, explain, list_parts
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedConfig
 
-GB = 1e9
 # What an allocator needs beyond live tensors: a share of the budget, and as much again up to so
 # many bytes. Metal keeps pooled heaps of up to 1 GiB and compiled graphs. Source: MPSAllocator.h
 _MARGINS = {"mps": (0.1, 2**30), "cuda": (0.03, 2**29), "cpu": (0.05, 2**29)}
@@ -108,20 +101,14 @@ class Plan:
             f"rows of up to {self.max_tokens} tokens"
         ]
         if self.footprint is not None:
-            lines += ["", *_table(self.footprint, self)]
+            lines += [
+                "",
+                *list_parts(
+                    self.footprint, margin_bytes=self.margin_bytes, budget_bytes=self.budget_bytes
+                ),
+            ]
         lines += ["", *(f"{name:<22}{reason}" for name, reason in self.reasons.items())]
         return "\n".join(lines)
-
-
-def _table(footprint: Footprint, plan: Plan) -> Iterator[str]:
-    """The bytes of a plan, largest first within what stays and what comes and goes."""
-    for kind, parts in (("stays", footprint.resident), ("at the peak", footprint.step)):
-        for name, held in sorted(parts.items(), key=lambda part: -part[1]):
-            if held >= 0.0005 * GB:
-                yield f"{name:<32}{held / GB:>8.3f} GB  {kind}"
-    yield f"{'predicted peak':<32}{footprint.peak_bytes / GB:>8.3f} GB"
-    yield f"{'left to the allocator':<32}{plan.margin_bytes / GB:>8.3f} GB"
-    yield f"{'budget':<32}{plan.budget_bytes / GB:>8.3f} GB"
 
 
 def margin_bytes(budget_bytes: int, device: torch.device) -> int:
@@ -185,7 +172,7 @@ def plan(
         dtype=choose_dtype(chosen, dtype, config.dtype)[0],
         per_layer_embeddings=placement,
     )
-    example = _imagine_example(
+    example = imagine_example(
         str(name_or_path), config, modalities, max_tokens, image_tokens, max_seconds, revision
     )
     return _make_plan(
@@ -216,37 +203,6 @@ def _read_budget(device: torch.device, memory_gib: float | None) -> tuple[int, s
     if not is_number(memory_gib) or not 0 < memory_gib < 2**20:
         raise ConfigError(f"memory_gib is {memory_gib!r}; it must be a number of GiB above 0")
     return int(memory_gib * 2**30), "as given"
-
-
-def _imagine_example(
-    source: str,
-    config: PreTrainedConfig,
-    modalities: Sequence[Modality],
-    max_tokens: int,
-    image_tokens: int | None,
-    max_seconds: float,
-    revision: str | None,
-) -> Batch:
-    """Make one row with the largest media that a collator of these settings lets through."""
-    if set(modalities) == {"text"}:
-        ids = torch.ones(16, dtype=torch.int64)
-        row = Row("", ids, torch.zeros_like(ids), ids > 0)
-        name = family_of(config).token_type_name
-        return pad_rows([row], max_tokens=16, pad_token_id=0, token_type_name=name)
-    collator = MultimodalCollator(
-        read_processor(source, revision),
-        max_tokens=max_tokens,
-        image_tokens=image_tokens,
-        max_seconds=max_seconds,
-    )
-    parts: list[Image | Audio | Text] = [Text("?")]
-    if "image" in modalities:
-        parts.append(Image(PIL.Image.new("RGB", (1536, 1536))))
-    if "audio" in modalities:
-        silence = np.zeros(int(max_seconds * SAMPLE_RATE_HZ), dtype=np.float32)
-        parts.append(Audio(silence, SAMPLE_RATE_HZ))
-    turns = (Turn("user", tuple(parts)), Turn("assistant", (Text("."),)))
-    return collator([Example("imagined", turns)])
 
 
 def plan_training(
@@ -414,7 +370,7 @@ def _make_plan(
     layer_counts = (0, middle, num_layers)
     choice = choose(step, example, wanted, layer_counts=layer_counts, usable=usable)
     if choice is None:
-        raise MemoryPlanError(_describe_misfit(name, step, example, wanted, usable, num_layers))
+        raise MemoryPlanError(describe_misfit(name, step, example, wanted, usable, num_layers))
     return Plan(
         name=name,
         device=str(device),
@@ -432,81 +388,6 @@ def _make_plan(
         reasons={
             "budget": f"{budget_bytes / GB:.2f} GB {source}, {margin / GB:.2f} GB of it left to "
             "the allocator",
-            **_explain(choice, wanted, placement, num_layers),
+            **explain(choice, wanted, placement, num_layers),
         },
-    )
-
-
-def _explain(
-    choice: Choice, wanted: Wanted, placement: Placement | None, num_layers: int
-) -> dict[str, str]:
-    """Say why each choice was made."""
-    whole = wanted.batch_size * wanted.max_tokens
-    first, last = choice.levels[0], choice.levels[-1]
-    steps = []
-    for level in choice.levels:
-        layers = level.checkpointed_layers
-        what = f"the first {layers} of {num_layers} layers" if layers else "nothing"
-        what = "all layers" if layers == num_layers else what
-        steps.append(f"{what} up to {level.max_tokens:,} tokens at a time")
-    chosen = "as asked" if wanted.checkpointing is not None else "the fastest that fits"
-    reasons = {"computed twice": f"{', '.join(steps)}: {chosen}"}
-    if last.max_tokens < whole:
-        reasons["micro-batch"] = (
-            f"{last.max_tokens:,} tokens of the {whole:,} of {wanted.batch_size} rows: more do "
-            "not fit; the step and its gradient stay the same"
-        )
-    elif first.max_tokens >= whole:
-        reasons["micro-batch"] = f"{wanted.batch_size} rows of {wanted.max_tokens} tokens, all fit"
-    chunk = choice.loss_chunk_tokens
-    reasons["loss"] = f"{chunk} target tokens at a time" + (
-        " as asked" if wanted.loss_chunk_tokens else ": fewer would read the head more often"
-    )
-    reasons["attention"] = (
-        "within the band of sliding layers, all queries of full layers at once"
-        if choice.query_chunk_tokens is None
-        else f"{choice.query_chunk_tokens} queries at a time, computed twice, as more do not fit"
-    )
-    if placement is not None:
-        reasons["per-layer embeddings"] = {
-            "disk": "read from the checkpoint's file: a step needs few of their rows",
-            "device": "on the device, as there is room",
-        }[placement]
-    return reasons
-
-
-def _describe_misfit(
-    name: str, step: HollowStep, example: Batch, wanted: Wanted, usable: int, num_layers: int
-) -> str:
-    """Say what is missing, and which plans near the one asked for would fit."""
-
-    def hold(tokens: int, share: float, trained_layers: int = num_layers) -> int:
-        return step.measure_least(
-            widen(example, rows=1, tokens=tokens, target_share=share),
-            frozen_layers=num_layers - trained_layers,
-        )
-
-    tokens, share = wanted.max_tokens, wanted.target_share
-    needed = hold(tokens, share)
-    text = (
-        f"{name} does not fit: one row of {tokens} tokens needs {needed / GB:.2f} GB, and "
-        f"{usable / GB:.2f} GB may be used"
-    )
-    near = []
-    shorter = (tokens // 2, tokens // 4, tokens // 8)
-    if found := next((n for n in shorter if n >= 64 and hold(n, share) <= usable), None):
-        near.append(f"max_tokens={found}")
-    fewer = (num_layers // 2, num_layers // 4)
-    if found := next((n for n in fewer if n and hold(tokens, share, n) <= usable), None):
-        near.append(f"LoraConfig(layers={found})")
-    answers = (share / 2, share / 4)
-    if found := next((s for s in answers if hold(tokens, s) <= usable), None):
-        near.append(f"answers of at most {round(found * tokens)} tokens a row")
-    if near:
-        return f"{text}. What would fit: {', or '.join(near)}"
-    resident = step.resident_bytes
-    return (
-        f"{text}, nor does a shorter row or fewer adapters: weights, adapters and their moments "
-        f"alone hold {resident / GB:.2f} GB. What would help: a smaller model, or a budget of "
-        f"{needed / GB:.1f} GB beside the allocator's share"
     )

@@ -6,9 +6,13 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from gemma_tuner.training.metrics import EvalRecord, JsonlLog, Progress, StepRecord
+from gemma_tuner.training.trackers import Trackers
+
+if TYPE_CHECKING:
+    from gemma_tuner.training.plan import Plan
 
 T = TypeVar("T")
 
@@ -24,6 +28,7 @@ class Reports:
         step: Steps done before; lines of the log beyond it are dropped, and at 0 all of them.
         show: Whether to show progress on stderr.
         is_main_process: Whether this process writes.
+        trackers: Where records go besides; they are closed with it.
     """
 
     def __init__(
@@ -34,12 +39,14 @@ class Reports:
         step: int,
         show: bool,
         is_main_process: bool,
+        trackers: Trackers | None = None,
     ) -> None:
         # An attempt that never took a step may have logged its first held-out loss.
         resume_step = step if step else -1
         path = Path(output_dir) / "log.jsonl"
         self._log = JsonlLog(path, resume_step) if is_main_process else None
         self._progress = Progress(total_steps, enabled=show and is_main_process, done_steps=step)
+        self._trackers = trackers
         self._stack = ExitStack()
         self._wait_seconds = 0.0
         self._started = time.perf_counter()
@@ -48,6 +55,8 @@ class Reports:
     def __enter__(self) -> Self:
         if self._log is not None:
             self._stack.enter_context(self._log)
+        if self._trackers is not None:
+            self._stack.callback(self._trackers.close)
         self._stack.enter_context(self._progress)
         return self
 
@@ -62,19 +71,40 @@ class Reports:
         """Report an optimizer step."""
         if self._log is not None:
             self._log.step(record)
+        if self._trackers is not None:
+            self._trackers.step(record)
         self._progress.step(record)
 
     def evaluation(self, record: EvalRecord) -> None:
         """Report a held-out loss."""
         if self._log is not None:
             self._log.evaluation(record)
+        if self._trackers is not None:
+            self._trackers.evaluation(record)
         self._progress.evaluation(record)
 
-    def event(self, step: int, name: str, message: str) -> None:
+    def event(self, step: int, name: str, message: str, **details: Any) -> None:
         """Report something that happened, by a name for programs and a sentence for people."""
-        if self._log is not None:
-            self._log.event(step, name, message=message)
+        self.note(step, name, message=message, **details)
         self._progress.message(message)
+
+    def note(self, step: int, name: str, **details: Any) -> None:
+        """Log something that programs read, and that nobody has to be told."""
+        if self._log is not None:
+            self._log.event(step, name, **details)
+
+    def plan(self, step: int, plan: Plan) -> None:
+        """Log what a run is planned to hold, in bytes by part."""
+        footprint = plan.footprint
+        parts = {**footprint.resident, **footprint.step} if footprint else {}
+        self.note(
+            step,
+            "plan",
+            parts=parts,
+            peak_bytes=plan.peak_bytes,
+            budget_bytes=plan.budget_bytes,
+            summary=str(plan),
+        )
 
     def time_waits(self, values: Iterable[T]) -> Iterator[T]:
         """Pass values on and count the time spent waiting for them."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -44,9 +44,12 @@ from gemma_tuner.training.optim import (
     learning_rate_at,
     set_learning_rate,
 )
+from gemma_tuner.training.page import open_page
 from gemma_tuner.training.plan import Plan, plan_training, plan_without_trial
 from gemma_tuner.training.processes import Processes
 from gemma_tuner.training.reports import Reports
+from gemma_tuner.training.samples import Samples, take_samples
+from gemma_tuner.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -83,6 +86,7 @@ class Trainer:
         collator: What makes batches of its examples.
         config: The settings.
         eval_stream: Held-out examples, whose loss is measured as ``config`` says.
+        samples: Questions that are answered at intervals, see ``SampleGenerations``.
 
     Raises:
         ConfigError: An argument of another kind, a stream without examples, a model without
@@ -96,6 +100,7 @@ class Trainer:
         collator: TextCollator,
         config: TrainConfig,
         eval_stream: Stream | None = None,
+        samples: Samples | None = None,
     ) -> None:
         check_kinds(model, stream, collator, config, eval_stream)
         self.model = model
@@ -103,6 +108,7 @@ class Trainer:
         self.collator = collator
         self.config = config
         self.eval_stream = eval_stream
+        self.samples = samples
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         if not self.trainable:
             raise ConfigError(
@@ -116,6 +122,7 @@ class Trainer:
         self.features = FeatureCache(model, round(config.feature_cache_gib * 2**30))
         self.governor = Governor(self.device)
         self.micro_batches: MicroBatches | None = None  # planned when the first step is known
+        self._plan: Plan | None = None
         self._loss_chunk_tokens = config.loss_chunk_tokens or LOSS_CHUNKS[0]
         self.optimizer = build_optimizer(model.named_parameters(), config, self.device)
         self.ledger = Ledger(config, model, self.optimizer, stream, self.processes)
@@ -190,6 +197,10 @@ class Trainer:
         # A step that an error ended halfway has left its gradients.
         self.optimizer.zero_grad(set_to_none=True)
         begin_training(self.model)
+        is_main = self.processes.is_main
+        if self.samples is not None and is_main:
+            self.samples.begin(self.config.output_dir, self.step)
+        has_trackers = is_main and self.config.trackers
         held_out: list[EvalRecord] = []
         with (
             StopRequest() as stop,
@@ -198,10 +209,15 @@ class Trainer:
                 total_steps=self.total_steps,
                 step=self.step,
                 show=self.config.progress,
-                is_main_process=self.processes.is_main,
+                is_main_process=is_main,
+                trackers=Trackers(self.config, self.device, self.step) if has_trackers else None,
             ) as reports,
             Prefetch(self._read_steps()) as feed,
         ):
+            reports.note(self.step, "run", max_steps=self.total_steps, config=self._settings())
+            if self.config.watch and is_main:
+                address = open_page(self.config.output_dir)
+                reports.event(self.step, "watch", f"watch this run at {address}")
             try:
                 stopped_by = self._run(feed, stop, reports, held_out)
             except CheckpointError:
@@ -214,6 +230,8 @@ class Trainer:
             self.ledger.save(reports)
             if self.features.max_bytes:
                 reports.event(self.step, "features", self.features.report())
+            if stopped_by is None:
+                reports.note(self.step, "finished")
         self.processes.wait()
         return FitResult(self.step, stopped_by, tuple(held_out))
 
@@ -228,9 +246,15 @@ class Trainer:
         if reason := target_only_of(unwrap_peft(self.model)).reason:
             reports.event(self.step, "all_positions", f"every layer runs everywhere: {reason}")
         self._measure_held_out(reports, held_out)
+        self._take_samples(reports)
+        reports.note(self.step, "training")
+        told: Plan | None = None
         reports.restart_clock(self.ledger.num_tokens, self.ledger.num_target_tokens)
         for step_input in reports.time_waits(feed):
             loss, grad_norm = self.train_step(step_input)
+            if self._plan is not None and self._plan is not told:
+                reports.plan(self.step, self._plan)
+                told = self._plan
             reports.advance(self.step)
             for message in self.micro_batches.take_messages() if self.micro_batches else ():
                 reports.event(self.step, "out_of_memory", message)
@@ -240,6 +264,7 @@ class Trainer:
                 record = self.ledger.log_step(loss, grad_norm, memory, reports)
                 self.governor.after_record(record, reports)
             self._measure_held_out(reports, held_out)
+            self._take_samples(reports)
             if self.ledger.save_is_due:
                 self.ledger.save(reports)
             # A signal may reach one process alone; all must stop after the same step.
@@ -254,6 +279,7 @@ class Trainer:
         ledger = self.ledger
         if self.eval_stream is None or not ledger.evaluation_is_due:
             return
+        reports.note(self.step, "evaluating")
         record = self.evaluate()
         self.governor.after_evaluation()
         begin_training(self.model)
@@ -261,6 +287,20 @@ class Trainer:
         reports.evaluation(record)
         reports.restart_clock(ledger.num_tokens, ledger.num_target_tokens)
         ledger.held_out_step = self.step
+
+    def _take_samples(self, reports: Reports) -> None:
+        """Answer the sample questions if they are due; the main process does."""
+        if self.samples is None or not self.samples.is_due(self.step, self.total_steps):
+            return
+        if self.processes.is_main:
+            take_samples(self.samples, self.model, self.step, self.device, reports)
+        self.governor.after_evaluation()
+        begin_training(self.model)
+        reports.restart_clock(self.ledger.num_tokens, self.ledger.num_target_tokens)
+
+    def _settings(self) -> dict[str, Any]:
+        """The settings for the log, which tells no path."""
+        return {k: v for k, v in self.config.to_dict().items() if k != "output_dir"}
 
     def train_step(self, step_input: StepInput) -> tuple[Tensor, Tensor]:
         """Take one optimizer step in which every target token weighs the same.
@@ -424,6 +464,7 @@ class Trainer:
             plan.levels, plan.target_share, self.device, self.collator
         )
         self.governor = Governor(self.device, plan.budget_bytes)
+        self._plan = plan
         self._loss_chunk_tokens = plan.loss_chunk_tokens
         set_query_chunk(unwrap_peft(self.model), plan.query_chunk_tokens)
         return plan

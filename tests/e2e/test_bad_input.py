@@ -117,6 +117,7 @@ def read_log(folder, kind="step"):
         "tokens_per_second",
         "target_tokens_per_second",
         "data_wait_seconds",
+        "time",
         "memory_bytes",
         "device",
     )

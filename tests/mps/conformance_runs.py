@@ -17,16 +17,25 @@ import torch
 import torch.nn.functional as F
 
 from gemma_tuner.collators.multimodal import MultimodalCollator
+from gemma_tuner.collators.text import TextCollator
+from gemma_tuner.device import is_out_of_memory
 from gemma_tuner.errors import ConfigError, MemoryPlanError
+from gemma_tuner.models.attention import set_query_chunk
 from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.records import Example, Text, Turn
 from gemma_tuner.streaming.opening import stream_local
 from gemma_tuner.testing import FAMILIES, sample_data, tiny, tiny_model
 from gemma_tuner.testing.pretend_mps import PretendMps, Recording, pretend_mps
+from gemma_tuner.training.choice import widen
 from gemma_tuner.training.config import TrainConfig
-from gemma_tuner.training.loss import FrozenHeadCrossEntropy
-from gemma_tuner.training.modes import begin_training
+from gemma_tuner.training.loss import FrozenHeadCrossEntropy, target_loss_sum
+from gemma_tuner.training.memory import free
+from gemma_tuner.training.modes import begin_training, checkpoint_layers
+from gemma_tuner.training.plan import plan_training
 from gemma_tuner.training.trainer import Trainer
 from tests.long_runs import run_long
+
+BUDGET_SCALE = 6 / 1024  # GiB of the shrunken model for each of the real one
 
 DEVICE: PretendMps  # of this process, once main() has asked for it
 
@@ -425,6 +434,68 @@ def run_recorder():
     }
 
 
+def run_budgets(_folder):
+    """Plan for budgets in the proportion of 8 to 32 GiB; run what is chosen and the next plan up.
+
+    A shrunken E2B stands for the real one, six mebibytes for a gibibyte. The device lets no more
+    live bytes be than the plan may use; what an allocator needs beyond them it does not have.
+    """
+    text = tiny._E2B_TEXT | {"hidden_size": 192, "intermediate_size": 768}
+    with patch.dict(tiny._E2B_TEXT, text):
+        model, processor = tiny_model("gemma4-e2b")
+    gemma = model.to("mps", torch.bfloat16)
+    model = add_lora(gemma, LoraConfig(rank=8))
+    collator = TextCollator(processor, max_tokens=512)
+    words = Turn("user", (Text("word " * 40),)), Turn("assistant", (Text("yes " * 20),))
+    row = collator([Example("row", words)])
+    held = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    moments = torch.empty(3 * held // 4, device="mps")  # two moments and the gradient
+    begin_training(model)
+
+    def fits(layers, tokens, plan):
+        """Whether a micro-batch of so many tokens fits into what the plan may use."""
+        rows = max(1, tokens // 512)
+        length = min(tokens, 512)
+        batch = widen(row, rows=rows, tokens=length, target_share=plan.target_share)
+        checkpoint_layers(model, layers)
+        gc.collect()
+        try:
+            with DEVICE.limit(plan.usable_bytes):
+                placed = batch.to(torch.device("mps"))
+                target_loss_sum(model, placed, chunk_tokens=plan.loss_chunk_tokens).backward()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return True
+        finally:
+            model.zero_grad(set_to_none=True)
+        free(torch.device("mps"))
+        return False
+
+    fits_once = TrainConfig(max_steps=1, batch_size=1, memory_gib=1.0)
+    with DEVICE.limit(2**30):
+        fits(0, 512, plan_training(model, [row], fits_once, 512))  # the decoder's own check
+    results = {}
+    for gib in (8, 12, 16, 24, 32):
+        config = TrainConfig(max_steps=1, batch_size=16, memory_gib=gib * BUDGET_SCALE)
+        plan = plan_training(model, [row], config, 512)
+        set_query_chunk(gemma, plan.query_chunk_tokens)
+        chosen = [level for level in plan.levels if level.max_tokens]
+        next_up = [replace(each, max_tokens=each.max_tokens + 512) for each in chosen]
+        results[gib] = {
+            "levels": [(level.checkpointed_layers, level.max_tokens) for level in chosen],
+            "chosen fit": [fits(x.checkpointed_layers, x.max_tokens, plan) for x in chosen],
+            "next fit": [
+                fits(x.checkpointed_layers, x.max_tokens, plan)
+                for x in next_up
+                if x.max_tokens <= 16 * 512
+            ],
+        }
+    del moments
+    return results
+
+
 def main():
     global DEVICE  # noqa: PLW0603 - it is the process's
     DEVICE = pretend_mps(sys.argv[2])
@@ -439,6 +510,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         if part == "everywhere":
             results = run_out_of_memory_everywhere(Path(folder))
+        elif part == "budgets":
+            results = run_budgets(Path(folder))
         elif part == "long":
             results = run_long_on_the_device(Path(folder))
         else:

@@ -188,6 +188,19 @@ def test_an_evaluation_survives_running_out_of_memory(everywhere):
     assert result["largest_loss_difference"] < 1e-5
 
 
+@pytest.mark.slow
+def test_plans_fit_their_budgets_and_the_next_would_not(request, tmp_path):
+    results = run_part("budgets", tmp_path, request.config.cache.mkdir("pretend_mps"))
+    assert list(results) == ["8", "12", "16", "24", "32"]
+    for gib, result in results.items():
+        assert all(result["chosen fit"]), (gib, result)
+        assert not any(result["next fit"]), (gib, result)
+    levels = [result["levels"] for result in results.values()]
+    assert len({str(each) for each in levels}) >= 4
+    assert levels[0][-1][0] == 8  # all layers at the smallest, none at the largest
+    assert levels[-1][0][0] == 0
+
+
 def test_a_run_keeps_to_what_fits_and_says_so(fast):
     result = fast["too small"]
     assert max(result["fewer"]["rows"]) in (1, 2)

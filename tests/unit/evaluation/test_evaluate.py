@@ -15,7 +15,7 @@ from gemma_tuner.errors import CheckpointError, ConfigError, DataError
 from gemma_tuner.evaluation.evaluate import evaluate
 from gemma_tuner.evaluation.generation import generate
 from gemma_tuner.evaluation.results import compare
-from gemma_tuner.evaluation.samples import SampleGenerations, append_samples
+from gemma_tuner.evaluation.samples import SampleGenerations
 from gemma_tuner.evaluation.scores import Tally, exact_match, word_error_rate
 from gemma_tuner.evaluation.subset import Subset
 from gemma_tuner.models.lora import LoraConfig, add_lora
@@ -320,11 +320,14 @@ def test_the_interval_of_a_paired_bootstrap():
 def test_answers_at_intervals_of_training(setup, folder, tmp_path):
     model, _, collator = setup
     examples = [open_stream(folder, tmp_path)[index] for index in (0, 1)]
-    sample = SampleGenerations(collator, examples, every_steps=5, max_new_tokens=3)
+    samples = SampleGenerations(collator, examples, every_steps=5, max_new_tokens=3)
+    assert [step for step in range(13) if samples.is_due(step, 12)] == [0, 5, 10, 12]
+    with pytest.raises(ConfigError, match="call begin"):
+        samples.write(model, 0)
+    samples.begin(tmp_path / "run", 0)
     begin_training(model)
     modes = [module.training for module in model.modules()]
-    assert sample(model, 3) == []
-    records = sample(model, 10)
+    records = samples.write(model, 10)
     assert [module.training for module in model.modules()] == modes
     model.eval()
     assert [(r.step, r.key, r.reference) for r in records] == [
@@ -333,11 +336,32 @@ def test_answers_at_intervals_of_training(setup, folder, tmp_path):
     ]
     assert records[1].prompt == f"user: [image] {NASTY}"
     assert all(record.prediction for record in records)
-    for _ in range(2):
-        append_samples(tmp_path / "samples.jsonl", records)
-    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
-    assert len(lines) == 4
-    assert json.loads(lines[0])["prediction"] == records[0].prediction
+    assert not samples.is_due(10, 12)
+    assert records[1].media == ("002-1.png",)
+    with PILImage.open(tmp_path / "run/samples/002-1.png") as image:
+        assert image.mode == "RGB"
+
+    # Probabilities as plain logits have them.
+    batch = collator([examples[0]])
+    with torch.no_grad():
+        logits = model(**batch.inputs).logits[0].float()
+    chosen = torch.log_softmax(logits, -1)[batch.target_positions, batch.target_ids].exp()
+    texts, found = zip(*records[0].tokens, strict=True)
+    torch.testing.assert_close(torch.tensor(found), chosen[: len(found)])
+    assert "".join(texts).startswith("yes")
+
+    lines = (tmp_path / "run/samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prediction"] for line in lines] == [r.prediction for r in records]
+    samples.write(model, 12)
+    path = tmp_path / "run/samples.jsonl"
+    with path.open("a") as file:
+        file.write('{"step": 13, "cut')
+    again = SampleGenerations(collator, examples, every_steps=5)
+    again.begin(tmp_path / "run", 11)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 10]
+    assert not again.is_due(10, 12)
+    again.begin(tmp_path / "run", 0)
+    assert path.read_text() == ""
 
     with pytest.raises(ConfigError, match="every_steps is 0"):
         SampleGenerations(collator, examples, every_steps=0)
@@ -345,5 +369,6 @@ def test_answers_at_intervals_of_training(setup, folder, tmp_path):
         SampleGenerations(collator, [], every_steps=1)
     with pytest.raises(DataError, match="has no answer"):
         SampleGenerations(collator, [Example("d", document="text")], every_steps=1)
+    (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        append_samples(tmp_path / "missing" / "samples.jsonl", records)
+        again.begin(tmp_path / "file", 0)

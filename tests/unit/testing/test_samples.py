@@ -15,6 +15,13 @@ from gemma_tuner.media.audio import decode_audio
 from gemma_tuner.testing.samples import sample_data
 
 COUNTS = {"text": (192, 48), "image": (128, 32), "audio": (120, 40)}
+# These use the pictures and sounds of those above.
+DERIVED = {
+    "chat": (66, 22),
+    "vqa": (128, 32),
+    "translation": (120, 40),
+    "multimodal": (128, 32),
+}
 
 
 def read_rows(folder) -> list[dict]:
@@ -22,9 +29,9 @@ def read_rows(folder) -> list[dict]:
 
 
 def test_finds_every_set_and_names_them_when_asked_for_another():
-    for modality in COUNTS:
-        assert (sample_data(modality) / "manifest.jsonl").is_file()
-    with pytest.raises(ConfigError, match="'video'; it may be text, image, audio"):
+    for name in COUNTS | DERIVED:
+        assert (sample_data(name) / "manifest.jsonl").is_file()
+    with pytest.raises(ConfigError, match="'video'; it may be text, image, audio, chat"):
         sample_data("video")
 
 
@@ -42,6 +49,91 @@ def test_manifests_keep_one_convention(modality):
         named = {row[modality] for row in rows}
         assert len(named) == len(rows)
         assert named == {path.name for path in folder.iterdir()} - {"manifest.jsonl"}
+
+
+def split_rows(name) -> tuple[list[dict], list[dict]]:
+    rows = read_rows(sample_data(name))
+    train, test = ([row for row in rows if row["split"] == split] for split in ("train", "test"))
+    assert (len(train), len(test)) == DERIVED[name]
+    assert len({row["id"] for row in rows}) == len(rows)
+    return train, test
+
+
+def test_a_chat_answers_in_the_language_that_its_system_turn_asks_for():
+    train, test = split_rows("chat")
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert all([turn["role"] for turn in row["messages"]] == roles for row in train + test)
+    texts = [[turn["content"] for turn in row["messages"]] for row in train + test]
+    assert len(set(map(tuple, texts))) == len(texts)
+    words = [
+        {answer for system, _, *rest in texts if system.endswith(f"{language}.")
+         for answer in (rest[0], rest[2])}
+        for language in ("English", "German")
+    ]  # fmt: skip
+    assert not words[0] & words[1]
+    # The second question is the same for every word: its answer follows from the first one.
+    followed = collections.defaultdict(set)
+    for _, _, first, again, second in texts:
+        followed[first, again].add(second)
+    assert len({again for _, again in followed}) == 3
+    assert all(len(answers) == 1 for answers in followed.values())
+    assert {answer for *_, answer in texts[: len(train)]} >= {row[-1] for row in texts}
+
+
+@pytest.mark.parametrize(("name", "kinds"), [
+    ("vqa", ["image"]), ("translation", ["audio"]), ("multimodal", ["image", "audio"]),
+])  # fmt: skip
+def test_derived_sets_keep_the_split_of_their_media(name, kinds):
+    splits = {
+        kind: {row[kind]: row["split"] for row in read_rows(sample_data(kind))} for kind in kinds
+    }
+    for row in itertools.chain(*split_rows(name)):
+        assert set(row) == {"id", "split", "prompt", "response", *kinds}
+        for kind in kinds:
+            assert (sample_data(name) / row[kind]).is_file()
+            assert splits[kind][row[kind].removeprefix(f"../{kind}/")] == row["split"]
+
+
+def test_questions_about_pictures_are_of_three_kinds_and_answered_rightly():
+    drawn = {row["image"]: row["response"].split() for row in read_rows(sample_data("image"))}
+    for rows in split_rows("vqa"):
+        kinds = collections.Counter()
+        for row in rows:
+            colour, shape = drawn[Path(row["image"]).name]
+            if row["prompt"].startswith("Is the shape"):
+                asked = row["prompt"].removeprefix("Is the shape ").removesuffix("?")
+                assert row["response"] == ("yes" if asked == colour else "no")
+                kinds[row["response"]] += 1
+            else:
+                kind = "colour" if "colour" in row["prompt"] else "shape"
+                assert row["response"] == {"colour": colour, "shape": shape}[kind]
+                kinds[kind] += 1
+        assert kinds["yes"] == kinds["no"]
+        assert min(kinds["colour"], kinds["shape"], kinds["yes"] * 2) >= len(rows) // 3 - 4
+
+
+def test_a_spoken_question_and_a_picture_are_both_needed():
+    drawn = {row["image"]: row["response"].split() for row in read_rows(sample_data("image"))}
+    spoken = {row["audio"]: row["response"] for row in read_rows(sample_data("audio"))}
+    for rows in split_rows("multimodal"):
+        counts = collections.Counter()
+        for row in rows:
+            word = spoken[Path(row["audio"]).name]
+            pair = drawn[Path(row["image"]).name]
+            assert row["response"] == pair[["ma", "ki"].index(word)]
+            counts[word, row["response"]] += 1
+        assert len(counts) == 12  # eight colours and four shapes
+        assert len({counts[key] for key in counts if key[0] == "ma"}) == 1
+        assert len({counts[key] for key in counts if key[0] == "ki"}) == 1
+
+
+def test_a_word_has_one_meaning():
+    meanings = collections.defaultdict(set)
+    spoken = {row["audio"]: row["response"] for row in read_rows(sample_data("audio"))}
+    for row in itertools.chain(*split_rows("translation")):
+        meanings[spoken[Path(row["audio"]).name]].add(row["response"])
+    assert len(meanings) == 10
+    assert all(len(meaning) == 1 for meaning in meanings.values())
 
 
 @pytest.mark.parametrize("modality", ["image", "audio"])
@@ -125,7 +217,7 @@ def test_the_script_makes_the_same_sets_again(tmp_path):
     from gemma_tuner.testing.make_samples import write_samples
 
     write_samples(tmp_path)
-    for modality in COUNTS:
+    for modality in COUNTS | DERIVED:
         bundled = sample_data(modality)
         manifest = (tmp_path / modality / "manifest.jsonl").read_bytes()
         assert manifest == (bundled / "manifest.jsonl").read_bytes()

@@ -1,0 +1,33 @@
+"""The page that shows a run while it trains: a process of its own that reads the run's files."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+MODULE = "gemma_tuner.watch"
+
+
+def open_page(output_dir: str | Path) -> str:
+    """Serve a run's page on this machine until this process ends.
+
+    Args:
+        output_dir: The run's folder.
+
+    Returns:
+        Its address. It answers after a second or two; an error of the page is on stderr and does
+        not touch the run.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [str(output_dir), "--port", str(port), "--parent-pid", str(os.getpid())]
+    subprocess.Popen(
+        [sys.executable, "-m", MODULE, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+    )
+    return f"http://127.0.0.1:{port}"

@@ -1,0 +1,173 @@
+"""What commands share: errors as a paragraph, and settings from files under the flags."""
+
+import errno
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from gemma_tuner.cli.commands import command, errors_explained
+from gemma_tuner.cli.defaults import Config, Run, from_run, list_settings
+from gemma_tuner.cli.main import app
+from gemma_tuner.cli.settings import DataSettings, ModelSettings, RowSettings, RunSettings
+from gemma_tuner.errors import ConfigError
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (ConfigError("rank is\n  0; give 1"), 1, "ConfigError: rank is 0; give 1\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/d/x"),
+            1,
+            "OSError: No space left on device (/d/x); free disk space there, or choose another "
+            "folder\n",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory", "x"),
+            1,
+            "FileNotFoundError: No such file or directory (x); check the path\n",
+        ),
+        (RuntimeError("odd"), 1, "RuntimeError: odd. This is a fault of gemma_tuner"),
+    ],
+)
+@pytest.mark.parametrize("debug", [False, True])
+def test_an_error_is_one_paragraph_and_its_traceback_is_for_debug(
+    error, status, said, debug, capsys
+):
+    with pytest.raises(SystemExit) as ended, errors_explained(debug=debug):
+        raise error
+    assert ended.value.code == status
+    heard = capsys.readouterr()
+    assert heard.out == ""
+    assert said in heard.err
+    assert heard.err.splitlines()[-1].startswith(said.splitlines()[0])
+    assert ("Traceback" in heard.err) == debug
+    assert debug or heard.err.count("\n") == 1
+
+
+def test_a_reader_that_left_is_no_error():
+    with pytest.raises(BrokenPipeError), errors_explained(debug=False):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+
+@pytest.mark.parametrize(
+    ("message", "options", "flags"),
+    [
+        ("raise max_tokens, or set too_long='cut'", {"max_seq_length", "too_long"}, None),
+        ("give either max_steps=1 or epochs=2", {"iters", "epochs"}, "--iters, --epochs"),
+        ("use ImageCollator", {"modality"}, "--modality"),
+        ("the model has 8 layers; its text is long", {"num_layers", "text"}, ""),
+        ("raise max_tokens", {"out"}, ""),
+    ],
+)
+def test_errors_name_the_flags_of_the_command_that_failed(message, options, flags, capsys):
+    flags = "--max-seq-length, --too-long" if flags is None else flags
+    with pytest.raises(SystemExit), errors_explained(debug=False, options=options):
+        raise ConfigError(message)
+    ending = f" [as flags: {flags}]" if flags else ""
+    assert capsys.readouterr().err == f"ConfigError: {message}{ending}\n"
+
+
+# --- settings ---------------------------------------------------------------------------------
+
+
+def make_app():
+    """An app whose command says what it was given."""
+    probe = typer.Typer()
+
+    @probe.command()
+    @command
+    def show(context: typer.Context, data: DataSettings, run: RunSettings, config: Config = None):
+        typer.echo(json.dumps([data.data, run.iters, run.learning_rate, run.resume]))
+        typer.echo(json.dumps(list_settings(context)))
+
+    @probe.command()
+    @command
+    def look(model: ModelSettings, rows: RowSettings, run: Run = None, batch_size: int = 8):
+        typer.echo(json.dumps([model.model, rows.max_seq_length, batch_size]))
+
+    return probe
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(make_app(), list(map(str, arguments)))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="settings.yaml"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "given"),
+    [
+        ("", [], None),
+        ("iters: 5\nlearning-rate: 1e-3\n", [], [None, 5, 1e-3, False]),
+        ("iters: 5\ndata: a.jsonl\n", ["--iters", 7], [["a.jsonl"], 7, None, False]),
+        ("steps: 5\ndata: [a.jsonl, b.jsonl]", [], [["a.jsonl", "b.jsonl"], 5, None, False]),
+        ('{"iters": 5, "learning_rate": "2e-4"}', ["--data", "c"], [["c"], 5, 2e-4, False]),
+        ("iters:\nlearning_rate: 1.0e-5", [], [None, None, 1e-5, False]),
+    ],
+)
+def test_a_settings_file_gives_what_no_flag_gives(write, text, flags, given):
+    done = invoke("show", "--config", write(text or "{}\n"), *flags)
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[0]) == (given or [None, None, None, False])
+
+
+def test_settings_that_are_saved_are_those_that_were_used(write, tmp_path):
+    file = write("steps: 5\nseed: 3\nadapter_path: runs/x\n")
+    done = invoke("show", "--config", file, "--seed", 4, "--resume")
+    saved = json.loads(done.stdout.splitlines()[1])
+    assert saved["iters"] == 5
+    assert saved["seed"] == 4
+    assert saved["out"] == "runs/x"
+    assert not saved.keys() & {"config", "resume", "debug", "data"}
+    again = write("".join(f"{k}: {json.dumps(v)}\n" for k, v in saved.items()), "again.yaml")
+    assert json.loads(invoke("show", "--config", again).stdout.splitlines()[1]) == saved
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("iters: many", "the setting 'iters' in 'settings.yaml' is 'many': "),
+        ("schedule: slow", "'slow' is not one of 'constant', 'cosine', 'linear'"),
+        ("iters: 1\nsteps: 2", "has 'iters' under two names"),
+        ("learning_rat: 1", "did you mean 'learning_rate'?"),
+        ("config: x", "unknown setting 'config'"),
+        ("debug: true", "unknown setting 'debug'"),
+    ],
+)
+def test_a_setting_that_cannot_work_names_the_file_and_the_value(write, text, message):
+    done = invoke("show", "--config", write(text))
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert done.stderr.startswith("ConfigError: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["", "adapter", "checkpoints/step-00000001"])
+def test_a_run_gives_its_settings_to_later_commands(write, tmp_path, place):
+    # batch_size is another setting of a command that does not train.
+    write("model: base\nmax_seq_length: 64\nbatch_size: 2\niters: 9\n")
+    (tmp_path / place).mkdir(parents=True, exist_ok=True)
+    assert json.loads(invoke("look", tmp_path / place).stdout) == ["base", 64, 8]
+    done = invoke("look", tmp_path / place, "--model", "other")
+    assert json.loads(done.stdout) == ["other", 64, 8]
+
+
+def test_only_the_groups_that_were_asked_for_come_from_a_run(tmp_path, write):
+    write("model: base\nprompt: question\n")
+    assert from_run.__doc__
+    done = CliRunner().invoke(app, ["generate", "--adapter", str(tmp_path)])
+    assert done.exit_code == 2, "the column `prompt` of the run is not what is asked"
+    assert "--prompt" in done.stderr

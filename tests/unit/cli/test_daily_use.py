@@ -1,0 +1,205 @@
+"""A run from the first command to the last, on the tiny model and the bundled samples."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from typer.testing import CliRunner
+
+from gemma_tuner.cli.main import app
+from gemma_tuner.errors import CheckpointError
+from gemma_tuner.testing import tiny_model
+from gemma_tuner.training.adapters import find_adapter, load_adapter
+from gemma_tuner.training.trainer import Trainer
+
+STEPS = 3
+
+
+def invoke(*arguments, input=None):
+    return CliRunner().invoke(app, list(map(str, arguments)), input=input)
+
+
+def read_losses(run):
+    """What was logged of steps and held-out data, without what depends on the clock."""
+    records = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [
+        (r["kind"], r["step"], r["loss"], r.get("grad_norm"))
+        for r in records
+        if r["kind"] != "event"
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("daily")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """A finished run, with dropout, so that everything random matters."""
+    out = folder / "runs/first"
+    flags = ["--iters", STEPS, "--steps-per-report", 1, "--dropout", 0.1, "--seed", 7, "--rank", 4]
+    flags += ["--batch-size", 2, "--grad-accumulation", 1, "--max-seq-length", 128]
+    done = invoke("train", *flags, "--out", out, "--cache-dir", folder / "cache")
+    assert done.exit_code == 0, done.stderr
+    assert "NO REAL MODEL" in done.stderr
+    assert f"adapter: {out / 'adapter'}" in done.stdout
+    return out
+
+
+def test_saved_settings_start_the_same_run_again_to_the_bit(folder, run):
+    again = folder / "runs/again"
+    done = invoke("train", "--config", run / "settings.yaml", "--out", again)
+    assert done.exit_code == 0, done.stderr
+    losses = read_losses(run)
+    assert [kind for kind, *_ in losses].count("step") == STEPS
+    assert [kind for kind, *_ in losses].count("eval") == 2
+    assert read_losses(again) == losses
+    names = ("adapter/adapter_model.safetensors", "checkpoints/step-00000003/trainer_state.json")
+    for name in names:
+        assert (again / name).read_bytes() == (run / name).read_bytes()
+    compared = invoke("runs", "compare", run, again)
+    assert "first" in compared.stdout
+    assert "their settings are the same" in compared.stdout
+
+
+def test_the_adapter_computes_what_stock_peft_computes(run):
+    adapter = find_adapter(run)
+    ours = load_adapter(tiny_model("gemma4-e2b")[0], run)
+    theirs = PeftModel.from_pretrained(tiny_model("gemma4-e2b")[0], adapter).eval()
+    ids = {"input_ids": torch.arange(2, 30)[None]}
+    with torch.no_grad():
+        assert torch.equal(ours(**ids).logits, theirs(**ids).logits)
+        with ours.disable_adapter():
+            assert not torch.equal(ours(**ids).logits, theirs(**ids).logits)
+    assert not any(p.requires_grad for p in ours.parameters())
+
+
+@pytest.mark.slow
+def test_an_adapter_of_another_release_is_refused(run):
+    model, _ = tiny_model("gemma4-e2b", seed=1)
+    with pytest.raises(CheckpointError, match=r"adapter adapter is not for .*give the model"):
+        load_adapter(model, run)
+    with pytest.raises(CheckpointError, match="is not for"):
+        load_adapter(tiny_model("gemma3n")[0], run)
+
+
+def test_generate_writes_the_answer_as_it_comes(run):
+    done = invoke("generate", "--prompt", "-", "--adapter", run, "--max-new-tokens", 4, input="Hi")
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.endswith("\n")
+    again = invoke("generate", "-p", "Hi", "--adapter", run / "adapter", "--max-new-tokens", 4)
+    assert again.stdout == done.stdout
+
+
+def test_preview_marks_what_is_trained_and_reports_the_data(folder):
+    done = invoke("preview", "--cache-dir", folder / "cache", "--index", 1, "--count", 2)
+    assert done.exit_code == 0, done.stderr
+    assert "192 rows" in done.stdout
+    assert "held out: 48 rows" in done.stdout
+    assert "⟦cold<turn|>⟧" in done.stdout
+    whole = invoke("preview", "--cache-dir", folder / "cache", "--no-mask-prompt", "--index", 1)
+    assert "opposite of hot.<turn|>" in whole.stdout.partition("⟦")[2]
+
+
+def test_runs_are_listed_and_shown(folder, run):
+    listed = invoke("runs", "list", folder / "runs")
+    assert listed.exit_code == 0, listed.stderr
+    assert "3 of 3" in listed.stdout
+    shown = invoke("runs", "show", run)
+    assert f"learning_rate{' ' * 4}" in shown.stdout
+    assert "0.005" in shown.stdout
+    for kind, _, loss, _ in read_losses(run):
+        assert f"{loss:.4f}" in shown.stdout, kind
+    assert "saved step-00000003" in shown.stdout
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_was_stopped(folder, run, monkeypatch):
+    out = folder / "runs/stopped"
+
+    class InterruptedTrainer(Trainer):
+        def train_step(self, step_input):
+            result = super().train_step(step_input)
+            if self.step == 1:
+                signal.raise_signal(signal.SIGINT)
+            return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gemma_tuner.training.trainer.Trainer", InterruptedTrainer)
+        done = invoke("train", "--config", run / "settings.yaml", "--out", out)
+    assert done.exit_code == 130
+    command = f"gemma-tuner train --config {out / 'settings.yaml'} --resume"
+    assert f"stopped after step 1, which is saved; go on with: {command}\n" in done.stderr
+    assert not (out / "adapter").exists()
+    assert invoke(*command.split()[1:]).exit_code == 0
+    assert read_losses(out) == read_losses(run)
+
+
+@pytest.mark.slow
+def test_quarantined_examples_are_listed_and_released(folder):
+    data = folder / "mended"
+    data.mkdir()
+    rows = [{"prompt": f"{i}?", "response": "yes", "image": f"{i}.png"} for i in range(4)]
+    (data / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sample = next(Path(__file__).parents[3].glob("gemma_tuner/testing/samples/image/*.png"), None)
+    assert sample is not None
+    for i in range(4):
+        shutil.copy(sample, data / f"{i}.png")
+    (data / "2.png").write_bytes(b"no picture")
+    flags = ["--data", data / "rows.jsonl", "--image", "image", "--cache-dir", folder / "cache2"]
+    flags += ["--max-bad-fraction", 0.5, "--modality", "image", "--held-out", 0]
+    done = invoke("train", *flags, "--epochs", 1, "--out", folder / "bad", "--batch-size", 1)
+    assert done.exit_code == 0, done.stderr
+    listed = invoke("quarantine", folder / "bad")
+    assert "rows.jsonl:3\n  decode: " in listed.stdout
+    assert "in quarantine: 1; usable: 4" in listed.stdout
+    shutil.copy(sample, data / "2.png")
+    assert invoke("quarantine", folder / "bad", "--retry").stdout.startswith("released: ")
+
+
+@pytest.mark.slow
+def test_evaluate_plan_and_every_export(folder, run):
+    done = invoke(
+        *("evaluate", run, "--max-examples", 4, "--max-new-tokens", 4, "--score", "cer"),
+        *("--output", folder / "report"),
+    )
+    assert done.exit_code == 0, done.stderr
+    assert "| cer (lower is better) |" in done.stdout
+    assert "rows of the stream: 48" in done.stdout
+    assert (folder / "report/report.md").is_file()
+    planned = invoke("plan", "--memory-gib", 1, "--device", "cpu", "--modality", "image")
+    assert "predicted peak" in planned.stdout
+    for kind, target in (
+        ("adapter", "peft"),
+        ("merged", "merged"),
+        ("mlx", "mlx"),
+        ("gguf", "model.gguf"),
+    ):
+        done = invoke("export", kind, run, folder / target)
+        assert done.exit_code == 0, done.stderr
+        assert str(folder / target) in done.stdout
+        assert (folder / target).exists()
+    assert "fingerprint" in (folder / "peft/README.md").read_text()
+    only = invoke("export", "gguf", run, folder / "lora.gguf", "--adapter-only")
+    assert only.exit_code == 0, only.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["lora", "dora", "rslora", "full"])
+@pytest.mark.parametrize("modality", ["text", "image", "audio", "multimodal"])
+def test_every_kind_of_tuning_of_every_modality_is_used_again(folder, tmp_path, kind, modality):
+    if kind != "lora" and modality != "image":
+        pytest.skip("one modality is enough for the other kinds")
+    flags = ["--iters", 1, "--fine-tune-type", kind, "--modality", modality]
+    done = invoke("train", *flags, "--out", tmp_path, "--cache-dir", folder / "cache")
+    assert done.exit_code == 0, done.stderr
+    done = invoke("evaluate", tmp_path, "--max-examples", 2, "--max-new-tokens", 2)
+    assert done.exit_code == 0, done.stderr
+    logged = [loss for kind, _, loss, _ in read_losses(tmp_path) if kind == "eval"][-1]
+    whole = invoke("evaluate", tmp_path / "adapter", "--max-new-tokens", 1, "--no-compare-base")
+    assert f"{logged:.4f}" in whole.stdout
