@@ -194,7 +194,7 @@ class TrainConfig:
         """Make a config from plain settings, such as a parsed JSON or TOML file.
 
         Args:
-            settings: Field names to values; ``betas`` may be a list.
+            settings: Field names to values; tuples may be lists.
 
         Returns:
             The config; fields that are not given keep their defaults.
@@ -203,8 +203,9 @@ class TrainConfig:
             ConfigError: An unknown name, or a value that the field cannot have.
         """
         values = dict(settings)
-        if isinstance(values.get("betas"), list):
-            values["betas"] = tuple(values["betas"])
+        for name in ("betas", "trackers"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:

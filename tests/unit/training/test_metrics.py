@@ -45,6 +45,11 @@ def read(path):
     ]
 
 
+@pytest.fixture(autouse=True)
+def stopped_clock(monkeypatch):
+    monkeypatch.setattr("gemma_tuner.training.metrics.time.time", lambda: 5.0)
+
+
 # --- log --------------------------------------------------------------------------------------
 
 
@@ -55,9 +60,9 @@ def test_each_record_is_a_line_at_once(tmp_path):
         log.step(make_step(1))
         log.evaluation(make_eval(1))
         lines = read(path)  # before closing: each line is flushed
-    assert lines[0] == {"kind": "event", "step": 0, "name": "started", "device": "cpu"}
-    assert lines[1] == {"kind": "step", **dataclasses.asdict(make_step(1))}
-    assert lines[2] == {"kind": "eval", **dataclasses.asdict(make_eval(1))}
+    assert lines[0] == {"kind": "event", "step": 0, "name": "started", "device": "cpu", "time": 5}
+    assert lines[1] == {"kind": "step", **dataclasses.asdict(make_step(1)), "time": 5}
+    assert lines[2] == {"kind": "eval", **dataclasses.asdict(make_eval(1)), "time": 5}
 
 
 def test_nan_and_infinity_are_null_and_named(tmp_path):
