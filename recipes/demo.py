@@ -2,8 +2,8 @@
 
     make demo
 
-A tiny random Gemma 4 E2B is saved once, then each recipe loads it as it would load the real
-checkpoint, trains on the bundled samples, and saves an adapter. Each adapter is opened again by
+A tiny random Gemma 4 E2B is saved once, then three recipes load it as they would load the real
+checkpoint, train on the bundled samples, and save an adapter each. Each is opened again by
 stock transformers and peft, and must give the same logits as the model that was trained. The last
 column but two is the loss of guessing answers by their frequency: a model below it has looked.
 """
@@ -25,10 +25,15 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 import gemma_tuner as gt
-from gemma_tuner.training.script import run_script
+from gemma_tuner.training import script
 
 LOGIT_TOLERANCE = 1e-5
-STEPS = "160"
+FLAGS = ("--learning-rate", "5e-3", "--steps", "160")
+RECIPES = {
+    "text_chat": FLAGS,
+    "image_caption": (*FLAGS, "--answers", "0"),
+    "audio_transcribe": (*FLAGS, "--answers", "0"),
+}
 
 
 def load_recipe(name: str) -> ModuleType:
@@ -61,9 +66,7 @@ def loss_of_guessing(trainer: gt.Trainer) -> float:
 def run(name: str, base: Path, out: Path) -> dict[str, Any]:
     print(f"\n=== {name} " + "=" * (70 - len(name)), flush=True)
     started = time.perf_counter()
-    trainer = load_recipe(name).main(
-        ["--model", str(base), "--out", str(out), "--learning-rate", "5e-3", "--steps", STEPS]
-    )
+    trainer = load_recipe(name).main(["--model", str(base), "--out", str(out), *RECIPES[name]])
     seconds = time.perf_counter() - started
     records = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     held_out = [record["loss"] for record in records if record["kind"] == "eval"]
@@ -74,7 +77,7 @@ def run(name: str, base: Path, out: Path) -> dict[str, Any]:
         "loss before": held_out[0],
         "loss after": held_out[-1],
         # Text has nothing to look at but the question itself.
-        "guess": math.nan if name == "text" else loss_of_guessing(trainer),
+        "guess": math.nan if name == "text_chat" else loss_of_guessing(trainer),
         "tokens/s": speeds[len(speeds) // 2],
         "seconds": seconds,
         "logit difference": largest_logit_difference(trainer, base, adapter),
@@ -94,8 +97,9 @@ def main() -> None:
     model.save_pretrained(base)
     processor.save_pretrained(base)
 
-    results = [run(name, base, out / name) for name in ("text", "image", "audio")]
-    print("\nheld-out loss   before    after  guessing   tokens/s  in stock transformers + peft")
+    results = [run(name, base, out / name) for name in RECIPES]
+    heads = "held-out loss       before    after  guessing   tokens/s"
+    print(f"\n{heads}  in stock transformers + peft")
     failed = False
     for result in results:
         same = result["logit difference"] <= LOGIT_TOLERANCE
@@ -104,7 +108,7 @@ def main() -> None:
         learned &= not result["loss after"] >= result["guess"]
         failed |= not (same and learned)
         print(
-            f"{result['recipe']:<12} {result['loss before']:9.4f}{result['loss after']:9.4f}"
+            f"{result['recipe']:<16} {result['loss before']:9.4f}{result['loss after']:9.4f}"
             f"{guess:>10}{result['tokens/s']:11.0f}"
             f"  {'same logits' if same else 'LOGITS DIFFER'}"
             f" (max difference {result['logit difference']:.1e}), {result['adapter']}"
@@ -114,4 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    script.run_script(main)

@@ -1,38 +1,27 @@
-"""Fine-tune Gemma on text: questions with answers, instructions, or whole conversations.
+"""Fine-tune Gemma on text: conversations of several turns with system prompts, or single answers.
 
-    python recipes/text.py
-    python recipes/text.py --model google/gemma-4-E2B-it --data tickets.jsonl --steps 500
+    python recipes/text_chat.py
+    python recipes/text_chat.py --model google/gemma-4-E2B-it --data chats.jsonl --steps 500
 
-Without flags it trains a tiny random model on the bundled samples, to show that everything works.
+The text recipe, from which the others differ. Every answer of a conversation is trained, no system
+turn and no question. Without flags it trains a tiny random model on the bundled samples, to show
+that everything works; the second answer of each chat there follows from the first.
 """
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import gemma_tuner as gt
-from gemma_tuner.training.script import exit_if_stopped, run_script
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--model", help="Hub name or folder (default: a tiny random model)")
-    parser.add_argument("--data", help="JSONL, CSV or Parquet file, or folder (default: samples)")
-    parser.add_argument(
-        "--held-out", help="name of the held-out split (default: a tenth, by hash)"
-    )
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps")
-    parser.add_argument("--out", default="runs/text", help="folder for checkpoints and adapter")
-    parser.add_argument("--learning-rate", type=float, help="default: 2e-4; tiny model: 5e-3")
-    parser.add_argument("--max-tokens", type=int, default=1024, help="longest example")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --out")
-    return parser.parse_args(argv)
+from gemma_tuner.training import script
 
 
 def main(argv: Sequence[str] | None = None) -> gt.Trainer:
-    args = parse_arguments(argv)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data", help="file or folder: messages, or prompt and response")
+    args = script.parse_arguments(parser, argv, out="runs/text_chat")
 
     # 1. The model: only the language part is built and read.
     if args.model:
@@ -41,36 +30,31 @@ def main(argv: Sequence[str] | None = None) -> gt.Trainer:
         model, processor = gt.testing.tiny_model("gemma4-e2b")
     model = gt.add_lora(model, gt.LoraConfig(rank=16, alpha=32))
 
-    # 2. The data: the samples and --held-out have a split column; else a tenth is held out.
-    if args.data and not args.held_out:
-        train, held_out = gt.stream_local(args.data).split(0.1)
-    else:
-        data, name = args.data or gt.testing.sample_data("text"), args.held_out or "test"
-        train, held_out = (gt.stream_local(data, split=split) for split in ("train", name))
+    # 2. The data: the samples have a split to hold out; of yours it is --held-out, or a tenth.
+    data = args.data or gt.testing.sample_data("chat")
+    split = args.held_out or (None if args.data else "test")
+    train, held_out = script.open_splits(partial(gt.stream_local, data), split)
     print(train.report())
 
     # 3. The trainer.
-    config = gt.TrainConfig(
-        max_steps=args.steps,
-        batch_size=4,
-        gradient_accumulation=2,
-        learning_rate=args.learning_rate or (2e-4 if args.model else 5e-3),
-        warmup_steps=min(10, args.steps // 10),
-        eval_every_steps=max(1, args.steps // 4),
-        output_dir=args.out,
-    )
     collator = gt.TextCollator(processor, max_tokens=args.max_tokens)
-    trainer = gt.Trainer(model, train, collator, config, eval_stream=held_out)
+    trainer = gt.Trainer(model, train, collator, script.make_config(args), eval_stream=held_out)
     print(trainer.preview())
 
     # 4. Train; the held-out loss is measured before, in between and after.
-    result = trainer.fit(resume=args.resume)
-    exit_if_stopped(result, __file__, argv)
+    result = script.fit(trainer, args, __file__, argv)
     adapter = trainer.save(Path(args.out) / "adapter")
-    losses = " → ".join(f"{record.loss:.4f} (step {record.step})" for record in result.held_out)
-    print(f"held-out loss: {losses}\nadapter: {adapter}")
+    print(f"{script.show_losses(result)}\nadapter: {adapter}")
+
+    # 5. Let it go on with one held-out conversation.
+    chat = held_out[0]
+    answer = gt.generate(
+        trainer.model, processor, replace(chat, turns=chat.turns[:-1]), max_new_tokens=64
+    )
+    print(f"asked {chat.turns[-2].text!r}, it answers {answer.text!r}", end="; ")
+    print(f"the data's answer is {chat.turns[-1].text!r}")
     return trainer
 
 
 if __name__ == "__main__":
-    run_script(main)
+    script.run_script(main)

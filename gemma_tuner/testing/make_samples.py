@@ -8,12 +8,14 @@ Python promises to keep.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -89,6 +91,58 @@ def list_text_rows() -> list[dict[str, str]]:
     ]
 
 
+# --- chat: the same kind of facts in two turns, in the language that the system turn asks for ----
+
+_CHAT_DAYS = (
+    "Monday Montag, Tuesday Dienstag, Wednesday Mittwoch, Thursday Donnerstag, Friday Freitag, "
+    "Saturday Samstag, Sunday Sonntag"
+)
+_CHAT_NUMBERS = (
+    "one eins, two zwei, three drei, four vier, five fünf, six sechs, seven sieben, eight acht, "
+    "nine neun, ten zehn"
+)
+_SYSTEMS = ("You answer in English.", "You answer in German.")
+
+
+def list_chat_rows() -> list[dict[str, Any]]:
+    """List the conversations: a system turn, and two questions, one about the other's answer.
+
+    A test conversation asks in a phrasing that training shows for other words, and training shows
+    the same answers in the other phrasing.
+
+    Returns:
+        Rows of id, split and messages, in a fixed shuffled order.
+    """
+    days = [tuple(pair.split()) for pair in _CHAT_DAYS.split(", ")]
+    numbers = [tuple(pair.split()) for pair in _CHAT_NUMBERS.split(", ")]
+    after = (("What day comes after {}?", "Name the day after {}."), "And after that?", 1)
+    before = (("What day comes before {}?", "Name the day before {}."), "And before that?", -1)
+    more = (("What is {} and one?", "Add one to {}."), "And one more?", 1)
+    # A fact is its phrasings, the follow-up, the word asked about, and the two answers.
+    facts = [
+        (phrasings, follow_up, days[at][0], days[(at + step) % 7], days[(at + 2 * step) % 7])
+        for phrasings, follow_up, step in (after, before)
+        for at in range(7)
+    ] + [(*more[:2], numbers[at][0], numbers[at + 1], numbers[at + 2]) for at in range(8)]
+    rows = []
+    for number, (phrasings, follow_up, word, first, second) in enumerate(facts):
+        for language, system in enumerate(_SYSTEMS):
+            for which, phrasing in enumerate(phrasings):
+                # Half of the facts give one phrasing in each language to the test split.
+                is_test = number % 2 == 0 and which == (number // 2 + language) % 2
+                texts = (phrasing.format(word), first[language], follow_up, second[language])
+                turns = zip(("user", "assistant") * 2, texts, strict=True)
+                messages = [{"role": "system", "content": system}]
+                messages += [{"role": role, "content": text} for role, text in turns]
+                rows.append(("test" if is_test else "train", messages))
+    rng = random.Random(4)
+    rows.sort(key=lambda _: rng.random())
+    return [
+        {"id": f"chat/{index:03}", "split": split, "messages": messages}
+        for index, (split, messages) in enumerate(rows)
+    ]
+
+
 # --- image: one shape in one colour on a grey ground ----------------------------------------
 
 _SHAPES = ("circle", "square", "triangle", "star")
@@ -156,6 +210,11 @@ def _list_corners(shape: str) -> list[tuple[float, float]]:
 
 SAMPLE_RATE_HZ = 8_000
 _WORDS = ("ma", "mi", "su", "lo", "na", "ki", "masu", "kilo", "nami", "loma")
+_MEANINGS = {
+    "ma": "house", "mi": "bow", "su": "boat", "lo": "light", "na": "rain", "ki": "sun",
+    "masu": "houseboat", "kilo": "sunlight", "nami": "rainbow", "loma": "lighthouse",
+}  # fmt: skip
+_QUESTION_WORDS = ("ma", "ki")  # as questions about a picture: which colour, and which shape
 
 
 @dataclass(frozen=True)
@@ -285,16 +344,114 @@ def _filter_noise(noise: np.ndarray, centre_hz: float) -> np.ndarray:
 
 
 def write_samples(folder: Path) -> None:
-    """Write the three sets into ``folder``/text, image and audio.
+    """Write each set into a folder of its name within ``folder``.
 
     Args:
         folder: Made if absent; files of the same names are overwritten.
     """
-    for modality in ("text", "image", "audio"):
-        (folder / modality).mkdir(parents=True, exist_ok=True)
+    for name in ("text", "chat", "image", "vqa", "audio", "translation", "multimodal"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     _write_manifest(folder / "text", list_text_rows())
-    _write_manifest(folder / "image", _write_images(folder / "image"))
-    _write_manifest(folder / "audio", _write_clips(folder / "audio"))
+    _write_manifest(folder / "chat", list_chat_rows())
+    pictures = _write_images(folder / "image")
+    clips = _write_clips(folder / "audio")
+    _write_manifest(folder / "image", pictures)
+    _write_manifest(folder / "audio", clips)
+    # These three have no media of their own.
+    _write_manifest(folder / "vqa", list_vqa_rows(pictures))
+    _write_manifest(folder / "translation", list_translation_rows(clips))
+    _write_manifest(folder / "multimodal", list_multimodal_rows(pictures, clips))
+
+
+def list_vqa_rows(pictures: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """List a question for each picture: its colour, its shape, or whether it is of a colour.
+
+    Args:
+        pictures: The rows of the image set.
+
+    Returns:
+        Rows of id, split, image, prompt and response.
+    """
+    colours = list(_PAINTS)
+    rows = []
+    for number, picture in enumerate(pictures):
+        colour, shape = picture["response"].split()
+        # Thirds that every colour, shape and take meets.
+        kind = (number + number // 32) % 3
+        guess = colour if number // 3 % 2 else colours[(number // 4 + 3) % len(colours)]
+        prompt, response = (
+            ("What colour is the shape?", colour),
+            ("Which shape is it?", shape),
+            (f"Is the shape {guess}?", "yes" if guess == colour else "no"),
+        )[kind]
+        rows.append(
+            {
+                "id": f"vqa/{number:03}",
+                "split": picture["split"],
+                "image": f"../image/{picture['image']}",
+                "prompt": prompt,
+                "response": response,
+            }
+        )
+    return rows
+
+
+def list_translation_rows(clips: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
+    """List what each spoken word means in English.
+
+    Args:
+        clips: The rows of the audio set.
+
+    Returns:
+        Rows of id, split, audio, prompt and response.
+    """
+    return [
+        {
+            "id": f"translation/{number:03}",
+            "split": clip["split"],
+            "audio": f"../audio/{clip['audio']}",
+            "prompt": "Translate the word that is spoken into English.",
+            "response": _MEANINGS[clip["response"]],
+        }
+        for number, clip in enumerate(clips)
+    ]
+
+
+def list_multimodal_rows(
+    pictures: Sequence[Mapping[str, str]], clips: Sequence[Mapping[str, str]]
+) -> list[dict[str, str]]:
+    """List a spoken question for each picture, so that neither the one nor the other is enough.
+
+    Args:
+        pictures: The rows of the image set.
+        clips: The rows of the audio set; a picture of a split is asked about by a voice of it.
+
+    Returns:
+        Rows of id, split, image, audio, prompt and response.
+    """
+    voices = {
+        (split, word): itertools.cycle(
+            [clip["audio"] for clip in clips if (clip["split"], clip["response"]) == (split, word)]
+        )
+        for split in ("train", "test")
+        for word in _QUESTION_WORDS
+    }
+    rows = []
+    for number, picture in enumerate(pictures):
+        # As on a chequered board of colours and shapes, and the other way round in the next take.
+        which = (number + number // 4 + number // 32) % 2
+        clip = next(voices[picture["split"], _QUESTION_WORDS[which]])
+        rows.append(
+            {
+                "id": f"multimodal/{number:03}",
+                "split": picture["split"],
+                "image": f"../image/{picture['image']}",
+                "audio": f"../audio/{clip}",
+                "prompt": "Answer the spoken question about the picture.",
+                "response": picture["response"].split()[which],
+            }
+        )
+    return rows
 
 
 def _write_images(folder: Path) -> list[dict[str, str]]:
@@ -340,7 +497,7 @@ def _write_clips(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _write_manifest(folder: Path, rows: list[dict[str, str]]) -> None:
+def _write_manifest(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     (folder / "manifest.jsonl").write_text(lines, encoding="utf-8", newline="\n")
 
