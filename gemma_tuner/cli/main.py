@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import typer
 
+from gemma_tuner.cli import export, runs
+from gemma_tuner.cli.commands import command
+from gemma_tuner.cli.evaluate import evaluate
+from gemma_tuner.cli.generate import generate
+from gemma_tuner.cli.plan import plan
+from gemma_tuner.cli.preview import preview
+from gemma_tuner.cli.quarantine import quarantine
+from gemma_tuner.cli.train import train
 from gemma_tuner.doctor.command import doctor
+from gemma_tuner.watch.command import watch
 
-app = typer.Typer(no_args_is_help=True, add_completion=False)
-app.command()(doctor)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+for function in (train, plan, preview, evaluate, generate):
+    app.command()(function)
+app.add_typer(export.app, name="export")
+app.add_typer(runs.app, name="runs")
+for function in (command(watch), quarantine, command(doctor)):
+    app.command()(function)
 
 
 @app.callback()

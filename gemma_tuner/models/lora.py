@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -229,7 +230,9 @@ def wrap_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int = 0) ->
         The model, wrapped, in the mode that it was in; what trains is float32 and contiguous.
     """
     training = model.training
-    with seeded(model.device, seed):
+    with seeded(model.device, seed), warnings.catch_warnings():
+        # PEFT 0.21 asks for it by the name that transformers 6 will not have.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         wrapped = peft.get_peft_model(model, config)
     wrapped.train(training)
     for module in wrapped.modules():
@@ -294,7 +297,10 @@ def _choose_layers(model: Any, config: LoraConfig) -> str:
     else:
         first, last = config.layers
     if first < 0 or last >= num_layers:
-        raise ConfigError(f"layers is {config.layers!r}, but the model has {num_layers} layers")
+        raise ConfigError(
+            f"layers is {config.layers!r}, but the model has {num_layers} layers; give at most so "
+            "many, or leave layers out"
+        )
     return f"({'|'.join(map(str, range(first, last + 1)))})"
 
 

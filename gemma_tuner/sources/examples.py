@@ -104,7 +104,7 @@ class ExampleReader:
         if num_rows == 0 and self._splits:
             raise SourceError(
                 f"there is no split {self._split!r}; the splits are: "
-                f"{', '.join(sorted(self._splits))}"
+                f"{', '.join(sorted(self._splits))}; give one of these"
             )
 
     def read_summary(self) -> dict[str, Any]:

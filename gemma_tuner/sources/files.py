@@ -135,7 +135,7 @@ def list_columns(files: Sequence[DataFile], file_format: RowFormat) -> list[str]
                 elif not names:
                     raise values
     if not names:
-        raise SourceError(f"{_last(files[0])!r} holds no rows")
+        raise SourceError(f"{_last(files[0])!r} holds no rows; write one example on each line")
     return list(names)
 
 

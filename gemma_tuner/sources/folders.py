@@ -301,7 +301,8 @@ def choose_split(
         if chosen is None:
             raise SourceError(
                 f"there is no split {split!r}: there is no column 'split', and the files are of: "
-                f"{', '.join(sorted(by_split))}"
+                f"{', '.join(sorted(by_split))}; give one of these as split=, or none and hold "
+                "out a fraction"
             )
         return frozenset(chosen), []
     held_out = sorted(by_split.keys() & {"test", "validation"})

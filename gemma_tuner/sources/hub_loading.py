@@ -237,7 +237,9 @@ def _peek_features(tables: Any, wanted: HubName) -> Any:
 
     first = next(iter(tables.iter(batch_size=1)), None)
     if first is None:
-        raise SourceError(f"{wanted.label!r} holds no rows in its split {wanted.split!r}")
+        raise SourceError(
+            f"{wanted.label!r} holds no rows in its split {wanted.split!r}; name another split"
+        )
     return datasets.Features.from_arrow_schema(first.schema)
 
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import peft
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.models.families import Modality
@@ -85,19 +87,13 @@ def list_adapter_modalities(folder: Path) -> tuple[Modality, ...]:
     Raises:
         CheckpointError: Its weights are missing or damaged.
     """
-    try:
-        with safe_open(folder / _WEIGHTS, "pt") as weights:
-            names = list(weights.keys())
-    except (OSError, SafetensorError) as error:
-        raise _damaged(folder, error) from None
-    return (
-        "text",
-        *(
-            modality
-            for modality, parts in _TOWERS.items()
-            if any(part in name for name in names for part in parts)
-        ),
-    )
+    names = _read_weights(folder)
+    media: list[Modality] = [
+        modality
+        for modality, parts in _TOWERS.items()
+        if any(part in name for name in names for part in parts)
+    ]
+    return ("text", *media)
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
@@ -114,43 +110,45 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
         CheckpointError: There is no adapter, it is damaged, or it was trained on another model.
     """
     folder = find_adapter(path)
-    name, base = folder.resolve().name, portable_name(model.name_or_path)
-    document = _read_json(folder / _CONFIG)
-    trained_on = document.get("base_model_name_or_path") or "another model"
-    remedy = f"load the model that it was trained on ({trained_on}) and try again"
+    saved = _read_weights(folder)
+    what = f"the adapter {folder.resolve().name} is not for {_name_of(model)}"
+    trained_on = read_adapter_base(folder) or "which it does not name"
+    remedy = f"give the model that it was trained on, {trained_on}"
     if (folder / FINGERPRINT).is_file():
         expected = _read_json(folder / FINGERPRINT).get("base_norms_sha256")
-        found = hash_decoder_norms(dict(model.named_parameters()), model.get_parameter)
-        if expected != found:
-            raise CheckpointError(f"the adapter {name} is not for {base or 'this model'}; {remedy}")
+        if expected != hash_decoder_norms(dict(model.named_parameters()), model.get_parameter):
+            raise CheckpointError(f"{what}, whose weights are others; {remedy}")
+    config = peft.PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = False  # wrapped as for training, so that it computes the same
     try:
-        tensors = {}
-        with safe_open(folder / _WEIGHTS, "pt") as weights:
-            for key in weights.keys():  # noqa: SIM118 - it is no mapping
-                tensors[key] = weights.get_tensor(key)
-    except (OSError, SafetensorError) as error:
-        raise _damaged(folder, error) from None
-    try:
-        wrapped = wrap_peft(model, peft.PeftConfig.from_pretrained(str(folder)))
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"the adapter {name} does not fit {base or 'this model'} ({error}); {remedy}"
-        ) from None
+        wrapped = wrap_peft(model, config)
+    except ValueError as error:  # none of its modules is there
+        raise CheckpointError(f"{what} ({error}); {remedy}") from None
     here = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    if differences := list_differences(_shapes(tensors), _shapes(here)):
+    if differences := list_differences(_list_shapes(saved), _list_shapes(here)):
         raise CheckpointError(
-            f"the adapter {name} does not fit {base or 'this model'}; adapter against model: "
-            f"{shorten_differences(differences, 3)}; {remedy}"
+            f"{what} (adapter against model: {shorten_differences(differences, 3)}); {remedy}"
         )
     with torch.no_grad():
-        for key, tensor in tensors.items():
+        for key, tensor in saved.items():
             here[key].copy_(tensor)
     wrapped.requires_grad_(requires_grad=False)
     return wrapped
 
 
-def _shapes(tensors: Mapping[str, Any]) -> dict[str, list[int]]:
+def _name_of(model: PreTrainedModel) -> str:
+    return portable_name(model.name_or_path) or "this model"
+
+
+def _list_shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(folder / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(folder, error) from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

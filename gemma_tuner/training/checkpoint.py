@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
-from gemma_tuner.errors import CheckpointError, ResumeError
+from gemma_tuner.errors import CheckpointError, ConfigError, ResumeError
 from gemma_tuner.training.identity import (
     describe_model,
     hash_decoder_norms,
@@ -162,6 +162,23 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
     """
     checkpoints = _list_checkpoints(Path(output_dir) / "checkpoints")
     return checkpoints[-1] if checkpoints else None
+
+
+def refuse_second_run(output_dir: str | Path) -> None:
+    """Refuse to begin a run where there is one.
+
+    Args:
+        output_dir: The run's folder.
+
+    Raises:
+        ConfigError: It holds a checkpoint.
+    """
+    checkpoint = latest_checkpoint(output_dir)
+    if checkpoint is not None:
+        raise ConfigError(
+            f"output_dir {Path(output_dir).resolve().name!r} already holds a run "
+            f"({checkpoint.name}); continue it with fit(resume=True), or choose another folder"
+        )
 
 
 def load_checkpoint(

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from gemma_tuner.device import memory_used_bytes
-from gemma_tuner.errors import ConfigError, DivergedError, ResumeError
+from gemma_tuner.errors import DivergedError, ResumeError
 from gemma_tuner.training.checkpoint import (
     TrainerState,
     latest_checkpoint,
     load_checkpoint,
+    refuse_second_run,
     save_checkpoint,
 )
 from gemma_tuner.training.config import TrainConfig
@@ -208,12 +209,9 @@ class Ledger:
             "device": self._processes.device.type,
             "collator": dict(collator),
         }
+        if not resume:
+            refuse_second_run(self._config.output_dir)
         checkpoint = latest_checkpoint(self._config.output_dir)
-        if checkpoint is not None and not resume:
-            raise ConfigError(
-                f"output_dir {Path(self._config.output_dir).resolve().name!r} already holds a run "
-                f"({checkpoint.name}); continue it with fit(resume=True), or choose another folder"
-            )
         if checkpoint is not None:
             self._resume(checkpoint)
         else:

@@ -1,0 +1,156 @@
+"""What all commands share: groups of settings as options, and errors as one paragraph."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import inspect
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import is_dataclass
+from typing import Annotated, Any
+
+import typer
+
+from gemma_tuner.errors import GemmaTunerError
+
+_INTERRUPTED = 130  # 128 and SIGINT's number, as shells expect
+
+# What arguments of Python are called on the command line, where it is something else.
+_OPTION_OF = {
+    "ImageCollator": "modality",
+    "base": "model",
+    "gradient_checkpointing": "grad_checkpoint",
+    "layers": "num_layers",
+    "eval_every_steps": "steps_per_eval",
+    "log_every_steps": "steps_per_report",
+    "max_steps": "iters",
+    "max_tokens": "max_seq_length",
+    "modalities": "modality",
+    "output_dir": "out",
+    "save_every_steps": "save_every",
+    "scores": "score",
+    "trackers": "report_to",
+    "train_on": "mask_prompt",
+    "variant": "fine_tune_type",
+}
+
+_DEBUG = inspect.Parameter(
+    "debug",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool, typer.Option("--debug", metavar="", help="Show the traceback of an error.")
+    ],
+)
+
+
+def command(function: Callable[..., object]) -> Callable[..., None]:
+    """Make a function a command: its groups of settings become options, its errors a paragraph.
+
+    Args:
+        function: Its parameters are options and arguments of Typer, or dataclasses whose fields
+            are (:mod:`gemma_tuner.cli.settings`), each of which becomes an option of its own.
+
+    Returns:
+        What ``app.command()`` takes; it has ``--debug`` as well.
+    """
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(function, eval_str=True).parameters.values():
+        if _is_group(parameter.annotation):
+            groups[parameter.name] = parameter.annotation
+            parameters += inspect.signature(parameter.annotation).parameters.values()
+        else:
+            parameters.append(parameter)
+
+    options = {parameter.name for parameter in parameters}
+
+    @functools.wraps(function)
+    def run(*, debug: bool, **values: Any) -> None:
+        for name, kind in groups.items():
+            fields = inspect.signature(kind).parameters
+            values[name] = kind(**{field: values.pop(field) for field in fields})
+        if not debug:  # what libraries tell their developers
+            warnings.simplefilter("ignore", FutureWarning)
+        with errors_explained(debug=debug, options=options):
+            function(**values)
+
+    keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    run.__signature__ = inspect.Signature([*keyword_only, _DEBUG])  # pyright: ignore[reportAttributeAccessIssue]
+    # Typer asks for the hints of what is wrapped, which are not those of the signature.
+    run.__annotations__ = {}
+    del run.__wrapped__
+    return run
+
+
+def _is_group(kind: object) -> bool:
+    return is_dataclass(kind)
+
+
+@contextmanager
+def errors_explained(*, debug: bool, options: Collection[str] = ()) -> Iterator[None]:
+    """Turn an error into one paragraph on stderr and exit status 1; an interrupt into 130.
+
+    Args:
+        debug: Whether its traceback is shown first.
+        options: Names of the command's options: those that an error speaks of as arguments of
+            Python are added to it as flags.
+
+    Raises:
+        SystemExit: Instead of the error.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        _show("interrupted", debug=debug)
+        raise SystemExit(_INTERRUPTED) from None
+    except GemmaTunerError as error:
+        message = " ".join(str(error).split())
+        flags = _list_flags(message, options)
+        _show(f"{type(error).__name__}: {message}{flags}", debug=debug)
+        raise SystemExit(1) from None
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # nobody reads on; Typer knows how to end then
+            raise
+        _show(_explain(error), debug=debug)
+        raise SystemExit(1) from None
+    except Exception as error:  # noqa: BLE001 - whatever it was, its user gets a paragraph
+        _show(
+            f"{type(error).__name__}: {' '.join(str(error).split())}. This is a fault of "
+            "gemma_tuner, not of yours: run the command again with --debug, and report what it "
+            "shows together with `gemma-tuner doctor`",
+            debug=debug,
+        )
+        raise SystemExit(1) from None
+
+
+def _show(message: str, *, debug: bool) -> None:
+    if debug:
+        sys.stderr.write(traceback.format_exc())
+    sys.stderr.write(f"{message}\n")
+
+
+def _list_flags(message: str, options: Collection[str]) -> str:
+    """Name the flags for what a message calls by its name in Python, as an ending of it."""
+    # What is written as an argument (max_tokens=256) or has an underscore is no common word.
+    words = re.findall(r"\b([a-z]+)=|\b([a-z]+(?:_[a-z]+)+)\b|\b(\w+Collator)\b", message)
+    names = [_OPTION_OF.get(word) or str(word) for groups in words for word in groups if word]
+    flags = [f"--{name.replace('_', '-')}" for name in dict.fromkeys(names) if name in options]
+    return f" [as flags: {', '.join(flags)}]" if flags else ""
+
+
+def _explain(error: OSError) -> str:
+    """Name the file and the remedy, which the system's own words do not."""
+    where = f" ({error.filename})" if error.filename else ""
+    remedies = {
+        errno.ENOSPC: "free disk space there, or choose another folder",
+        errno.EACCES: "choose another folder, or change its permissions",
+        errno.ENOENT: "check the path",
+    }
+    remedy = remedies.get(error.errno or 0, "run the command again with --debug to see where")
+    return f"{type(error).__name__}: {error.strerror or error}{where}; {remedy}"

@@ -1,0 +1,93 @@
+"""``gemma-tuner generate``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemma_tuner.cli.commands import command
+from gemma_tuner.cli.defaults import from_run
+from gemma_tuner.cli.opening import load_with_adapter, say
+from gemma_tuner.cli.settings import ModelSettings
+
+
+@command
+def generate(
+    *,
+    model: ModelSettings,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", metavar="TEXT", help="What is asked; - reads stdin.")
+    ],
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the model is told beforehand.")
+    ] = None,
+    image: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A picture. May be given several times."),
+    ] = None,
+    audio: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="A sound. May be given several times."),
+    ] = None,
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            "--adapter",
+            "--adapter-path",
+            metavar="FOLDER",
+            is_eager=True,
+            callback=from_run(ModelSettings),
+            help="Of a run or an adapter; a run's settings say which model.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(metavar="N", help="The most tokens of the answer.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(metavar="X", help="Above 0: tokens are drawn.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="X", help="Draw from the likeliest of this sum.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(metavar="N", help="Draw from the N likeliest.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Makes drawing repeatable.")
+    ] = None,
+    thinking: Annotated[
+        bool, typer.Option("--thinking", metavar="", help="Let the model think first.")
+    ] = False,
+) -> None:
+    """Ask a model, with an adapter or without; the answer is written as it comes."""
+    from gemma_tuner.evaluation.generation import generate_stream
+
+    modalities = {*model.modalities, *(["image"] if image else []), *(["audio"] if audio else [])}
+    if len(modalities) > len(model.modalities):
+        modality = "multimodal" if len(modalities) > 2 else (modalities - {"text"}).pop()
+        model = dataclasses.replace(model, modality=modality)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    gemma, processor = load_with_adapter(model, adapter)
+    options = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
+    options = {name: value for name, value in options.items() if value is not None}
+    with generate_stream(
+        gemma,
+        processor,
+        messages,
+        image=[str(path) for path in image] if image else None,
+        audio=[str(path) for path in audio] if audio else None,
+        enable_thinking=thinking,
+        max_new_tokens=max_new_tokens,
+        **options,
+    ) as answer:
+        for piece in answer:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    say("")

@@ -1,0 +1,309 @@
+"""From settings to what the API takes: streams, models, collators."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from gemma_tuner.cli.settings import (
+    TINY,
+    AdapterSettings,
+    DataSettings,
+    Modality,
+    ModelSettings,
+    RowSettings,
+)
+from gemma_tuner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, ProcessorMixin
+
+    from gemma_tuner.collators.text import TextCollator
+    from gemma_tuner.models.lora import LoraConfig
+    from gemma_tuner.streaming.stream import ExampleStream
+
+_FAMILY = "gemma4-e2b"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_FILE_SUFFIXES = {".csv", ".gz", ".json", ".jsonl", ".ndjson", ".parquet", ".tar"}
+_HELD_OUT = 0.1
+
+
+def say(text: object) -> None:
+    """Write a line for the user on stdout, as it is."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def was_given(context: typer.Context, name: str) -> bool:
+    """Whether a setting was given as a flag, not by a file and not by default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+# --- data ------------------------------------------------------------------------------------
+
+
+def open_streams(
+    data: DataSettings, modality: Modality
+) -> tuple[ExampleStream, ExampleStream | None]:
+    """Open what is trained on and what is held out.
+
+    Args:
+        data: The settings.
+        modality: Whose samples are taken where there is no data.
+
+    Returns:
+        The two streams; the second is None where nothing is held out.
+
+    Raises:
+        ConfigError: A setting that cannot work, or no data and no samples.
+        DataError: A row that cannot be used.
+        SourceError: Data that cannot be read.
+    """
+    held_out = data.held_out or (None if data.data else "test")
+    try:
+        fraction = _HELD_OUT if held_out is None else float(held_out)
+    except ValueError:  # a split's name
+        train = open_stream(data, modality, data.split or "train")
+        return train, open_stream(data, modality, held_out)
+    stream = open_stream(data, modality, data.split)
+    return stream.split(fraction) if fraction else (stream, None)
+
+
+def open_stream(data: DataSettings, modality: Modality, split: str | None) -> ExampleStream:
+    """Open one stream of what ``--data`` names.
+
+    Args:
+        data: The settings.
+        modality: As in :func:`open_streams`.
+        split: Which split; None is all rows, or what the source takes by itself.
+
+    Returns:
+        The stream.
+
+    Raises:
+        ConfigError: As in :func:`open_streams`; likewise the others.
+        DataError: A row that cannot be used.
+        SourceError: Data that cannot be read.
+    """
+    from gemma_tuner.streaming import opening
+    from gemma_tuner.testing.samples import sample_data
+
+    columns = ("messages", "prompt", "response", "text", "system", "image", "audio", "id")
+    given = {name: getattr(data, name) for name in (*columns, "seed", "cache_dir")}
+    given |= {"max_bad_fraction": data.max_bad_fraction, "split": split}
+    options = {name: value for name, value in given.items() if value is not None}
+    places = data.data or [str(sample_data(modality))]
+    kinds = {_kind_of(place) for place in places}
+    if len(kinds) > 1:
+        raise ConfigError(
+            f"data is of several kinds ({', '.join(sorted(kinds))}); give one kind, or mix "
+            "streams with gemma_tuner.mix in a script"
+        )
+    names = [place.partition("://")[2] if "://" in place else place for place in places]
+    match kinds.pop():
+        case "local":
+            return opening.stream_local(names, **options)
+        case "gs":
+            return opening.stream_gcs(places, **options)
+        case kind if len(places) > 1:
+            raise ConfigError(f"{kind}:// takes one name, and there are {len(places)}; give one")
+        case "hf":
+            return opening.stream_hub(names[0], **options)
+        case _:
+            return opening.stream_bigquery(names[0], **options)
+
+
+def _kind_of(place: str) -> str:
+    scheme, separator, _ = place.partition("://")
+    if separator:
+        if scheme not in {"gs", "hf", "bq"}:
+            raise ConfigError(
+                f"data begins with {scheme}://; give a path, gs://bucket/..., hf://owner/name or "
+                "bq://project.dataset.table"
+            )
+        return scheme
+    is_hub_name = _HUB_NAME.fullmatch(place) and Path(place).suffix not in _FILE_SUFFIXES
+    return "hf" if is_hub_name and not Path(place).parent.exists() else "local"
+
+
+# --- models ----------------------------------------------------------------------------------
+
+
+def load(settings: ModelSettings) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a model and its processor, or make the tiny one, and say so.
+
+    Args:
+        settings: Which.
+
+    Returns:
+        The two.
+
+    Raises:
+        ConfigError: As ``load_model`` does.
+        CheckpointError: Likewise.
+    """
+    if settings.model == TINY:
+        from gemma_tuner.testing.tiny import tiny_model
+
+        _announce_tiny()
+        model, processor = tiny_model(_FAMILY)
+        return model.to(_choose_device(settings.device)), processor
+    from gemma_tuner.models.loading import load_model
+
+    return load_model(
+        settings.model,
+        modalities=settings.modalities,
+        device=settings.device,
+        dtype=settings.dtype,
+        revision=settings.revision,
+    )
+
+
+def _announce_tiny() -> None:
+    sys.stderr.write(
+        "NO REAL MODEL: this is 'tiny', a small random one, which shows that everything works "
+        "and can say nothing; give --model google/gemma-4-E2B-it\n"
+    )
+
+
+def _choose_device(device: str | None) -> Any:
+    from gemma_tuner.device import choose_device
+
+    return choose_device(device or "cpu")[0]
+
+
+def load_with_adapter(settings: ModelSettings, run: Path | None) -> tuple[Any, Any]:
+    """Load a model, and put a trained adapter on it.
+
+    Args:
+        settings: Which model; where it is not given, the one that the adapter names.
+        run: The run's folder or the adapter's; None puts none on.
+
+    Returns:
+        The model, wrapped where there is an adapter, and its processor.
+
+    Raises:
+        ConfigError: As ``load_model`` does.
+        CheckpointError: Likewise; or no adapter, or one of another model.
+    """
+    if run is None:
+        return load(settings)
+    from gemma_tuner.training.adapters import (
+        find_adapter,
+        list_adapter_modalities,
+        load_adapter,
+        read_adapter_base,
+    )
+
+    adapter = find_adapter(run)
+    needed = {*settings.modalities, *list_adapter_modalities(adapter)}
+    if needed > set(settings.modalities):
+        modality = (needed - {"text"}).pop() if len(needed) == 2 else "multimodal"
+        settings = dataclasses.replace(settings, modality=modality)
+    base = read_adapter_base(adapter)
+    if settings.model == TINY and base:
+        settings = dataclasses.replace(settings, model=base)
+    model, processor = load(settings)
+    return load_adapter(model, adapter), processor
+
+
+def read_processor(settings: ModelSettings) -> ProcessorMixin:
+    """Read a model's processor, and nothing else of it."""
+    if settings.model == TINY:
+        from gemma_tuner.testing.tiny_processor import tiny_processor
+
+        _announce_tiny()
+        return tiny_processor(_FAMILY)
+    from gemma_tuner.models import loading
+
+    return loading.read_processor(settings.model, settings.revision)
+
+
+@contextmanager
+def open_base(model: str | None) -> Iterator[str | None]:
+    """Give a model's folder or name; the tiny one gets a folder for as long as it is needed."""
+    if model != TINY:
+        yield model
+        return
+    from gemma_tuner.testing.tiny import tiny_model
+
+    _announce_tiny()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / TINY
+        for part in tiny_model(_FAMILY):
+            part.save_pretrained(path)
+        yield str(path)
+
+
+def make_collator(settings: ModelSettings, rows: RowSettings, processor: Any) -> TextCollator:
+    """Make the collator of a modality.
+
+    Args:
+        settings: The modality.
+        rows: How rows are made.
+        processor: The model's.
+
+    Returns:
+        The collator.
+
+    Raises:
+        ConfigError: A setting that cannot work.
+    """
+    from gemma_tuner.collators.audio import AudioCollator
+    from gemma_tuner.collators.image import ImageCollator
+    from gemma_tuner.collators.multimodal import MultimodalCollator
+    from gemma_tuner.collators.text import TextCollator
+
+    options: dict[str, Any] = {
+        "max_tokens": rows.max_seq_length,
+        "too_long": rows.too_long,
+        "train_on": "assistant" if rows.mask_prompt else "all",
+    }
+    pictures: dict[str, Any] = {"image_tokens": rows.image_tokens}
+    sounds: dict[str, Any] = {"max_seconds": rows.max_seconds}
+    match settings.modality:
+        case "text":
+            return TextCollator(processor, **options)
+        case "image":
+            return ImageCollator(processor, **options, **pictures)
+        case "audio":
+            return AudioCollator(processor, **options, **sounds)
+        case _:
+            return MultimodalCollator(processor, **options, **pictures, **sounds)
+
+
+def make_lora(adapter: AdapterSettings, model: ModelSettings, seed: int = 0) -> LoraConfig:
+    """Say what of a model is trained.
+
+    Args:
+        adapter: The settings.
+        model: Whose towers are trained beside the language part, if nothing else is asked for.
+        seed: Decides the first weights.
+
+    Returns:
+        What ``add_lora`` takes.
+
+    Raises:
+        ConfigError: A setting that cannot work.
+    """
+    from gemma_tuner.models.lora import LoraConfig
+
+    towers = {"image": ["vision"], "audio": ["audio"], "multimodal": ["vision", "audio"]}
+    return LoraConfig(
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        dropout=adapter.dropout,
+        targets=adapter.targets or ["language", *towers.get(model.modality, [])],
+        layers=None if adapter.num_layers == -1 else adapter.num_layers,
+        variant=adapter.fine_tune_type,
+        seed=seed,
+    )

@@ -1,0 +1,108 @@
+"""``gemma-tuner train``."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from gemma_tuner.cli.commands import command
+from gemma_tuner.cli.defaults import Config, list_settings
+from gemma_tuner.cli.opening import load, make_collator, make_lora, open_streams, say
+from gemma_tuner.cli.settings import (
+    TINY,
+    AdapterSettings,
+    DataSettings,
+    ModelSettings,
+    RowSettings,
+    RunSettings,
+)
+from gemma_tuner.settings import FILE_NAME, save_settings
+
+if TYPE_CHECKING:
+    from gemma_tuner.training.config import TrainConfig
+    from gemma_tuner.training.trainer import FitResult
+
+
+@command
+def train(
+    *,
+    context: typer.Context,
+    model: ModelSettings,
+    data: DataSettings,
+    rows: RowSettings,
+    adapter: AdapterSettings,
+    run: RunSettings,
+    config: Config = None,
+) -> None:
+    """Fine-tune a model on your data.
+
+    Without options, the tiny model on bundled samples. The settings are
+    saved as settings.yaml in the run's folder, and --config starts the same
+    run again from there. Ctrl-C lets the step finish and saves; --resume goes on.
+    """
+    from gemma_tuner.models.lora import add_lora
+    from gemma_tuner.training.checkpoint import refuse_second_run
+    from gemma_tuner.training.trainer import Trainer
+
+    settings = list_settings(context)
+    train_config = _make_config(run, seed=data.seed, is_tiny=model.model == TINY)
+    settings["learning_rate"] = train_config.learning_rate
+    if not run.resume:
+        refuse_second_run(run.out)
+    stream, held_out = open_streams(data, model.modality)
+    say(stream.report())
+    gemma, processor = load(model)
+    gemma = add_lora(gemma, make_lora(adapter, model, data.seed))
+    collator = make_collator(model, rows, processor)
+    trainer = Trainer(gemma, stream, collator, train_config, eval_stream=held_out)
+    if not run.resume:
+        save_settings(run.out, settings)
+    result = trainer.fit(resume=run.resume)
+    save_settings(run.out, settings)  # those of a resumed run have not been refused
+    _exit_if_stopped(result, run.out)
+    path = trainer.save(run.out / "adapter")
+    if result.held_out:
+        losses = (f"{record.loss:.4f} (step {record.step})" for record in result.held_out)
+        say(f"held-out loss: {' → '.join(losses)}")
+    say(f"adapter: {path}\nnext: {shlex.join(['gemma-tuner', 'evaluate', str(run.out)])}")
+
+
+def _make_config(run: RunSettings, *, seed: int, is_tiny: bool) -> TrainConfig:
+    from gemma_tuner.training.config import TrainConfig
+
+    return TrainConfig(
+        max_steps=run.iters,
+        epochs=1 if run.iters is None and run.epochs is None else run.epochs,
+        batch_size=run.batch_size,
+        gradient_accumulation=run.gradient_accumulation,
+        learning_rate=run.learning_rate or (5e-3 if is_tiny else 2e-4),
+        schedule=run.schedule,
+        warmup_steps=run.warmup_steps,
+        weight_decay=run.weight_decay,
+        seed=seed,
+        gradient_checkpointing=run.grad_checkpoint,
+        memory_gib=run.memory_gib,
+        log_every_steps=run.steps_per_report,
+        eval_every_steps=run.steps_per_eval,
+        save_every_steps=run.save_every,
+        output_dir=run.out,
+        trackers=tuple(run.report_to or ()),
+        watch=run.watch,
+    )
+
+
+def _exit_if_stopped(result: FitResult, out: Path) -> None:
+    """End where a signal has stopped the run, with its status, and say how to go on."""
+    if result.stopped_by is None:
+        return
+    again = ["gemma-tuner", "train", "--config", str(out / FILE_NAME), "--resume"]
+    sys.stderr.write(
+        f"stopped after step {result.step}, which is saved; go on with: {shlex.join(again)}\n"
+    )
+    number = signal.SIGINT if result.stopped_by == "SIGINT" else signal.SIGTERM
+    raise SystemExit(128 + number)
