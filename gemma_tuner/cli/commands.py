@@ -26,6 +26,7 @@ _OPTION_OF = {
     "base": "model",
     "gradient_checkpointing": "grad_checkpoint",
     "layers": "num_layers",
+    "every_steps": "steps_per_sample",
     "eval_every_steps": "steps_per_eval",
     "log_every_steps": "steps_per_report",
     "max_steps": "iters",

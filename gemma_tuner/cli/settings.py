@@ -264,6 +264,15 @@ class RunSettings:
             panel=_RUN,
         ),
     ] = None
+    steps_per_sample: Annotated[
+        int | None,
+        _option(
+            metavar="N",
+            help="Steps between two rounds of answers to four held-out examples, which are "
+            "written into the run's folder; by default none.",
+            panel=_RUN,
+        ),
+    ] = None
     save_every: Annotated[
         int, _option(metavar="N", help="Steps between two checkpoints.", panel=_RUN)
     ] = 100

@@ -21,11 +21,17 @@ from gemma_tuner.cli.settings import (
     RowSettings,
     RunSettings,
 )
+from gemma_tuner.errors import ConfigError
 from gemma_tuner.settings import FILE_NAME, save_settings
 
 if TYPE_CHECKING:
+    from gemma_tuner.collators.text import TextCollator
+    from gemma_tuner.evaluation.samples import SampleGenerations
+    from gemma_tuner.streaming.stream import ExampleStream
     from gemma_tuner.training.config import TrainConfig
     from gemma_tuner.training.trainer import FitResult
+
+_NUM_SAMPLES = 4
 
 
 @command
@@ -59,7 +65,8 @@ def train(
     gemma, processor = load(model)
     gemma = add_lora(gemma, make_lora(adapter, model, data.seed))
     collator = make_collator(model, rows, processor)
-    trainer = Trainer(gemma, stream, collator, train_config, eval_stream=held_out)
+    samples = _make_samples(run, collator, held_out)
+    trainer = Trainer(gemma, stream, collator, train_config, held_out, samples)
     if not run.resume:
         save_settings(run.out, settings)
     result = trainer.fit(resume=run.resume)
@@ -70,6 +77,19 @@ def train(
         losses = (f"{record.loss:.4f} (step {record.step})" for record in result.held_out)
         say(f"held-out loss: {' → '.join(losses)}")
     say(f"adapter: {path}\nnext: {shlex.join(['gemma-tuner', 'evaluate', str(run.out)])}")
+
+
+def _make_samples(
+    run: RunSettings, collator: TextCollator, held_out: ExampleStream | None
+) -> SampleGenerations | None:
+    from gemma_tuner.evaluation.samples import SampleGenerations
+
+    if run.steps_per_sample is None:
+        return None
+    if held_out is None:
+        raise ConfigError("there is nothing held out to take samples of; leave held_out at 0.1")
+    rows = range(min(_NUM_SAMPLES, len(held_out)))
+    return SampleGenerations(collator, [held_out[row] for row in rows], run.steps_per_sample)
 
 
 def _make_config(run: RunSettings, *, seed: int, is_tiny: bool) -> TrainConfig:

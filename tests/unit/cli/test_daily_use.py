@@ -44,6 +44,7 @@ def run(folder):
     out = folder / "runs/first"
     flags = ["--iters", STEPS, "--steps-per-report", 1, "--dropout", 0.1, "--seed", 7, "--rank", 4]
     flags += ["--batch-size", 2, "--gradient-accumulation", 1, "--max-seq-length", 128]
+    flags += ["--steps-per-sample", 2]
     done = invoke("train", *flags, "--out", out, "--cache-dir", folder / "cache")
     assert done.exit_code == 0, done.stderr
     assert "NO REAL MODEL" in done.stderr
@@ -65,6 +66,12 @@ def test_saved_settings_start_the_same_run_again_to_the_bit(folder, run):
     compared = invoke("runs", "compare", run, again)
     assert "first" in compared.stdout
     assert "their settings are the same" in compared.stdout
+
+
+def test_samples_of_held_out_examples_are_taken(run):
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [step for step in (0, 2, 3) for _ in range(4)]
+    assert len({line["key"] for line in lines}) == 4
 
 
 def test_the_adapter_computes_what_stock_peft_computes(run):
