@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 INSTALLED = .venv/.installed
 
-.PHONY: help demo demo-cloud test test-slow check format clean
+.PHONY: help demo demo-cloud test test-slow check format docs clean
 .DEFAULT_GOAL = help
 
 help: ## list these targets
@@ -34,8 +34,12 @@ format: $(INSTALLED) ## apply the formatter and the safe fixes
 	.venv/bin/ruff check --fix
 	.venv/bin/ruff format
 
+docs: $(INSTALLED) ## build the documents into docs/build, warnings being errors
+	.venv/bin/python -m sphinx -W --keep-going -n -q docs docs/build
+	@echo "open docs/build/index.html"
+
 clean: ## remove caches and build folders; keeps .venv and your runs
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist docs/build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find gemma_tuner tests recipes benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -50,4 +54,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	"$(PYTHON)" -m venv .venv-mlx
 	.venv-mlx/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
 		'mlx[cpu]==0.32.4' mlx-lm==0.32.2 mlx-vlm==0.7.10
+	@touch $@
+
+# Real llama.cpp for the same; it is compiled, for minutes. Native kernels (AMX) fail at tiny sizes.
+.venv-llama/.installed:
+	"$(PYTHON)" -m venv .venv-llama
+	CMAKE_ARGS='-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF' .venv-llama/bin/python -m pip install --quiet \
+		--disable-pip-version-check --no-input llama-cpp-python==0.3.36
 	@touch $@

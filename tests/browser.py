@@ -62,7 +62,9 @@ class Browser:
             port = self._read_port(Path(profile) / "DevToolsActivePort")
             pages = httpx.get(f"http://127.0.0.1:{port}/json").json()
             url = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
-            self._socket = self._stack.enter_context(connect(url, max_size=None))
+            self._socket = self._stack.enter_context(
+                connect(url, max_size=None, ping_interval=None)
+            )
             for domain in ("Page", "Network", "Runtime", "Log"):
                 self.call(f"{domain}.enable")
         except BaseException:

@@ -95,7 +95,14 @@ class Batch:
         return self.keys[int(self.inputs["attention_mask"].sum(1).argmax())]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on another device; on MPS, targets in few shapes."""
+        """Copy the tensors to a device; on MPS, targets get one of few shapes.
+
+        Args:
+            device: Where to.
+
+        Returns:
+            The same batch there.
+        """
         batch = self.with_bucketed_targets() if device.type == "mps" else self
         return replace(
             batch,

@@ -37,7 +37,7 @@ class ImageCollator(TextCollator):
             )
 
     def processor_options(self) -> dict[str, Any]:
-        """Options of the processor's media parts."""
+        """Choose what the checkpoint's processor is told about media: the pictures' budget."""
         options = super().processor_options()
         if self.image_tokens is not None and self.family.image_budget_option:
             options["images_kwargs"] = {self.family.image_budget_option: self.image_tokens}

@@ -12,6 +12,15 @@ from gemma_tuner.records import Audio, Image
 
 @dataclass
 class MultimodalCollator(ImageCollator, AudioCollator):
-    """Make batches of examples with any media; takes the settings of both its parents."""
+    """Make batches of examples with pictures, sounds, both or neither.
+
+    Args:
+        processor, max_tokens, too_long, train_on, enable_thinking: As in ``TextCollator``.
+        image_tokens: As in ``ImageCollator``.
+        max_seconds, long_audio: As in ``AudioCollator``.
+
+    Raises:
+        ConfigError: A setting outside its range, or one that the family does not offer.
+    """
 
     media_types: ClassVar[tuple[type, ...]] = (Image, Audio)

@@ -7,6 +7,9 @@ from itertools import groupby
 from typing import Any
 
 from gemma_tuner.collators.batch import IGNORED, Batch
+from gemma_tuner.display import ACCENT, QUIET, element, escape, make_card
+
+_TRAINED = f"background:{ACCENT}44;border-bottom:2px solid {ACCENT};color:inherit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,16 +38,28 @@ class Preview:
         """What the row teaches, control tokens included."""
         return "".join(segment.text for segment in self.segments if segment.trained)
 
-    def __str__(self) -> str:
+    @property
+    def _summary(self) -> str:
         num_tokens = sum(segment.num_tokens for segment in self.segments)
         num_trained = sum(segment.num_tokens for segment in self.segments if segment.trained)
+        return f"{num_tokens} tokens, {num_trained} trained"
+
+    def __str__(self) -> str:
         text = "".join(
             f"⟦{segment.text}⟧" if segment.trained else segment.text for segment in self.segments
         )
-        return (
-            f"{self.key}: {num_tokens} tokens, {num_trained} trained (between ⟦ and ⟧)\n"
-            f"{text.rstrip()}"
+        return f"{self.key}: {self._summary} (between ⟦ and ⟧)\n{text.rstrip()}"
+
+    def _repr_html_(self) -> str:
+        """The row as notebooks show it, with the trained tokens marked by their background."""
+        text = "".join(
+            element("mark", escape(segment.text), _TRAINED)
+            if segment.trained
+            else element("span", escape(segment.text), QUIET)
+            for segment in self.segments
         )
+        style = "white-space:pre-wrap;background:none;padding:4px 0;margin:0;font-size:90%"
+        return make_card(self.key, f"{self._summary} (marked)", element("pre", text, style))
 
 
 def preview_row(batch: Batch, tokenizer: Any, row: int = 0) -> Preview:

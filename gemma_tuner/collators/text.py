@@ -90,7 +90,17 @@ class TextCollator:
         )
 
     def encode(self, example: Example) -> Row:
-        """Turn one example into token ids, targets and media tensors."""
+        """Turn one example into token ids, targets and media tensors.
+
+        Args:
+            example: Its media decoded, or local.
+
+        Returns:
+            The row, at most ``max_tokens`` long, on the CPU.
+
+        Raises:
+            DataError: It cannot be used: too long, nothing to train on, media of another kind.
+        """
         self._check_media_types(example)
         example, counts = self.prepare_media(load_media(example))
         text = render_prompt(
@@ -140,11 +150,18 @@ class TextCollator:
         }
 
     def prepare_media(self, example: Example) -> tuple[Example, Mapping[str, int]]:
-        """Check decoded media against what the model takes; return what to count as well."""
+        """Check decoded media against what the model takes.
+
+        Args:
+            example: With its media decoded.
+
+        Returns:
+            The example, its clips split where that is configured, and what to count, by name.
+        """
         return example, {}
 
     def processor_options(self) -> dict[str, Any]:
-        """Options of the processor's media parts."""
+        """Choose what the checkpoint's processor is told about media: keyword arguments."""
         return {}
 
     def _check_media_types(self, example: Example) -> None:

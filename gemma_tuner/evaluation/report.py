@@ -16,9 +16,10 @@ _SHOWN_IN_NOTEBOOKS = 5
 
 @dataclass(frozen=True, slots=True)
 class Report(Results):
-    """What :func:`~gemma_tuner.evaluation.evaluate.evaluate` returns; ``print`` shows the figures.
+    """What ``gemma_tuner.evaluate`` returns; ``print`` shows the figures.
 
-    It holds contents of the evaluated data, and is written only where ``output`` said.
+    ``report["wer"]`` is one score by its name; KeyError where it was not measured. The report
+    holds contents of the evaluated data, and is written only where ``output`` said.
     """
 
     def __str__(self) -> str:

@@ -23,6 +23,10 @@ from gemma_tuner.errors import ConfigError, DataError, SourceError
 Stage = Literal["row", "fetch", "decode", "collate"]
 
 
+RUN_FILE = "quarantine.jsonl"
+"""In a run's folder: what its data have in quarantine, for whoever looks at the run."""
+
+
 @dataclass(frozen=True, slots=True)
 class BadExample:
     """One example that could not be used.

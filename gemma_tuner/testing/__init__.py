@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gemma_tuner.testing.gcs_faults import Truncate as Truncate
     from gemma_tuner.testing.gcs_server import GcsServer as GcsServer
     from gemma_tuner.testing.local_cloud import LocalCloud as LocalCloud
-    from gemma_tuner.testing.pretend_mps import pretend_mps as pretend_mps
+    from gemma_tuner.testing.pretend_device import pretend_mps as pretend_mps
     from gemma_tuner.testing.samples import sample_data as sample_data
     from gemma_tuner.testing.tiny import FAMILIES as FAMILIES
     from gemma_tuner.testing.tiny import tiny_model as tiny_model
@@ -35,7 +35,7 @@ _HOME = {
     "Reset": "gcs_faults",
     "Stall": "gcs_faults",
     "Truncate": "gcs_faults",
-    "pretend_mps": "pretend_mps",
+    "pretend_mps": "pretend_device",
     "sample_data": "samples",
     "tiny_model": "tiny",
 }

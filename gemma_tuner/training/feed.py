@@ -18,6 +18,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from gemma_tuner.collators.batch import Batch
 from gemma_tuner.errors import DataError
 from gemma_tuner.records import Example
+from gemma_tuner.streaming.quarantine import BadExample
 
 T = TypeVar("T")
 Collate = Callable[[Sequence[Example]], Batch]
@@ -49,6 +50,10 @@ class Stream(Protocol):
     @property
     def num_passed_over(self) -> int:
         """Examples passed over so far."""
+        ...
+
+    def inspect_quarantine(self) -> Sequence[BadExample]:
+        """What could not be used, of this run and those before it."""
         ...
 
     def shard(self, index: int, count: int) -> Self:

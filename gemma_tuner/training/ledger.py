@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gemma_tuner.device import memory_used_bytes
 from gemma_tuner.errors import DivergedError, ResumeError
+from gemma_tuner.streaming.quarantine import RUN_FILE, Budget, Quarantine
 from gemma_tuner.training.checkpoint import (
     TrainerState,
     latest_checkpoint,
@@ -76,6 +77,7 @@ class Ledger:
         stream.read_slots()  # an epoch begun elsewhere is left: this run reads whole ones
         self.stream_state = stream.state_dict()
         self._settings: dict[str, Any] = {}  # what a resumed run must share, known once it begins
+        self._num_copied = 0  # of the examples that were passed over
         self._saved: tuple[int, int | None] | None = None  # what the newest checkpoint holds
 
     # --- what is left, and what is due -------------------------------------------------------
@@ -181,6 +183,7 @@ class Ledger:
             device=memory,
         )
         reports.step(record)
+        self._copy_quarantine()
         if consecutive >= self._config.max_nonfinite_steps:
             raise DivergedError(
                 f"the last {int(consecutive)} steps up to step {self.step} had an infinite or "
@@ -188,6 +191,15 @@ class Ledger:
                 f"{self._config.learning_rate}) or look for damaged media in the data"
             )
         return record
+
+    def _copy_quarantine(self) -> None:
+        """Lay what the data have in quarantine beside the log, where it has grown."""
+        num_passed_over = self.counts["passed_over"]
+        if num_passed_over == self._num_copied or not self._processes.is_main:
+            return
+        copy = Quarantine(Path(self._config.output_dir) / RUN_FILE, Budget())
+        copy.replace(self._stream.inspect_quarantine())
+        self._num_copied = num_passed_over
 
     # --- saving, and going on from there -----------------------------------------------------
 

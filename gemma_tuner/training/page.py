@@ -29,5 +29,6 @@ def open_page(output_dir: str | Path) -> str:
         [sys.executable, "-m", MODULE, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
+        start_new_session=True,  # Ctrl-C is for the run, whose last step the page shows
     )
     return f"http://127.0.0.1:{port}"

@@ -37,6 +37,7 @@ from gemma_tuner.training.loss import target_loss_sum
 from gemma_tuner.training.memory import MicroBatch, MicroBatches, retry_once
 from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.modes import begin_training, checkpoint_layers, end_training
+from gemma_tuner.training.notebooks import write_result
 from gemma_tuner.training.optim import (
     build_optimizer,
     clip_gradients,
@@ -74,6 +75,9 @@ class FitResult:
     step: int
     stopped_by: str | None
     held_out: tuple[EvalRecord, ...]
+
+    def _repr_html_(self) -> str:
+        return write_result(self.step, self.stopped_by, self.held_out)
 
 
 class Trainer:
@@ -167,6 +171,9 @@ class Trainer:
 
         Returns:
             What a person reads; ``print`` it.
+
+        Raises:
+            DataError: The example cannot be used.
         """
         return preview_row(self.collator([self.stream[index]]), self.collator.processor.tokenizer)
 
@@ -214,7 +221,13 @@ class Trainer:
             ) as reports,
             Prefetch(self._read_steps()) as feed,
         ):
-            reports.note(self.step, "run", max_steps=self.total_steps, config=self._settings())
+            reports.note(
+                self.step,
+                "run",
+                max_steps=self.total_steps,
+                device=self.device.type,
+                config=self._settings(),
+            )
             if self.config.watch and is_main:
                 address = open_page(self.config.output_dir)
                 reports.event(self.step, "watch", f"watch this run at {address}")
@@ -310,7 +323,10 @@ class Trainer:
 
         Returns:
             The mean loss over the step's target tokens and the gradient's norm before clipping,
-            float32 scalars on the device. Nothing here waits for the device.
+            ``[]`` float32 on the device. Nothing here waits for the device.
+
+        Raises:
+            MemoryPlanError: A single example does not fit on the device.
         """
         micro_batches = step_input.micro_batches
         target_tokens, tokens, *counts = self.processes.sum_counts(

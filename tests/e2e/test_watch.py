@@ -188,7 +188,7 @@ def test_it_listens_on_loopback_alone_and_to_its_own_pages_alone(finished):
         assert f"port {port} cannot be used" in taken.stderr
 
 
-def test_it_ends_with_the_process_that_trains(tmp_path):
+def test_it_ends_with_the_process_that_trains(browser, tmp_path):
     script = textwrap.dedent(
         """
         import sys
@@ -205,7 +205,10 @@ def test_it_ends_with_the_process_that_trains(tmp_path):
     ) as parent:
         url = parent.stdout.readline().strip()
         wait_until(lambda: answers(url))
+        open_page(browser, url)
+        assert "Nothing is logged yet" in browser.evaluate("document.body.innerText")
         parent.kill()
+    browser.wait_for("document.body.innerText.includes('The process that trained has ended')")
     wait_until(lambda: not answers(url), seconds=20)
 
 

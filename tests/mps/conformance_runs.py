@@ -25,7 +25,7 @@ from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.records import Example, Text, Turn
 from gemma_tuner.streaming.opening import stream_local
 from gemma_tuner.testing import FAMILIES, sample_data, tiny, tiny_model
-from gemma_tuner.testing.pretend_mps import PretendMps, Recording, pretend_mps
+from gemma_tuner.testing.pretend_device import PretendMps, Recording, pretend_mps
 from gemma_tuner.training.choice import widen
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.loss import FrozenHeadCrossEntropy, target_loss_sum

@@ -8,6 +8,7 @@ from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.streaming.opening import stream_local
+from gemma_tuner.streaming.quarantine import RUN_FILE, Budget, Quarantine
 from gemma_tuner.testing import tiny_model
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.feed import read_steps
@@ -79,6 +80,9 @@ def test_an_epoch_is_its_slots_and_what_was_passed_over_is_logged(model, data, t
     assert trainer.counts["passed_over"] == 4
     last = [record for record in read_log(tmp_path / "run") if record["kind"] == "step"][-1]
     assert (last["epoch"], last["counts"]["passed_over"]) == (2.0, 4)
+    copied = Quarantine(tmp_path / "run" / RUN_FILE, Budget()).inspect()
+    assert copied == trainer.stream.inspect_quarantine()
+    assert copied
     held_out = result.held_out[-1]
     assert held_out.examples == NUM_ROWS - 2
     assert held_out.counts["passed_over"] == 2

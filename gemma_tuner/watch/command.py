@@ -1,0 +1,58 @@
+"""The command line of the watch page; the page's packages are loaded when it runs."""
+
+from __future__ import annotations
+
+import webbrowser
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemma_tuner.errors import ConfigError
+
+
+def watch(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN", help="A run's folder; several are compared."),
+    ],
+    port: Annotated[
+        int,
+        typer.Option(
+            metavar="PORT", min=0, max=65535, show_default="any free one", help="Where to listen."
+        ),
+    ] = 0,
+    open_browser: Annotated[  # noqa: FBT002 - Typer reads it
+        bool, typer.Option("--open", metavar="", help="Open the page in the browser.")
+    ] = False,
+    parent_pid: Annotated[
+        int | None,
+        typer.Option(hidden=True, help="End with this process; RUN may have no log yet."),
+    ] = None,
+) -> None:
+    """Show a run as a live page in the browser, or a finished one, or several side by side.
+
+    The page is for this machine alone. It reads the run's files, so training pays nothing for it.
+    """
+    from gemma_tuner.watch.run import open_runs  # noqa: PLC0415 - so that help is quick
+
+    opened = open_runs(runs, may_be_empty=parent_pid is not None)
+    _check_installed()
+    from gemma_tuner.watch.server import serve  # noqa: PLC0415 - loads what serves the page
+
+    def announce(url: str) -> None:
+        typer.echo(url)
+        if open_browser:
+            webbrowser.open(url)
+
+    serve(opened, port=port, parent_pid=parent_pid, announce=announce)
+
+
+def _check_installed() -> None:
+    """Raise a ConfigError that says how to install what the page is built on."""
+    if find_spec("nicegui") is None:
+        raise ConfigError(
+            "the watch page needs the package nicegui; install it with: "
+            "pip install 'gemma_tuner[watch]'"
+        )

@@ -1,0 +1,72 @@
+"""What the page is built of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from nicegui import ui
+
+T = TypeVar("T")
+
+
+def block(classes: str = "") -> ui.element:
+    """Make a plain box."""
+    return ui.element("div").classes(classes)
+
+
+def text(content: str, classes: str = "") -> ui.label:
+    """Show text as it is; tags in it stay text."""
+    return ui.label(content).classes(classes)
+
+
+def cell(content: str, *, tag: str = "td") -> ui.element:
+    """Make a table's cell that holds text."""
+    with ui.element(tag) as element:
+        text(content)
+    return element
+
+
+def heading(title: str, note: str = "") -> ui.element:
+    """Make the line above a card's content.
+
+    Args:
+        title: What the card shows.
+        note: Its unit, or how much of it there is.
+
+    Returns:
+        The line, for more at its end.
+    """
+    with block("card-head") as element:
+        text(title, "card-title")
+        text(note, "quiet")
+    return element
+
+
+class Section(Generic[T]):
+    """A piece of the page that is built anew when what it shows has changed.
+
+    Args:
+        read: Reads what to show, as values that compare.
+        show: Builds it.
+        classes: Of the box around it.
+    """
+
+    def __init__(
+        self, read: Callable[[], T], show: Callable[[T], None], classes: str = ""
+    ) -> None:
+        self._read = read
+        self._show = show
+        self._shown: T | None = None
+        self._box = block(classes)
+        self.follow()
+
+    def follow(self) -> None:
+        """Show what there is now."""
+        content = self._read()
+        if content == self._shown:
+            return
+        self._shown = content
+        self._box.clear()
+        with self._box:
+            self._show(content)

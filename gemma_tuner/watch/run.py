@@ -1,0 +1,227 @@
+"""A run as its folder tells it: history, samples, quarantine, and where it is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gemma_tuner.errors import ConfigError
+from gemma_tuner.settings import FILE_NAME as SETTINGS_FILE
+from gemma_tuner.streaming.quarantine import RUN_FILE as QUARANTINE_FILE
+from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine
+from gemma_tuner.watch.history import History
+from gemma_tuner.watch.samples import Sample, read_sample
+from gemma_tuner.watch.tail import JsonlTail
+
+LOG_FILE = "log.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+
+SILENT_SECONDS = 60.0
+"""A run that has logged nothing for so long, and for ten log intervals, is called silent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """Where a run is.
+
+    Args:
+        name: "waiting" (nothing logged yet), "training", "evaluating", "sampling", "finished",
+            "stopped" or "silent".
+        seconds_per_step: Of training, over the last records; None while it is not known.
+        seconds_left: To the end at that speed, without evaluating and saving; None where there is
+            no end to expect.
+        silent_seconds: For how long nothing has been logged, in whole minutes; 0 unless it is
+            silent.
+    """
+
+    name: str
+    seconds_per_step: float | None = None
+    seconds_left: float | None = None
+    silent_seconds: float = 0.0
+
+
+class Run:
+    """A run's folder, read as it grows.
+
+    Args:
+        folder: The run's ``output_dir``.
+        name: What to call it.
+
+    Attributes:
+        history: Its log.
+        samples: Its samples by step and by key, in the order they came.
+        quarantine: The examples it passed over.
+        settings: Its settings by name, those of the recipe or command that began it included.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self.history = History()
+        self.samples: dict[int, dict[str, Sample]] = {}
+        self.quarantine: list[BadExample] = []
+        self.settings: dict[str, Any] = {}
+        self._log = JsonlTail(folder / LOG_FILE)
+        self._samples = JsonlTail(folder / SAMPLES_FILE)
+        self._changed: dict[str, int] = {}
+
+    @property
+    def num_damaged(self) -> int:
+        """Lines of its files that could not be read."""
+        return self._log.num_damaged + self._samples.num_damaged
+
+    def refresh(self) -> bool:
+        """Read what its files have gained.
+
+        Returns:
+            Whether that is anything.
+
+        Raises:
+            SourceError: A file that cannot be read.
+        """
+        log, samples = self._log.read(), self._samples.read()
+        if log.is_anew:
+            self.history = History()
+        if samples.is_anew:
+            self.samples = {}
+        for record in log.records:
+            self.history.add(record)
+        for record in samples.records:
+            sample = read_sample(record)
+            self.samples.setdefault(sample.step, {})[sample.key] = sample
+        changed = [self._has_changed(name) for name in (QUARANTINE_FILE, SETTINGS_FILE)]
+        if changed[0]:
+            self.quarantine = Quarantine(self.folder / QUARANTINE_FILE, Budget()).inspect()
+        if log.records or changed[1]:
+            self.settings = read_settings(self.folder) | self.history.config
+        return bool(log.records or samples.records or log.is_anew or samples.is_anew) or any(
+            changed
+        )
+
+    def find_phase(self, now_seconds: float | None = None) -> Phase:
+        """Where the run is.
+
+        Args:
+            now_seconds: Seconds since 1970; None asks the clock.
+
+        Returns:
+            The phase.
+        """
+        history = self.history
+        if not len(history) and not history.held_out and not history.phase:
+            return Phase("waiting")
+        if history.phase in ("finished", "stopped"):
+            return Phase(history.phase, _seconds_per_step(history))
+        pace = _seconds_per_step(history)
+        if history.max_steps is not None and history.step >= history.max_steps:
+            return Phase("finished", pace)
+        now_seconds = time.time() if now_seconds is None else now_seconds
+        quiet_seconds = now_seconds - (self._log.changed_seconds or now_seconds)
+        intervals = history.interval_seconds(20)
+        longest_seconds = float(np.nanmax(intervals)) if np.isfinite(intervals).any() else 0.0
+        if quiet_seconds > max(SILENT_SECONDS, 10 * longest_seconds):
+            # By the minute, so that the page has something new only then.
+            return Phase("silent", pace, silent_seconds=60 * (quiet_seconds // 60))
+        left = None
+        if pace is not None and history.max_steps is not None:
+            left = pace * (history.max_steps - history.step)
+        return Phase(history.phase or "training", pace, left)
+
+    def _has_changed(self, name: str) -> bool:
+        try:
+            changed = (self.folder / name).stat().st_mtime_ns
+        except OSError:
+            return False
+        is_new = self._changed.get(name) != changed
+        self._changed[name] = changed
+        return is_new
+
+
+def open_runs(folders: Sequence[Path], *, may_be_empty: bool = False) -> list[Run]:
+    """Open the folders of runs.
+
+    Args:
+        folders: Each a run's ``output_dir``.
+        may_be_empty: Whether a folder counts that has no log yet.
+
+    Returns:
+        The runs; those whose folders have one name are called by their parents' too.
+
+    Raises:
+        ConfigError: A folder that is not there, is not a run's, or is given twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    for folder in resolved:
+        if may_be_empty or (folder / LOG_FILE).is_file():
+            continue
+        if not folder.is_dir():
+            raise ConfigError(f"there is no folder {folder.name!r}; give a run's output_dir")
+        inside = sorted(path.parent.name for path in folder.glob(f"*/{LOG_FILE}"))
+        hint = (
+            f"the runs in it are {', '.join(inside[:8])}{', …' if len(inside) > 8 else ''}"
+            if inside
+            else "give a run's output_dir"
+        )
+        raise ConfigError(
+            f"{folder.name!r} is not the folder of a run, it has no log.jsonl; {hint}"
+        )
+    if len(set(resolved)) < len(resolved):
+        raise ConfigError("a run is given twice; give each one once")
+    names = [folder.name for folder in resolved]
+    return [
+        Run(folder, name if names.count(name) == 1 else f"{folder.parent.name}/{name}")
+        for folder, name in zip(resolved, names, strict=True)
+    ]
+
+
+def list_setting_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
+    """What the settings of runs differ in.
+
+    Args:
+        runs: Two or more.
+
+    Returns:
+        Each setting's name with its value in each run, "–" where it has none; of the folder they
+        write to, nothing.
+    """
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    rows = [
+        (name, [show_setting(run.settings.get(name)) for run in runs])
+        for name in names
+        if name not in ("output_dir", "out")
+    ]
+    return [(name, values) for name, values in rows if len(set(values)) > 1]
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Read what :func:`gemma_tuner.settings.save_settings` wrote; nothing where it did not."""
+    import yaml  # noqa: PLC0415 - only where there is a file
+
+    try:
+        content = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return {str(k): v for k, v in content.items()} if isinstance(content, Mapping) else {}
+
+
+def _seconds_per_step(history: History) -> float | None:
+    """Seconds of training a step takes, over the last twenty records."""
+    seconds, steps = history.interval_seconds(20), history.interval_steps(20)
+    known = np.isfinite(seconds) & (steps > 0)
+    if not known.any():
+        return None
+    return float(seconds[known].sum() / steps[known].sum())
+
+
+def show_setting(value: object) -> str:
+    """A setting's value in words; "–" for none."""
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(show_setting(item) for item in value) or "–"
+    return "–" if value is None else str(value)

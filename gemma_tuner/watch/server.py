@@ -1,0 +1,162 @@
+"""The page's server: on loopback alone, and only for pages that came from it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable, Sequence
+from urllib.parse import urlsplit
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import FileResponse, PlainTextResponse, Response
+from nicegui import app as pages
+from nicegui import ui
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gemma_tuner.errors import ConfigError
+from gemma_tuner.watch.page import Page
+from gemma_tuner.watch.run import Run
+from gemma_tuner.watch.samples import MEDIA_TYPES, find_media
+from gemma_tuner.watch.watched import Watched
+
+READ_SECONDS = 1.0
+PARENT_GRACE_SECONDS = 5.0
+"""How long the page goes on after its parent has ended, so that browsers hear of it."""
+
+HOST = "127.0.0.1"
+NAMES = (HOST, "localhost")
+"""What a browser may call this server. A page elsewhere can have its own name lead to 127.0.0.1,
+but not call itself one of these."""
+
+# Everything comes from here and nothing goes elsewhere. Vue compiles templates in the browser, and
+# styles are set on elements: hence the two "unsafe" ones.
+_HEADERS = {
+    "content-security-policy": (
+        "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
+        "style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self' data:; "
+        "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
+    "cross-origin-resource-policy": "same-origin",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+def serve(
+    runs: Sequence[Run],
+    *,
+    port: int = 0,
+    parent_pid: int | None = None,
+    announce: Callable[[str], None],
+) -> None:
+    """Serve the page until the process is interrupted or its parent ends.
+
+    Args:
+        runs: One to show, or several to compare.
+        port: Where to listen; 0 is any that is free.
+        parent_pid: A process with which the page ends.
+        announce: Called with the page's address, once it can be opened.
+
+    Raises:
+        ConfigError: The port is taken.
+    """
+    listener = _listen(port)
+    watched = Watched(runs, parent_pid)
+    # Nothing is compressed: it does not leave the machine, and the cores are needed elsewhere.
+    config = uvicorn.Config(
+        _build_app(watched),
+        log_level="error",
+        ws_per_message_deflate=False,
+        timeout_graceful_shutdown=1,
+    )
+    server = uvicorn.Server(config)
+
+    async def follow() -> None:
+        watched.refresh()
+        if watched.has_parent_ended:
+            await asyncio.sleep(PARENT_GRACE_SECONDS)
+            server.should_exit = True
+
+    pages.timer(READ_SECONDS, follow)
+    announce(f"http://{HOST}:{listener.getsockname()[1]}")
+    with contextlib.suppress(KeyboardInterrupt):  # how a page that somebody watches ends
+        server.run(sockets=[listener])
+
+
+def _listen(port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"port {port} cannot be used ({error.strerror}); give another, or none for any that "
+            "is free"
+        ) from None
+    listener.listen()
+    return listener
+
+
+def _build_app(watched: Watched) -> FastAPI:
+    app = FastAPI(openapi_url=None)
+
+    @app.get("/media/{index}/{name}")
+    def read_media(index: int, name: str) -> Response:
+        path = None
+        if 0 <= index < len(watched.runs):
+            path = find_media(watched.runs[index].folder, name)
+        if path is None:
+            return PlainTextResponse("not found", status_code=404)
+        return FileResponse(path, media_type=MEDIA_TYPES[path.suffix.lower()])
+
+    @ui.page("/")
+    def show() -> None:
+        Page(watched)
+
+    ui.run_with(
+        app,
+        title="gemma-tuner",
+        dark=None,
+        tailwind=False,
+        gzip_middleware_factory=None,
+        show_welcome_message=False,
+        favicon="◭",
+    )
+    app.add_middleware(SameOrigin)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=NAMES, www_redirect=False)
+    return app
+
+
+class SameOrigin:
+    """Refuses what other sites' pages ask for, and sends headers that keep this page to itself.
+
+    Args:
+        app: What answers the rest.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
+            refusal = PlainTextResponse("another site's page", status_code=403)
+            await refusal(scope, receive, send)
+            return
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(_HEADERS)
+            await send(message)
+
+        await self._app(scope, receive, send_with_headers)
