@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from gemma_tuner.evaluation.scores import Score as Score
     from gemma_tuner.export.adapter import export_adapter as export_adapter
     from gemma_tuner.export.adapter import push_to_hub as push_to_hub
+    from gemma_tuner.export.gguf import export_gguf as export_gguf
+    from gemma_tuner.export.gguf import export_gguf_adapter as export_gguf_adapter
     from gemma_tuner.export.merged import export_merged as export_merged
     from gemma_tuner.export.mlx import export_mlx as export_mlx
     from gemma_tuner.export.mlx import import_mlx as import_mlx
@@ -91,6 +93,8 @@ _HOME = {
     "add_lora": "models.lora",
     "evaluate": "evaluation.evaluate",
     "export_adapter": "export.adapter",
+    "export_gguf": "export.gguf",
+    "export_gguf_adapter": "export.gguf",
     "export_merged": "export.merged",
     "export_mlx": "export.mlx",
     "from_mlx": "export.mlx_checkpoint",

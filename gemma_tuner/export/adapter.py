@@ -22,7 +22,7 @@ from gemma_tuner.training.checkpoint import save_adapter
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Nothing else of an export is meant for others; a training folder's log and states never are.
-_UPLOADED = {".json", ".jinja", ".md", ".model", ".safetensors", ".txt"}
+_UPLOADED = {".gguf", ".json", ".jinja", ".md", ".model", ".safetensors", ".txt"}
 _NOT_UPLOADED = {"optimizer.safetensors", "trainer_state.json"}
 
 

@@ -1,4 +1,4 @@
-"""Output folders that are either whole or not there."""
+"""Output folders and files that are either whole or not there."""
 
 from __future__ import annotations
 
@@ -32,28 +32,55 @@ def new_folder(path: str | Path, num_bytes: int) -> Iterator[Path]:
         CheckpointError: Something is there already, the disk has no room, or it fails while it is
             written.
     """
-    folder = Path(path)
-    if folder.exists():
-        raise CheckpointError(
-            f"{folder.resolve().name!r} exists already; delete it, or choose another folder"
-        )
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    with disk_errors_explained(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if temporary.exists():
-            shutil.rmtree(temporary)
-        _check_room(folder.parent, num_bytes)
+    with _new_output(Path(path), num_bytes) as temporary:
         temporary.mkdir()
+        yield temporary
+        for file in temporary.iterdir():
+            sync(file)
+
+
+@contextmanager
+def new_file(path: str | Path, num_bytes: int) -> Iterator[Path]:
+    """Yield the path of a hidden sibling that takes the place of ``path``, as :func:`new_folder`.
+
+    Args:
+        path: The file that shall be there afterwards.
+        num_bytes: How large the tensors in it will be.
+
+    Raises:
+        CheckpointError: Something is there already, the disk has no room, or it fails while it is
+            written.
+    """
+    with _new_output(Path(path), num_bytes) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _new_output(path: Path, num_bytes: int) -> Iterator[Path]:
+    if path.exists():
+        raise CheckpointError(
+            f"{path.resolve().name!r} exists already; delete it, or choose another name"
+        )
+    temporary = path.with_name(f".{path.name}.tmp")
+    with disk_errors_explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)
+        _check_room(path.parent, num_bytes)
         try:
             yield temporary
-            for file in temporary.iterdir():
-                sync(file)
             sync(temporary)
-            temporary.rename(folder)
+            temporary.rename(path)
         except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
+            _remove(temporary)
             raise
-        sync(folder.parent)
+        sync(path.parent)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager

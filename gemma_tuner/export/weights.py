@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -282,22 +284,41 @@ def write_weights(
         else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     )
     total = sum(tensor.num_bytes for tensor in tensors)
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=total)
+    with progress_shown(what, total) as advance:
         for name, shard in zip(names, shards, strict=True):
             with (folder / name).open("wb") as file:
                 file.write(_header(shard))
                 for tensor in shard:
                     for chunk in tensor.chunks():
                         file.write(chunk)
-                        progress.advance(task, len(chunk))
+                        advance(len(chunk))
     if len(shards) > 1:
         weight_map = {
             t.name: name for name, shard in zip(names, shards, strict=True) for t in shard
         }
         index: Mapping[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def progress_shown(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on stderr.
+
+    Args:
+        what: Beside the bar.
+        num_bytes: In all.
+
+    Yields:
+        What to call with each number of bytes that are written.
+    """
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
+    console = Console(stderr=True)
+    # Without widgets, notebooks cannot show it.
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=console.is_jupyter
+    ) as progress:
+        task = progress.add_task(what, total=num_bytes)
+        yield partial(progress.advance, task)
 
 
 def _group(tensors: Sequence[NewTensor], shard_bytes: int) -> list[list[NewTensor]]:

@@ -7,6 +7,7 @@ gets ``[tokens, vocabulary]``; ``generate``, how many tokens it shall say after 
 ``texts``, whose ids it gets.
 """
 
+import faulthandler
 import json
 import sys
 from pathlib import Path
@@ -44,5 +45,6 @@ def run(case):
     return {"logits": logits, "said": said}
 
 
+faulthandler.enable()
 for case in json.loads(Path(sys.argv[1]).read_text()):
     Path(case["output"]).write_text(json.dumps(run(case)))

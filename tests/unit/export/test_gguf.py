@@ -4,11 +4,13 @@ import json
 import re
 import resource
 import shutil
+from pathlib import Path
 
 import gguf
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import gemma_tuner as gt
@@ -16,10 +18,11 @@ from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.adapter import export_adapter
 from gemma_tuner.export.gguf import export_gguf, export_gguf_adapter
 from gemma_tuner.export.gguf_names import check_runs
-from gemma_tuner.export.merged import export_merged
+from gemma_tuner.export.merged import complete_config, export_merged
 from gemma_tuner.training.checkpoint import save_adapter
 from tests.export_parts import add_trained_lora, save_base
 
+DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 # Within a layer, and beside the layers: what llama.cpp's loader asks for.
 IN_LAYER = {
     "input_layernorm.weight": "attn_norm.weight",
@@ -311,6 +314,26 @@ def test_a_model_that_llama_cpp_would_compute_differently_is_refused(e2b, name, 
     check_runs("gemma4", text)
     with pytest.raises(CheckpointError, match="as another model"):
         check_runs("gemma4", text | {name: value})
+
+
+@pytest.mark.parametrize("size", ["E2B", "E4B", "26B-A4B", "31B"])
+def test_released_gemma4_is_what_llama_cpp_computes(size):
+    folder = DATA / "models" / f"gemma-4-{size}-it"
+    if not folder.is_dir():
+        pytest.skip("RELEASED CONFIGURATIONS ARE NOT TESTED: ../shared/data is not there")
+    config = transformers.AutoConfig.from_pretrained(folder).to_dict()
+    check_runs("gemma4", complete_config(config)["text_config"])
+
+
+@pytest.mark.parametrize("num_layers", [30, 35])
+def test_released_gemma3n_is_what_llama_cpp_computes(num_layers):
+    """transformers' defaults are the released ones'."""
+    text = transformers.Gemma3nTextConfig(
+        num_hidden_layers=num_layers,
+        num_kv_shared_layers=num_layers - 20,
+        activation_sparsity_pattern=[0.95] * 10 + [0.0] * (num_layers - 10),
+    ).to_dict()
+    check_runs("gemma3n", text)
 
 
 def test_a_gemma3n_of_another_structure_is_refused(tmp_path):

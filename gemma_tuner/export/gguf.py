@@ -1,0 +1,346 @@
+"""GGUF files for llama.cpp and what stands on it: the merged decoder, or the adapter alone.
+
+Tensors are written one after another, a block of rows at a time, from the base's files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import gguf
+import torch
+import transformers
+from gguf import GGMLQuantizationType, GGUFWriter
+
+from gemma_tuner.device import announce
+from gemma_tuner.errors import CheckpointError, ConfigError
+from gemma_tuner.export.bases import check_fits, check_same_base, find_base
+from gemma_tuner.export.deltas import Adapter, Delta, Replacement, read_adapter
+from gemma_tuner.export.folders import new_file
+from gemma_tuner.export.gguf_metadata import add_sizes, add_tokenizer, rope_factors
+from gemma_tuner.export.gguf_names import Names, check_runs, is_adaptable
+from gemma_tuner.export.gguf_tensors import (
+    DTYPES,
+    KINDS,
+    FileType,
+    GgufTensor,
+    choose_kind,
+    encode,
+    write_gguf,
+)
+from gemma_tuner.export.merged import MergeReport, complete_config
+from gemma_tuner.export.weights import (
+    StoredTensor,
+    list_tensors,
+    read_json,
+    tensor_bytes,
+)
+from gemma_tuner.training.identity import portable_name
+
+_EMBEDDING = "model.language_model.embed_tokens.weight"
+_PER_LAYER_EMBEDDING = "model.language_model.embed_tokens_per_layer.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """The checkpoint that an adapter belongs to.
+
+    Args:
+        folder: Where it is.
+        model_type: Of its configuration.
+        text: Its decoder's settings, as transformers reads them.
+        tensors: Its weights.
+        names: What they are called in llama.cpp.
+        deltas: The adapter's, by the names in ``tensors``.
+    """
+
+    folder: Path
+    model_type: str
+    text: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    names: Names
+    deltas: Mapping[str, Delta | Replacement]
+
+
+def export_gguf(
+    adapter: str | Path,
+    path: str | Path,
+    *,
+    file_type: FileType = "bf16",
+    base: str | Path | None = None,
+    revision: str | None = None,
+) -> MergeReport:
+    """Write the base's decoder with an adapter merged in as one GGUF file.
+
+    It runs in a llama.cpp that knows the model: for Gemma 4 one of April 2026 or later. The file
+    holds the decoder, the tokenizer and the chat template. It holds no towers: for images and
+    sound llama.cpp wants a second file, which for Gemma 4 its own ``convert_hf_to_gguf.py
+    --mmproj`` makes of the folder that ``export_merged`` writes.
+
+    Args:
+        adapter: The adapter's folder (PEFT).
+        path: The new file, ``NAME.gguf``.
+        file_type: How matrices are kept: ``f32``, ``f16``, ``bf16`` or ``q8_0`` (blocks of 32
+            numbers of 8 bits). Vectors, routers and AltUp's coefficients are float32 always, and
+            with ``q8_0`` a matrix whose rows are no multiple of 32 is float16, as llama.cpp wants.
+        base: The base's folder, or its name on the Hub if it is in the local cache; by default
+            the one that the adapter names.
+        revision: Of the base on the Hub; by default the adapter's.
+
+    Returns:
+        What was done, with the error that rounding made; ``num_copied`` are the decoder's other
+        tensors.
+
+    Raises:
+        ConfigError: An unknown file type, or a path of another kind.
+        CheckpointError: The adapter is for another base or also on the towers, llama.cpp has no
+            such model or computes it differently, the base is incomplete or not there, the file
+            exists already or cannot be written. Nothing half-written is left.
+    """
+    if file_type not in get_args(FileType):
+        raise ConfigError(f"file_type is {file_type!r}; it may be {', '.join(get_args(FileType))}")
+    _check_path(path)
+    read = read_adapter(adapter)
+    found = _open_base(read, base, revision)
+    check_runs(found.model_type, found.text)
+    kind, file_kind = KINDS[file_type]
+    report = MergeReport(Path(path), len(found.deltas), dtypes=(file_type,))
+    tensors = _plan_model(found, kind, report)
+    num_towers = sum(found.names.translate(name) is None for name in found.tensors)
+    report.num_copied = len(found.tensors) - num_towers - report.num_merged
+    report.num_bytes = sum(tensor.num_bytes for tensor in tensors)
+
+    writer = GGUFWriter(None, found.names.architecture)
+    writer.add_type(gguf.GGUFType.MODEL)
+    _add_origin(writer, read, found)
+    add_sizes(writer, found.model_type, found.text)
+    writer.add_file_type(file_kind)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    add_tokenizer(writer, found.folder, found.tensors[_EMBEDDING].shape[0])
+    with new_file(path, report.num_bytes) as temporary:
+        write_gguf(writer, temporary, tensors, "writing GGUF")
+    announce(
+        f"{Path(path).name}: the decoder in {file_type}, {report.num_merged} weights with the "
+        f"adapter merged in; {num_towers} tensors of towers and projectors are not in it (see "
+        "export_gguf)"
+    )
+    return report
+
+
+def export_gguf_adapter(
+    adapter: str | Path,
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    revision: str | None = None,
+) -> Path:
+    """Write a PEFT adapter as one that llama.cpp loads: ``llama-cli -m BASE.gguf --lora PATH``.
+
+    Its matrices are kept in float32. llama.cpp has one alpha for all of them, so that where ranks
+    or alphas differ, the difference goes into the second matrix.
+
+    Args:
+        adapter: The adapter's folder (PEFT).
+        path: The new file, ``NAME.gguf``.
+        base: The base's folder, or its name on the Hub if it is in the local cache; by default
+            the one that the adapter names.
+        revision: Of the base on the Hub; by default the adapter's.
+
+    Returns:
+        The file.
+
+    Raises:
+        ConfigError: A path of another kind.
+        CheckpointError: The adapter is for another base, of a kind that llama.cpp does not have
+            (DoRA, trained weights), or on weights where llama.cpp would not use it (towers,
+            projectors, ``per_layer_model_projection``); the file exists already or cannot be
+            written. Nothing half-written is left.
+    """
+    _check_path(path)
+    read = read_adapter(adapter)
+    found = _open_base(read, base, revision)
+    read.require_lora("llama.cpp")
+    deltas = {name: delta for name, delta in found.deltas.items() if isinstance(delta, Delta)}
+    _check_adaptable(found, deltas)
+    # llama.cpp takes an alpha of 0 for none at all
+    alpha = max(delta.scale * delta.rank for delta in deltas.values()) or 1.0
+    tensors: list[GgufTensor] = []
+    for name, delta in deltas.items():
+        tensors += _plan_pair(found.names.translate(name), delta, alpha)
+
+    writer = GGUFWriter(None, found.names.architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
+    _add_origin(writer, read, found)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    with new_file(path, sum(tensor.num_bytes for tensor in tensors)) as temporary:
+        write_gguf(writer, temporary, tensors, "writing GGUF adapter")
+    return Path(path)
+
+
+def _check_path(path: str | Path) -> None:
+    if Path(path).suffix != ".gguf":
+        raise ConfigError(f"{Path(path).name!r} is no name for a GGUF file; end it in .gguf")
+
+
+def _open_base(adapter: Adapter, base: str | Path | None, revision: str | None) -> _Base:
+    folder = find_base(adapter, base, revision)
+    model_type = str(read_json(folder / "config.json").get("model_type"))
+    tensors = list_tensors(folder)
+    deltas = check_fits(adapter, tensors, folder, model_type)
+    check_same_base(adapter, folder, tensors)
+    if _EMBEDDING not in tensors:
+        raise CheckpointError(
+            f"{folder.resolve().name} has no {_EMBEDDING}; give a whole Gemma checkpoint as base"
+        )
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder).to_dict()
+    except (KeyError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"config.json of {folder.resolve().name} cannot be read by transformers "
+            f"({type(error).__name__}); download the checkpoint again"
+        ) from None
+    text = complete_config(config)["text_config"]
+    names = Names(model_type, text["num_hidden_layers"])
+    media = [name for name in deltas if names.translate(name) is None]
+    if media:
+        raise CheckpointError(
+            f"the adapter is also on {len(media)} weights of towers and projectors (such as "
+            f"{media[0]}), which a GGUF file of the decoder does not hold; use export_merged, and "
+            "llama.cpp's convert_hf_to_gguf.py for both files"
+        )
+    return _Base(folder, model_type, text, tensors, names, deltas)
+
+
+def _add_origin(writer: GGUFWriter, adapter: Adapter, base: _Base) -> None:
+    name = portable_name(adapter.base or str(base.folder))
+    if not name:
+        return
+    writer.add_name(f"{name} with a LoRA adapter")
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, name)
+    if "/" in name:  # else it is no name on the Hub
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{name}")
+
+
+def _check_adaptable(base: _Base, deltas: Mapping[str, Delta]) -> None:
+    """Refuse what llama.cpp would load and not use, or use differently."""
+    for name, delta in deltas.items():
+        if delta.magnitude is not None:
+            raise CheckpointError(
+                f"the adapter is a DoRA (on {name}), which llama.cpp does not have; use "
+                "export_gguf"
+            )
+        if not is_adaptable(str(base.names.translate(name))):
+            raise CheckpointError(f"llama.cpp uses no adapter on {name}; use export_gguf")
+        if name.endswith("experts.down_proj"):
+            scales = name.replace("experts.down_proj", "router.per_expert_scale")
+            if scales in base.tensors and not base.tensors[scales].read().eq(1).all():
+                raise CheckpointError(
+                    f"llama.cpp does not multiply an adapter on {name} by {scales} as the model "
+                    "does; use export_gguf"
+                )
+
+
+def _plan_pair(name: str | None, delta: Delta, alpha: float) -> list[GgufTensor]:
+    """The two matrices of one adapter, for ``alpha / rank * b @ a``."""
+    a, b = (delta.a, delta.b) if delta.parameter == "weight" else delta.split_experts()
+    own_alpha = delta.scale * delta.rank
+    if own_alpha != alpha:
+        b = b * (own_alpha / alpha)
+    return [
+        GgufTensor(
+            f"{name}.{end}",
+            tuple(matrix.shape),
+            GGMLQuantizationType.F32,
+            partial(tensor_bytes, matrix),
+        )
+        for end, matrix in (("lora_a", a), ("lora_b", b))
+    ]
+
+
+def _plan_model(base: _Base, kind: GGMLQuantizationType, report: MergeReport) -> list[GgufTensor]:
+    """All tensors of the file, in the order of the checkpoint."""
+    parts: dict[str, list[str]] = {}
+    for name in base.tensors:
+        own = base.names.translate(name)
+        if own is not None:
+            parts.setdefault(own, []).append(name)
+    _check_complete(base, parts)
+    tensors = []
+    if base.model_type != "gemma3n":
+        factors = rope_factors(base.text)
+        tensors.append(
+            GgufTensor(
+                "rope_freqs.weight",
+                tuple(factors.shape),
+                GGMLQuantizationType.F32,
+                partial(tensor_bytes, factors),
+            )
+        )
+    for own, names in parts.items():
+        shape = base.tensors[names[0]].shape
+        if own.startswith("altup_"):
+            shape = (len(names), *shape)
+        own_kind = choose_kind(own, shape, kind)
+        chunks = partial(_encode, base, sorted(names), own_kind, report)
+        if names == [_PER_LAYER_EMBEDDING]:
+            num_rows = shape[0]
+            shape = (base.tensors[_EMBEDDING].shape[0], shape[1])
+            chunks = partial(_encode_padded, base, own_kind, shape[0] - num_rows, report)
+        tensors.append(GgufTensor(own, shape, own_kind, chunks))
+    return tensors
+
+
+def _check_complete(base: _Base, parts: Mapping[str, Sequence[str]]) -> None:
+    """Gemma 3n's layers that share keys and values have their own in released checkpoints."""
+    wanted = [
+        f"blk.{layer}.{name}.weight"
+        for layer in range(base.text["num_hidden_layers"])
+        for name in ("attn_k", "attn_v", "attn_k_norm")
+    ]
+    absent = [name for name in wanted if name not in parts]
+    if base.model_type == "gemma3n" and absent:
+        raise CheckpointError(
+            f"{base.folder.resolve().name} lacks {len(absent)} weights that llama.cpp loads "
+            f"without using them (such as {absent[0]}); transformers leaves them out when it "
+            "saves: give the original checkpoint as base"
+        )
+
+
+def _encode(
+    base: _Base, names: Sequence[str], kind: GGMLQuantizationType, report: MergeReport
+) -> Iterator[bytes]:
+    """Yield a tensor's bytes: the weights of ``names`` one after another, merged."""
+    for name in names:
+        stored, delta = base.tensors[name], base.deltas.get(name)
+        if delta is None and stored.dtype == DTYPES.get(kind):
+            yield from stored.copy()
+            continue
+        blocks = stored.blocks() if len(stored.shape) > 1 else [(0, slice(None), stored.read())]
+        for index, rows, block in blocks:
+            weight = block.float()
+            if delta is None:
+                yield encode(name, weight, kind).tobytes()
+                continue
+            merged = delta.merge(weight, index, rows)
+            rounded = encode(name, merged, kind)
+            report.add(weight, merged, torch.from_numpy(gguf.dequantize(rounded, kind)))
+            yield rounded.tobytes()
+
+
+def _encode_padded(
+    base: _Base, kind: GGMLQuantizationType, num_missing: int, report: MergeReport
+) -> Iterator[bytes]:
+    """Yield the per-layer embedding's bytes with a row for every token.
+
+    Gemma 3n's has none for media tokens; transformers gives these the first row.
+    """
+    yield from _encode(base, [_PER_LAYER_EMBEDDING], kind, report)
+    _, _, block = next(base.tensors[_PER_LAYER_EMBEDDING].blocks())
+    yield encode(_PER_LAYER_EMBEDDING, block[:1].float(), kind).tobytes() * num_missing

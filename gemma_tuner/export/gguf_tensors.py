@@ -1,0 +1,144 @@
+"""Tensors of GGUF files: how they are kept, and the file around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from torch import Tensor
+
+from gemma_tuner.errors import CheckpointError
+from gemma_tuner.export.weights import progress_shown
+
+FileType = Literal["f32", "f16", "bf16", "q8_0"]
+
+KINDS = {
+    "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
+    "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
+    "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
+    "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+}
+DTYPES = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+# Source: prepare_tensors in convert_hf_to_gguf.py of llama.cpp 0.5.0.
+_ALWAYS_F32 = (
+    "_norm.weight",
+    "altup_correct_coef.weight",
+    "altup_predict_coef.weight",
+    "ffn_gate_inp.weight",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor of a GGUF file.
+
+    Args:
+        name: Its name there.
+        shape: In torch's order.
+        kind: How its elements are kept.
+        chunks: Makes its bytes; called when it is its turn.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+    chunks: Callable[[], Iterator[bytes]]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file, without padding."""
+        per_block, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // per_block * block_bytes
+
+
+def choose_kind(
+    name: str, shape: Sequence[int], kind: GGMLQuantizationType
+) -> GGMLQuantizationType:
+    """Choose how a tensor is kept in a file of some kind.
+
+    Args:
+        name: In llama.cpp.
+        shape: The tensor's.
+        kind: The file's.
+
+    Returns:
+        The tensor's kind.
+    """
+    if len(shape) <= 1 or name.endswith(_ALWAYS_F32) or not name.endswith(".weight"):
+        return GGMLQuantizationType.F32
+    if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        return GGMLQuantizationType.F16
+    return kind
+
+
+def encode(name: str, weight: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
+    """Round numbers to a kind.
+
+    Args:
+        name: The weight's, for messages.
+        weight: ``[rows, in]`` or ``[in]`` float32.
+        kind: How they are kept.
+
+    Returns:
+        As many rows of bytes.
+
+    Raises:
+        CheckpointError: Numbers are infinite, undefined or beyond the kind's range.
+    """
+    if not weight.sum().isfinite():  # faster than looking at each
+        raise CheckpointError(
+            f"{name} has infinite or undefined numbers; if the adapter is on it, its training "
+            "diverged: use an earlier training checkpoint"
+        )
+    if kind not in DTYPES:
+        return gguf.quantize(weight.numpy(), kind)
+    rounded = weight.to(DTYPES[kind])
+    if kind == GGMLQuantizationType.F16 and not rounded.isfinite().all():
+        raise CheckpointError(
+            f"{name} has numbers beyond float16's range ({weight.abs().max().item():.3g}); use "
+            "file_type='bf16'"
+        )
+    return rounded.contiguous().view(torch.uint8).numpy()
+
+
+def write_gguf(writer: GGUFWriter, path: Path, tensors: Sequence[GgufTensor], what: str) -> None:
+    """Write a file; show progress.
+
+    Args:
+        writer: Holds the metadata.
+        path: The new file.
+        tensors: In the order in which they are made.
+        what: For the progress bar.
+    """
+    for tensor in tensors:
+        writer.add_tensor_info(
+            tensor.name,
+            tensor.shape,
+            np.dtype(np.float32),
+            tensor.num_bytes,
+            raw_dtype=tensor.kind,
+        )
+    total = sum(tensor.num_bytes for tensor in tensors)
+    with closing(writer), progress_shown(what, total) as advance:
+        writer.write_header_to_file(path)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for file in writer.fout or ():  # one
+            writer.write_padding(file, file.tell())
+            for tensor in tensors:
+                for chunk in tensor.chunks():
+                    file.write(chunk)
+                    advance(len(chunk))
+                writer.write_padding(file, tensor.num_bytes)
