@@ -154,8 +154,9 @@ def build_base(
         dtype, _ = choose_dtype(device, options.dtype, torch.bfloat16)
     else:
         processor = tiny_processor("gemma4-e2b")
-        vocabulary = models.count_head_rows(models.SHRUNKEN, processor)
-        config = models.shrink_config(models.SHRUNKEN, processor, vocabulary)
+        text = models.scale_shrunken(options.quarters)
+        vocabulary = models.count_head_rows(text, processor)
+        config = models.shrink_config(text, processor, vocabulary)
         dtype, _ = choose_dtype(device, options.dtype, torch.float32)
     models.save(models.build_random(config, device, dtype), processor, folder)
     loads = []
@@ -223,6 +224,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--shape", action="append", type=_shape, help="ROWSxTOKENSxTARGETS, may be repeated")
     add("--shares", type=float, nargs="+", default=SHARES, help="of targets, without FOLDER")
     add("--tokens", type=int, default=256, help="of the one row, without FOLDER")
+    add("--quarters", type=int, default=1, help="of E2B's lengths that the shrunken model has")
     add("--modes", nargs="+", choices=modes.NAMES, default=modes.NAMES, metavar="MODE")
     add("--rank", type=int, help="of the adapters (default: 16; 4 without FOLDER)")
     add("--rounds", type=int, default=3, help="timed steps of each mode")

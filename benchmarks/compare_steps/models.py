@@ -39,12 +39,21 @@ SHRUNKEN = {
     "hidden_size_per_layer_input": 64,
     "final_logit_softcapping": 30.0,
 }
+_LENGTHS = (
+    *("hidden_size", "intermediate_size", "head_dim", "global_head_dim", "sliding_window"),
+    "hidden_size_per_layer_input",
+)
 # E2B's head has 0.22 of its decoder's weights.
 HEAD_SHARE = 0.22
 # Token ids below are special or bytes, in the real vocabulary and in the tiny one.
 FIRST_ID = 300
 
 Placement = Literal["device", "disk"]
+
+
+def scale_shrunken(quarters: int) -> dict[str, Any]:
+    """The shrunken model's settings with so many quarters of E2B's lengths."""
+    return SHRUNKEN | {name: quarters * SHRUNKEN[name] for name in _LENGTHS}
 
 
 def count_head_rows(text: Mapping[str, Any], processor: Any) -> int:
