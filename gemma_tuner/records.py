@@ -12,6 +12,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from gemma_tuner.display import (
+    QUIET,
+    element,
+    escape,
+    make_card,
+    make_details,
+    make_player,
+    make_table,
+    make_thumbnail,
+)
 from gemma_tuner.errors import DataError
 
 if TYPE_CHECKING:
@@ -134,6 +144,44 @@ class Example:
         return (
             part for turn in self.turns for part in turn.parts if isinstance(part, Image | Audio)
         )
+
+    def _repr_html_(self) -> str:
+        return write_html(self)
+
+
+def write_html(example: Example) -> str:
+    """Write an example as notebooks show it, its pictures and sounds inside.
+
+    Args:
+        example: Media that are not decoded are named only.
+
+    Returns:
+        HTML, its texts escaped.
+    """
+    rows = [(element("span", turn.role, QUIET), _turn_html(turn)) for turn in example.turns]
+    if example.document is not None:
+        rows.append((element("span", "document", QUIET), escape(example.document)))
+    if example.tools:
+        rows.append((element("span", "tools", QUIET), f"{len(example.tools)} declared"))
+    return make_card(example.key, "", make_table((), rows))
+
+
+def _turn_html(turn: Turn) -> str:
+    html = "".join(_part_html(part) for part in turn.parts)
+    fields = "".join(
+        make_details(name, escape(str(content))) for name, content in turn.fields.items()
+    )
+    return html + fields
+
+
+def _part_html(part: Part) -> str:
+    if isinstance(part, Text):
+        return escape(part.text)
+    if isinstance(part.source, str | bytes | StoredObject):
+        return element("span", f"[{type(part).__name__.lower()}, not decoded] ", QUIET)
+    if isinstance(part, Audio):
+        return make_player(part.source, part.sample_rate_hz or 1)
+    return make_thumbnail(part.source)
 
 
 def _replace_media(turn: Turn, replacement: Callable[[Image | Audio], Image | Audio]) -> Turn:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import html
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+from gemma_tuner.display import element, escape, make_card, make_details, make_table
 
 if TYPE_CHECKING:
     from gemma_tuner.evaluation.results import Answered, Results, ScoreResult
@@ -48,8 +50,7 @@ def write_markdown(results: Results, num_worst: int) -> str:
             mark = "!" if path.endswith(_PICTURES) else ""
             lines += [f"{mark}[{path}]({path})", ""]
         lines += [
-            f"- **{title}:** {_shorten(text, _escape_markdown)}"
-            for title, text in _list_texts(results, example)
+            f"- **{title}:** {_shorten(text)}" for title, text in _list_texts(results, example)
         ]
     return "\n".join(lines) + "\n"
 
@@ -65,24 +66,22 @@ def write_html(results: Results, num_worst: int) -> str:
         A fragment without scripts, styles or links.
     """
     head, *rows = _make_table(results)
-
-    def join(cells: Row, tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(x)}</{tag}>" for x in cells) + "</tr>"
-
-    parts = [
-        f"<h3>Evaluation of {html.escape(results.model)}</h3>",
-        f"<table>{join(head, 'th')}{''.join(join(row, 'td') for row in rows)}</table>",
-        f"<ul>{''.join(f'<li>{html.escape(line)}</li>' for line in _describe(results))}</ul>",
+    facts = "".join(element("li", escape(line)) for line in _describe(results))
+    worst = results.find_worst(num_worst)
+    by = f" by {results.scores[0].name}" if results.scores else ""
+    examples = [
+        element("b", escape(example.key))
+        + make_table((), [(escape(k), escape(text)) for k, text in _list_texts(results, example)])
+        for example in worst
     ]
-    for example in results.find_worst(num_worst):
-        texts = "".join(
-            f"<li><b>{html.escape(title)}:</b> {_shorten(text, _escape_html)}</li>"
-            for title, text in _list_texts(results, example)
-        )
-        parts.append(
-            f"<details><summary>{html.escape(example.key)}</summary><ul>{texts}</ul></details>"
-        )
-    return "\n".join(parts)
+    title = f"the {len(worst)} worst of {len(results.examples)} answers{by}"
+    return make_card(
+        f"Evaluation of {results.model}",
+        ", ".join(results.systems),
+        make_table(head, [tuple(map(escape, row)) for row in rows]),
+        make_details(title, "".join(examples)) if worst else "",
+        make_details("what was measured, and how", element("ul", facts)),
+    )
 
 
 def _make_table(results: Results) -> list[Row]:
@@ -141,18 +140,14 @@ def _list_texts(results: Results, example: Answered) -> Iterator[tuple[str, str]
             yield f"{system}, thinking", answer.thinking
 
 
-def _shorten(text: str, escape: Callable[[str], str]) -> str:
+def _shorten(text: str) -> str:
     if len(text) <= _MAX_CHARACTERS:
-        return escape(text) or "(empty)"
-    return f"{escape(text[:_MAX_CHARACTERS])} … ({len(text):,} characters)"
+        return _escape_markdown(text) or "(empty)"
+    return f"{_escape_markdown(text[:_MAX_CHARACTERS])} … ({len(text):,} characters)"
 
 
 def _escape_markdown(text: str) -> str:
     return "<br>".join(_MARKDOWN.sub(r"\\\1", html.escape(text, quote=False)).splitlines())
-
-
-def _escape_html(text: str) -> str:
-    return "<br>".join(html.escape(text).splitlines())
 
 
 def _join_row(cells: Row) -> str:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_tuner.records import Audio, Example, Part, StoredObject, Text
+from gemma_tuner.display import ACCENT, element, escape, make_bar, make_card, show_bytes
+from gemma_tuner.records import Audio, Example, Part, StoredObject, Text, write_html
 
 if TYPE_CHECKING:
     from gemma_tuner.streaming.fetch import FetchCounts
@@ -83,9 +84,9 @@ class PortionReport:
             lines.append(f"rows that could not be read, in quarantine: {self.bad_rows:,}")
         if self.objects:
             lines.append(
-                f"media in buckets: {self.objects:,} objects, {_show_bytes(self.object_bytes)}; "
+                f"media in buckets: {self.objects:,} objects, {show_bytes(self.object_bytes)}; "
                 "the first epoch downloads those of its rows, later ones what the cache "
-                f"({_show_bytes(self.cache_budget_bytes)} at most) does not hold"
+                f"({show_bytes(self.cache_budget_bytes)} at most) does not hold"
             )
         order = f"shuffled with seed {self.seed}" if self.shuffle else "in file order"
         lines.append(
@@ -145,6 +146,41 @@ class StreamReport:
     def __str__(self) -> str:
         return "\n".join([*map(str, self.parts), self.progress])
 
+    def to_html(self) -> str:
+        """Write the report as notebooks show it, with a bar of how far the epoch is.
+
+        Returns:
+            HTML, its texts escaped.
+        """
+        handed_out = (self.position / max(1, self.rows), ACCENT, "handed out")
+        return make_card(
+            f"mix of {len(self.parts)} data sets" if len(self.parts) > 1 else "data set",
+            f"{self.rows:,} rows an epoch",
+            *(_list_facts(str(part)) for part in self.parts),
+            make_bar([handed_out], f"{self.position} of {self.rows} rows"),
+            _list_facts(self.progress),
+        )
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+
+@dataclass(frozen=True, slots=True)
+class StreamPreview:
+    """Some rows of the data, to look at: ``print`` it, or let a notebook show it.
+
+    Args:
+        examples: With their media decoded.
+    """
+
+    examples: tuple[Example, ...]
+
+    def __str__(self) -> str:
+        return "\n\n".join(map(show_example, self.examples))
+
+    def _repr_html_(self) -> str:
+        return "".join(map(write_html, self.examples))
+
 
 def report_portion(portion: Portion, *, share: float, cache_bytes: int) -> PortionReport:
     """Say what one data set of a stream is made of.
@@ -188,18 +224,17 @@ def _show_fetched(counts: FetchCounts) -> str:
         f"{number:,} {kind}" for kind, number in counts.failures.items() if number
     )
     return (
-        f"{_show_bytes(counts.bytes_downloaded)} in {counts.requests:,} requests, "
+        f"{show_bytes(counts.bytes_downloaded)} in {counts.requests:,} requests, "
         f"{counts.hits:,} from the cache; {counts.retries:,} retries, {counts.hedges:,} hedges "
         f"({counts.hedges_won:,} answered first), failures: {failures or 'none'}"
     )
 
 
-def _show_bytes(num_bytes: float) -> str:
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    while num_bytes >= 1000 and len(units) > 1:
-        num_bytes /= 1000
-        units.pop(0)
-    return f"{num_bytes:.3g} {units[0]}"
+def _list_facts(text: str) -> str:
+    """Lines of text as a list below the first of them."""
+    first, *others = text.splitlines()
+    items = "".join(element("li", escape(line)) for line in others)
+    return element("div", escape(first)) + element("ul", items, "margin:0 0 6px 0")
 
 
 def show_example(example: Example) -> str:

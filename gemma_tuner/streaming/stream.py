@@ -21,7 +21,7 @@ from gemma_tuner.streaming.manifest import list_stored
 from gemma_tuner.streaming.order import Interleave
 from gemma_tuner.streaming.portion import Portion
 from gemma_tuner.streaming.quarantine import BadExample, Stage, read_reason
-from gemma_tuner.streaming.report import StreamReport, report_portion, show_example
+from gemma_tuner.streaming.report import StreamPreview, StreamReport, report_portion
 from gemma_tuner.streaming.state import identify, read_state
 from gemma_tuner.streaming.window import Failure, Window
 
@@ -83,6 +83,9 @@ class ExampleStream:
             f"shuffle={self.portions[0].shuffle}, epoch={self._epoch}, "
             f"position={self._slot - self._epoch * len(self):,})"
         )
+
+    def _repr_html_(self) -> str:
+        return self.report().to_html()
 
     @property
     def is_whole(self) -> bool:
@@ -276,19 +279,20 @@ class ExampleStream:
             ExampleStream(held_out, self._weights, fetch=self.fetch),
         )
 
-    def preview(self, count: int = 3) -> str:
+    def preview(self, count: int = 3) -> StreamPreview:
         """Show the first rows of the data: keys, roles, text cut short, sizes of media.
 
         Args:
             count: How many rows.
 
         Returns:
-            Text for the eye. It holds contents of the data.
+            What a person reads: ``print`` it; notebooks show its pictures and play its sounds.
+            It holds contents of the data.
 
         Raises:
             DataError: Media that cannot be decoded.
         """
-        return "\n\n".join(show_example(self[index]) for index in range(min(count, len(self))))
+        return StreamPreview(tuple(self[index] for index in range(min(count, len(self)))))
 
     def report(self) -> StreamReport:
         """Say what the stream is made of, what it costs, what was chosen by itself, how far it is.

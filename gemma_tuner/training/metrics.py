@@ -19,6 +19,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 
 from gemma_tuner.errors import CheckpointError
+from gemma_tuner.training.notebook_bar import NotebookBar
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +258,10 @@ class Progress:
         self._console = console or _Stderr()
         self._held_out_loss = ""
         self._bar: RichProgress | None = None
-        if enabled and (self._console.is_terminal or self._console.is_jupyter):
+        self._notebook: NotebookBar | None = None
+        if enabled and self._console.is_jupyter:
+            self._notebook = NotebookBar(total_steps, done_steps)
+        elif enabled and self._console.is_terminal:
             self._bar = RichProgress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -273,16 +277,22 @@ class Progress:
     def __enter__(self) -> Self:
         if self._bar is not None:
             self._bar.start()
+        if self._notebook is not None:
+            self._notebook.draw()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:
             self._bar.stop()
+        if self._notebook is not None:
+            self._notebook.draw()
 
     def advance(self, step: int) -> None:
         """Move the live bar; where there is none, a line a record is enough."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
+        if self._notebook is not None:
+            self._notebook.advance(step)
 
     def step(self, record: StepRecord) -> None:
         """Show a step's record."""
@@ -290,6 +300,8 @@ class Progress:
         if self._bar is not None:
             text += self._held_out_loss
             self._bar.update(self._task, completed=record.step, description=text)
+        elif self._notebook is not None:
+            self._notebook.advance(record.step, text)
         else:
             self._print(f"step {record.step}/{self._total_steps}  {text}")
 
@@ -308,7 +320,9 @@ class Progress:
         self._print(text)
 
     def _print(self, text: str) -> None:
-        if self._enabled:
+        if self._notebook is not None:
+            self._notebook.add_line(text)
+        elif self._enabled:
             # No markup: a path may hold square brackets. No wrapping: a line is a record.
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 

@@ -38,6 +38,7 @@ from gemma_tuner.training.choice import (
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.footprint import Footprint, HollowStep
 from gemma_tuner.training.imagined import imagine_example
+from gemma_tuner.training.notebooks import write_plan
 from gemma_tuner.training.plan_text import GB, describe_misfit, explain, list_parts
 
 if TYPE_CHECKING:
@@ -109,6 +110,17 @@ class Plan:
             ]
         lines += ["", *(f"{name:<22}{reason}" for name, reason in self.reasons.items())]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return write_plan(
+            f"plan for {self.name}",
+            f"{', '.join(self.modalities)} on {self.device}, {self.dtype}, rows of up to "
+            f"{self.max_tokens:,} tokens",
+            self.footprint,
+            self.reasons,
+            margin_bytes=self.margin_bytes,
+            budget_bytes=self.budget_bytes,
+        )
 
 
 def margin_bytes(budget_bytes: int, device: torch.device) -> int:

@@ -392,11 +392,11 @@ def test_the_preview_shows_keys_roles_text_and_sizes_and_moves_nothing(tmp_path)
         {"image": "a.png", "audio": None, "prompt": "Q", "response": "B"},
     ]
     stream = stream_local(write_lines(tmp_path / "m.jsonl", rows))
-    text = stream.preview()
+    text = str(stream.preview())
     assert "m.jsonl:1\n  user: [image 6x4] [audio 0.50 s] word word" in text
     assert "(1,000 characters)" in text
     assert "m.jsonl:2\n  user: [image 6x4] Q\n  assistant: B" in text
-    assert "m.jsonl:2" not in stream.preview(1)
+    assert "m.jsonl:2" not in str(stream.preview(1))
     assert stream.state_dict()["position"] == 0
 
 

@@ -1,0 +1,195 @@
+"""How objects show themselves in a notebook: HTML in which whatever comes from data is text.
+
+Every text is escaped here, and nothing holds a script, a link or an address of another place:
+pictures and sounds are inside, as data URIs. Colours are translucent, for light and dark pages.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import wave
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy
+    import PIL.Image
+
+ACCENT = "#009e73"
+"""The colour of what is trained and what is done."""
+
+QUIET = "opacity:0.65"
+"""The style of what matters less."""
+
+MAX_CHARACTERS = 2000
+"""Of one text; what is beyond is counted."""
+
+MAX_SECONDS = 30.0
+"""Of one sound: 1.3 MB of a page at 16 kHz."""
+
+_THUMBNAIL_PIXELS = 256
+# A drawing of 50 pixels is easier to see at twice that.
+_SEEN = "min-height:96px;object-fit:contain"
+_FIGURE = "display:inline-block;margin:2px 12px 2px 0"
+_CAPTION = f"{QUIET};font-size:85%"
+_CELL = "text-align:left;vertical-align:top;padding:2px 16px 2px 0;white-space:pre-line"
+
+
+def escape(text: str) -> str:
+    """Escape a text, and cut it where it is too long for a page, which is said.
+
+    Args:
+        text: Anything.
+
+    Returns:
+        HTML without tags.
+    """
+    if len(text) <= MAX_CHARACTERS:
+        return html.escape(text)
+    return f"{html.escape(text[:MAX_CHARACTERS])}… ({len(text):,} characters)"
+
+
+def element(tag: str, content: str, style: str = "") -> str:
+    """Put HTML into an element.
+
+    Args:
+        tag: Its name.
+        content: HTML; texts are to be escaped.
+        style: CSS.
+
+    Returns:
+        HTML.
+    """
+    attribute = f' style="{html.escape(style)}"' if style else ""
+    return f"<{tag}{attribute}>{content}</{tag}>"
+
+
+def make_card(title: str, note: str, *content: str) -> str:
+    """Frame an object.
+
+    Args:
+        title: Text: what it is.
+        note: Text beside the title, which matters less.
+        content: HTML, one below the other.
+
+    Returns:
+        HTML.
+    """
+    heading = element("b", escape(title)) + element("span", f"&ensp;{escape(note)}", QUIET)
+    frame = "border-left:3px solid #8886;padding:2px 0 2px 12px;margin:6px 0;line-height:1.5"
+    return element("div", element("div", heading) + "".join(content), frame)
+
+
+def make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Make a table of cells that are HTML.
+
+    Args:
+        head: Names of the columns, text; none for a table without them.
+        rows: HTML, escaped where it is text.
+
+    Returns:
+        HTML.
+    """
+    lines = [_make_row("th", map(escape, head))] if head else []
+    lines += [_make_row("td", row) for row in rows]
+    return element("table", "".join(lines), "border-collapse:collapse;margin:4px 0")
+
+
+def _make_row(tag: str, cells: Iterable[str]) -> str:
+    return element("tr", "".join(element(tag, cell, _CELL) for cell in cells))
+
+
+def make_details(summary: str, content: str) -> str:
+    """Fold away what few want to see.
+
+    Args:
+        summary: Text that stays.
+        content: HTML.
+
+    Returns:
+        HTML.
+    """
+    return element("details", element("summary", escape(summary), QUIET) + content)
+
+
+def make_bar(parts: Iterable[tuple[float, str, str]], title: str) -> str:
+    """Draw a bar of parts.
+
+    Args:
+        parts: The share of each, 0 to 1, the CSS of its background, and its name.
+        title: What a screen reader says of all of it.
+
+    Returns:
+        HTML.
+    """
+    pieces = "".join(
+        f'<div title="{html.escape(name)}" style="width:{100 * share:.3f}%;background:{color}">'
+        "</div>"
+        for share, color, name in parts
+    )
+    style = "display:flex;height:22px;max-width:720px;margin:6px 0;background:#8883"
+    return f'<div role="img" aria-label="{html.escape(title)}" style="{style}">{pieces}</div>'
+
+
+def make_thumbnail(picture: PIL.Image.Image) -> str:
+    """Show a picture, small, with its size below.
+
+    Args:
+        picture: Decoded.
+
+    Returns:
+        HTML that holds the pixels.
+    """
+    small = picture.copy()
+    small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+    buffer = io.BytesIO()
+    small.save(buffer, "PNG")
+    address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    size = f"{picture.width} × {picture.height}"
+    image = f'<img src="{address}" alt="picture, {size}" style="{_SEEN}">'
+    caption = element("figcaption", f"{size} pixels", _CAPTION)
+    return element("figure", image + caption, _FIGURE)
+
+
+def make_player(samples: numpy.ndarray, rate_hz: int) -> str:
+    """Make a sound playable, with its length below.
+
+    Args:
+        samples: ``[frames]`` or ``[frames, channels]`` float, full scale at 1.
+        rate_hz: Frames a second.
+
+    Returns:
+        HTML that holds the first ``MAX_SECONDS``, in 16 bits.
+    """
+    heard = samples[: int(MAX_SECONDS * rate_hz)]
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1 if heard.ndim == 1 else heard.shape[1])
+        file.setsampwidth(2)
+        file.setframerate(rate_hz)
+        file.writeframes((heard.clip(-1, 1) * 32767).astype("<i2").tobytes())
+    address = "data:audio/wav;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    seconds = f"{len(samples) / rate_hz:.2f} s"
+    if len(heard) < len(samples):
+        seconds = f"the first {MAX_SECONDS:.0f} s of {seconds}"
+    player = f'<audio controls preload="metadata" src="{address}"></audio>'
+    caption = element("figcaption", seconds, _CAPTION)
+    return element("figure", player + caption, _FIGURE)
+
+
+def show_bytes(num_bytes: float) -> str:
+    """Write a size with its unit.
+
+    Args:
+        num_bytes: The size.
+
+    Returns:
+        Three figures, in units of a thousand.
+    """
+    units = ["bytes", "kB", "MB", "GB", "TB"]
+    while num_bytes >= 1000 and len(units) > 1:
+        num_bytes /= 1000
+        units.pop(0)
+    return f"{num_bytes:.3g} {units[0]}"
