@@ -223,13 +223,13 @@ class GcsStore:
             if "no bucket" in str(error):
                 return error
             return ObjectChangedError(
-                f"{what} was deleted after it was found; put it back, or read the source anew "
-                "(refresh=True)"
+                f"{what} was deleted after it was found; upload it again, and as that is another "
+                "version, read the source anew (refresh=True)"
             )
         except SourceError:
             return ObjectChangedError(
-                f"{what} was overwritten or deleted after it was found; put it back, or read the "
-                "source anew (refresh=True)"
+                f"{what} was overwritten or deleted after it was found; read the source anew "
+                "(refresh=True)"
             )
         return ObjectChangedError(
             f"{what} was overwritten after it was found (generation {stored.generation} then, "
