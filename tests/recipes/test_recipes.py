@@ -201,7 +201,12 @@ def command_to_go_on(text):
     ("name", "interrupted"),
     [
         ("text_chat", signal.SIGTERM),
-        *((name, signal.SIGINT) for name in TRAINING),
+        *(
+            pytest.param(
+                name, signal.SIGINT, marks=() if name == "text_chat" else pytest.mark.slow
+            )
+            for name in TRAINING
+        ),
     ],
     indirect=["interrupted"],
 )

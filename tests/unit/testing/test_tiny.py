@@ -228,6 +228,7 @@ def test_adapters_on_a_frozen_random_model_can_learn(family):
     assert min(losses[-5:]) < 0.1
 
 
+@pytest.mark.slow
 def test_a_real_processor_on_tiny_layers(shared_data):
     folder = shared_data / "models" / "gemma-4-E2B-it"
     model, processor = build("gemma4-e2b", processor_from=folder)

@@ -456,6 +456,7 @@ def run_python(code, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
     """Children are killed with SIGKILL at their 1st, 2nd, 3rd ... touch of the file system."""
     code = """
