@@ -1,6 +1,6 @@
 """Settings from files: what they give, no flag needs to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -51,7 +51,7 @@ def from_run(*groups: type[Any]) -> Callable[[typer.Context, Path | None], Path 
         if path is not None:
             with errors_explained(debug=False):
                 if file := find_settings(path):
-                    _use_as_defaults(context, file, groups)
+                    _use_run(context, file, groups)
         return path
 
     return read_run
@@ -78,6 +78,17 @@ Run = Annotated[
 ]
 
 
+def _use_run(context: typer.Context, file: Path, groups: tuple[type[Any], ...]) -> None:
+    try:
+        _use_as_defaults(context, file, groups)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error}. If a recipe trained {file.parent.name!r}, its settings are not those of "
+            "this command: copy its adapter's folder elsewhere and give that, with --model, "
+            "--modality and --data"
+        ) from None
+
+
 def find_settings(run: Path) -> Path | None:
     """Find the settings of a run by its folder, its adapter's or a checkpoint's."""
     folder = run.resolve()
@@ -100,6 +111,27 @@ def list_settings(context: typer.Context) -> dict[str, Setting]:
     values = {name: context.params[name] for name in names if name in context.params}
     values = {name: value for name, value in values.items() if value not in (None, ())}
     return {name: _as_setting(value) for name, value in values.items()}
+
+
+def list_forgotten(
+    context: typer.Context, file: Path, settings: Mapping[str, Setting]
+) -> list[str]:
+    """List the settings that a file has otherwise, and that no flag has asked to be so.
+
+    Args:
+        context: The command's.
+        file: The settings of an earlier call.
+        settings: What this call runs with.
+
+    Returns:
+        Their names.
+    """
+    names = [name for group in _GROUPS for name in group.__annotations__]
+    sources = {name: context.get_parameter_source(name) for name in names}
+    # Typer has a Click of its own, whose sources are not those of the package.
+    given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+    saved = read_settings(file, names)
+    return [name for name in names if name not in given and saved.get(name) != settings.get(name)]
 
 
 def _as_setting(value: Any) -> Setting:

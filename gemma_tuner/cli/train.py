@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from gemma_tuner.cli.commands import command
-from gemma_tuner.cli.defaults import Config, list_settings
+from gemma_tuner.cli.defaults import Config, list_forgotten, list_settings
 from gemma_tuner.cli.opening import load, make_collator, make_lora, open_streams, say
 from gemma_tuner.cli.settings import (
     TINY,
@@ -22,7 +22,7 @@ from gemma_tuner.cli.settings import (
     RunSettings,
 )
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.settings import FILE_NAME, save_settings
+from gemma_tuner.settings import FILE_NAME, Setting, save_settings
 
 if TYPE_CHECKING:
     from gemma_tuner.collators.text import TextCollator
@@ -52,7 +52,7 @@ def train(
     run again from there. Ctrl-C lets the step finish and saves; --resume goes on.
     """
     from gemma_tuner.models.lora import add_lora
-    from gemma_tuner.training.checkpoint import refuse_second_run
+    from gemma_tuner.training.checkpoint import latest_checkpoint, refuse_second_run
     from gemma_tuner.training.trainer import Trainer
 
     settings = list_settings(context)
@@ -60,6 +60,13 @@ def train(
     settings["learning_rate"] = train_config.learning_rate
     if not run.resume:
         refuse_second_run(run.out)
+    elif latest_checkpoint(run.out) is None:
+        raise ConfigError(
+            f"there is no run in {str(run.out)!r} to go on with; check --out, or leave --resume "
+            "out to begin one"
+        )
+    elif config is None:
+        _check_remembered(context, run.out, settings)
     stream, held_out = open_streams(data, model.modality)
     say(stream.report())
     gemma, processor = load(model)
@@ -77,6 +84,17 @@ def train(
         losses = (f"{record.loss:.4f} (step {record.step})" for record in result.held_out)
         say(f"held-out loss: {' → '.join(losses)}")
     say(f"adapter: {path}\nnext: {shlex.join(['gemma-tuner', 'evaluate', str(run.out)])}")
+
+
+def _check_remembered(context: typer.Context, out: Path, settings: dict[str, Setting]) -> None:
+    """Refuse to go on with defaults where the run had settings of its own."""
+    if not (out / FILE_NAME).is_file():
+        return
+    if forgotten := list_forgotten(context, out / FILE_NAME, settings):
+        raise ConfigError(
+            f"the run in {str(out)!r} has other settings ({', '.join(forgotten)}); go on with: "
+            f"{_command_to_go_on(out)}"
+        )
 
 
 def _make_samples(
@@ -120,9 +138,12 @@ def _exit_if_stopped(result: FitResult, out: Path) -> None:
     """End where a signal has stopped the run, with its status, and say how to go on."""
     if result.stopped_by is None:
         return
-    again = ["gemma-tuner", "train", "--config", str(out / FILE_NAME), "--resume"]
     sys.stderr.write(
-        f"stopped after step {result.step}, which is saved; go on with: {shlex.join(again)}\n"
+        f"stopped after step {result.step}, which is saved; go on with: {_command_to_go_on(out)}\n"
     )
     number = signal.SIGINT if result.stopped_by == "SIGINT" else signal.SIGTERM
     raise SystemExit(128 + number)
+
+
+def _command_to_go_on(out: Path) -> str:
+    return shlex.join(["gemma-tuner", "train", "--config", str(out / FILE_NAME), "--resume"])

@@ -224,6 +224,6 @@ def _read_part(path: Path, stored: StoredObject) -> bytes:
 def _suggest_fraction(hashes: np.ndarray) -> str:
     """Name a fraction that holds out at least one row and leaves at least one."""
     if len(hashes) < 2:
-        return "one row cannot be divided"
+        return "use all of them to train, without split()"
     first, second = np.sort(hashes)[:2].astype(float) / 2**64
     return f"split({(first + second) / 2:.2g}) holds out one"

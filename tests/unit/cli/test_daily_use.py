@@ -68,6 +68,26 @@ def test_saved_settings_start_the_same_run_again_to_the_bit(folder, run):
     assert "their settings are the same" in compared.stdout
 
 
+def test_a_run_is_not_continued_with_settings_that_it_did_not_have(folder, run):
+    done = invoke("train", "--out", run, "--resume")
+    assert done.exit_code == 1
+    told = " ".join(done.stderr.split())
+    assert "has other settings" in told
+    assert "iters" in told
+    assert f"gemma-tuner train --config {run / 'settings.yaml'} --resume" in told
+    done = invoke("train", "--out", folder / "runs/misspelt", "--resume")
+    assert done.exit_code == 1
+    assert "to go on with; check --out" in " ".join(done.stderr.split())
+    assert not (folder / "runs/misspelt").exists()
+
+
+def test_the_settings_of_a_recipe_are_told_from_those_of_the_command(tmp_path):
+    (tmp_path / "settings.yaml").write_text("steps: 3\nmax_tokens: 64\n")
+    done = invoke("evaluate", tmp_path)
+    assert done.exit_code == 1
+    assert "If a recipe trained" in " ".join(done.stderr.split())
+
+
 def test_samples_of_held_out_examples_are_taken(run):
     lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [step for step in (0, 2, 3) for _ in range(4)]
