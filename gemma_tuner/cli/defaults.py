@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from gemma_tuner.cli.commands import errors_explained
+from gemma_tuner.cli.opening import was_given
 from gemma_tuner.cli.settings import (
     AdapterSettings,
     DataSettings,
@@ -127,11 +128,12 @@ def list_forgotten(
         Their names.
     """
     names = [name for group in _GROUPS for name in group.__annotations__]
-    sources = {name: context.get_parameter_source(name) for name in names}
-    # Typer has a Click of its own, whose sources are not those of the package.
-    given = {name for name, source in sources.items() if source and source.name == "COMMANDLINE"}
     saved = read_settings(file, names)
-    return [name for name in names if name not in given and saved.get(name) != settings.get(name)]
+    return [
+        name
+        for name in names
+        if not was_given(context, name) and saved.get(name) != settings.get(name)
+    ]
 
 
 def _as_setting(value: Any) -> Setting:

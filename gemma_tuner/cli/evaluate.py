@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gemma_tuner.cli.commands import command
-from gemma_tuner.cli.defaults import Run
+from gemma_tuner.cli.defaults import Run, find_settings
 from gemma_tuner.cli.opening import (
     load_with_adapter,
     make_collator,
@@ -67,6 +67,11 @@ def evaluate(
     """
     from gemma_tuner.evaluation.evaluate import evaluate as measure
 
+    if run is not None and find_settings(run) is None and not data.data:
+        raise ConfigError(
+            f"{str(run)!r} does not say what it was trained on (a script made it); give what it "
+            "is to be measured on with --data, and --modality where that is not text"
+        )
     if was_given(context, "data") and not was_given(context, "held_out"):
         split = data.split if was_given(context, "split") else None  # not the run's
         stream = open_stream(data, model.modality, split)

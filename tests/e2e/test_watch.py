@@ -212,6 +212,24 @@ def test_it_ends_with_the_process_that_trains(browser, tmp_path):
     wait_until(lambda: not answers(url), seconds=20)
 
 
+def test_a_run_opens_its_page(tmp_path):
+    build_trainer(tmp_path, max_steps=2, watch=True).fit()
+    lines = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
+    (event,) = [line for line in lines if line.get("name") == "watch"]
+    url = event["message"].rpartition(" ")[2]
+    pages = [
+        child
+        for child in psutil.Process().children()
+        if "gemma_tuner.watch" in " ".join(child.cmdline())
+    ]
+    assert len(pages) == 1
+    try:
+        wait_until(lambda: answers(url))
+    finally:
+        pages[0].terminate()
+        pages[0].wait(20)
+
+
 # --- the page in a browser -------------------------------------------------------------------
 
 

@@ -88,6 +88,13 @@ def test_the_settings_of_a_recipe_are_told_from_those_of_the_command(tmp_path):
     assert "If a recipe trained" in " ".join(done.stderr.split())
 
 
+def test_a_run_of_a_script_is_not_measured_on_other_data(run, tmp_path):
+    shutil.copytree(run / "adapter", tmp_path / "mine/adapter")
+    done = invoke("evaluate", tmp_path / "mine")
+    assert done.exit_code == 1
+    assert "does not say what it was trained on" in " ".join(done.stderr.split())
+
+
 def test_samples_of_held_out_examples_are_taken(run):
     lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [step for step in (0, 2, 3) for _ in range(4)]
