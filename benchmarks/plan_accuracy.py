@@ -21,6 +21,7 @@ from gemma_tuner.collators.batch import Batch, Row, pad_rows
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.hollow import build_hollow_like
 from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.norms import use_lean_norms
 from gemma_tuner.training.footprint import HollowStep
 from gemma_tuner.training.loss import target_loss_sum
 from gemma_tuner.training.modes import begin_training
@@ -49,6 +50,7 @@ def main() -> None:
     config = transformers.AutoConfig.from_pretrained(args.config_folder)
     gemma = build_random(config, device, torch.bfloat16)
     use_attention(gemma)
+    use_lean_norms(gemma)
     model = add_lora(gemma, LoraConfig(rank=16))
     layers = gemma.model.language_model.layers
     own = sum(not layer.self_attn.is_kv_shared_layer for layer in layers)

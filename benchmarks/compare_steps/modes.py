@@ -22,6 +22,7 @@ from benchmarks.compare_steps.models import Placement, share_weights
 from gemma_tuner.collators.batch import Batch
 from gemma_tuner.models.embeddings import map_per_layer_embeddings
 from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
+from gemma_tuner.models.norms import use_stock_norms
 from gemma_tuner.models.target_only import target_only_of
 from gemma_tuner.training.loss import target_loss_sum
 from gemma_tuner.training.modes import begin_training
@@ -140,6 +141,7 @@ def _wrap_plainly(base: Any, ours: Any, *, float32_adapters: bool = True) -> Any
     """PEFT's own wrapping of stock transformers, with the adapters that ours has."""
     model = share_weights(base)
     model.set_attn_implementation("sdpa")
+    use_stock_norms(model)
     return peft.get_peft_model(
         model,
         copy.deepcopy(ours.peft_config["default"]),

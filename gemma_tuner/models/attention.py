@@ -5,8 +5,9 @@ blocks of ``b`` positions, ``W`` keys that a block may see.
 
 Three of four layers and more see the last 512 or 1024 positions only. transformers computes their
 scores against all keys and masks most of them out; here each block of queries meets the keys that
-it may see, and no tensor of S x S elements is made. Full layers can take their queries in chunks,
-each recomputed in backward, so that no more than a chunk's scores are alive.
+it may see, and no tensor of S x S elements is made. Full layers take their queries in parts, as no
+part needs the keys behind it; these can be recomputed in backward, so that no more than one part's
+scores are alive.
 
 What may see what is what transformers says: its own mask functions are asked, at other positions.
 A mask is always given to the kernel, as ``is_causal`` is wrong on MPS for some shapes, and making
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 ATTENTION = "gemma_tuner"
 """The name of this attention, as ``_attn_implementation`` of a configuration."""
+
+_PART_TOKENS = 512
+"""Queries that meet the keys up to the last of them: fewer save little and wait for the host."""
 
 _VISION = "gemma4_vision"  # the one tower whose attention goes through transformers' interface
 
@@ -225,27 +229,25 @@ def attend(
     two_ways = getattr(module.config, "use_bidirectional_attention", None) is not None
     looks_back = attention_mask.is_whole and module.is_causal and not (two_ways and has_pictures)
     chunk: int | None = getattr(module, "query_chunk_tokens", None)
+    part = chunk or _PART_TOKENS if looks_back else chunk or length
     if looks_back and sliding_window is not None:
         block, width = choose_blocks(sliding_window)
-        if -(-length // block) * block * width < length * length:
+        if -(-length // block) * block * width < _count_scores(length, part):
             return _attend_band(
                 run, query, key, value, attention_mask, block=block, width=width, chunk=chunk
             ), None
-    if chunk is None or length <= chunk:
+    if length <= part:
         return run(query, key, value, attention_mask.dense())
     parts = []
-    for start in range(0, length, chunk):
-        stop = min(start + chunk, length)
+    for start, stop in _cut_evenly(length, part):
         num_keys = stop if looks_back else attention_mask.num_keys
-        make = partial(attention_mask.part, slice(start, stop), num_keys)
-        parts.append(
-            _recomputed(
-                partial(_attend_part, run, make),
-                query[:, :, start:stop],
-                key[:, :, :num_keys],
-                value[:, :, :num_keys],
-            )
-        )
+        tensors = query[:, :, start:stop], key[:, :, :num_keys], value[:, :, :num_keys]
+        if chunk is None:
+            mask = attention_mask.dense()[:, :, start:stop, :num_keys]
+            parts.append(run(*tensors, mask)[0])
+        else:
+            make = partial(attention_mask.part, slice(start, stop), num_keys)
+            parts.append(_recomputed(partial(_attend_part, run, make), *tensors))
     return torch.cat(parts, dim=1), None
 
 
@@ -281,6 +283,17 @@ def set_query_chunk(model: Module, tokens: int | None) -> None:
     gemma: Any = model
     for layer in gemma.model.language_model.layers:
         layer.self_attn.query_chunk_tokens = tokens
+
+
+def _cut_evenly(length: int, most: int) -> list[tuple[int, int]]:
+    """Cut a length into as few spans as hold at most so many each."""
+    count = -(-length // most)
+    return [(i * length // count, (i + 1) * length // count) for i in range(count)]
+
+
+def _count_scores(length: int, part: int) -> int:
+    """How many scores there are of queries in parts and the keys up to each part's end."""
+    return sum((stop - start) * stop for start, stop in _cut_evenly(length, part))
 
 
 def choose_blocks(window: int) -> tuple[int, int]:

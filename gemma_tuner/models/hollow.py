@@ -18,6 +18,7 @@ from gemma_tuner.models import embeddings
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.families import Modality, family_of, loaded_modalities
 from gemma_tuner.models.lora import unwrap_peft, wrap_peft
+from gemma_tuner.models.norms import use_lean_norms
 from gemma_tuner.models.parts import choose_left_out, without_parts
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def build_hollow(
         table = HollowEmbedding(text.num_hidden_layers * size, scale=size**0.5, dtype=dtype)
         setattr(model.model.language_model, embeddings.NAME, table)
     use_attention(model)
+    use_lean_norms(model)
     return model.eval().requires_grad_(requires_grad=False)
 
 

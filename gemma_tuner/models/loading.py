@@ -25,6 +25,7 @@ from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.models import embeddings
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.families import Family, Modality, family_of
+from gemma_tuner.models.norms import use_lean_norms
 from gemma_tuner.models.parts import choose_left_out, without_parts
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def load_model(
     _check_loaded(name, loading_info)
     model.__class__ = model_class
     use_attention(model)
+    use_lean_norms(model)
     if is_mapped:
         with _explained(source):
             table = embeddings.map_per_layer_embeddings(

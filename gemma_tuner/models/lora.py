@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import peft
 import torch
-import torch.nn.functional as F
-from peft.tuners import lora
-from peft.utils import ModulesToSaveWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import Tensor, nn
+from torch import nn
 
 from gemma_tuner.device import announce, seeded
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.models.lora_linear import use_lean_adapters
 from gemma_tuner.models.settings import is_number, is_whole_number, name_nearest
 
 if TYPE_CHECKING:
@@ -244,37 +242,8 @@ def wrap_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int = 0) ->
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float().contiguous()
-    _compute_in_model_dtype(wrapped)
+    use_lean_adapters(wrapped)
     return wrapped
-
-
-class RoundedLinear(nn.Linear):
-    """A linear layer of float32 weights that computes in its input's dtype, as autocast would."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch gives it
-        """Multiply ``[..., in]`` by the weights, rounded to its dtype."""
-        return F.linear(input, self.weight.to(input.dtype))
-
-
-def _compute_in_model_dtype(model: nn.Module) -> None:
-    """Let what trains beside a bfloat16 layer multiply in bfloat16; weights and gradients stay.
-
-    PEFT would turn every layer's input and the adapter's output into float32, which costs more
-    than the adapter: at E2B's size a fifth of a step and a fifth of its memory.
-    """
-    for layer in model.modules():
-        if isinstance(layer, ModulesToSaveWrapper):
-            if layer.original_module.get_parameter("weight").dtype != torch.float32:
-                for part in layer.modules_to_save.values():
-                    part.__class__ = RoundedLinear
-            continue
-        if not isinstance(layer, lora.Linear) or layer.lora_variant:  # DoRA needs float32
-            continue
-        if layer.get_base_layer().get_parameter("weight").dtype == torch.float32:
-            continue
-        layer.cast_input_dtype_enabled = False
-        for part in (*layer.lora_A.values(), *layer.lora_B.values()):
-            part.__class__ = RoundedLinear
 
 
 def unwrap_peft(model: Any) -> Any:

@@ -16,6 +16,7 @@ import transformers
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.families import family_of_processor
+from gemma_tuner.models.norms import use_lean_norms
 from gemma_tuner.testing.tiny_processor import tiny_processor
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def tiny_model(
         with torch.no_grad():
             _spread_weights(model)
     use_attention(model)
+    use_lean_norms(model)
     return model.eval().requires_grad_(requires_grad=False), processor
 
 

@@ -9,6 +9,7 @@ from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
 from gemma_tuner.testing import FAMILIES, tiny_model
 from gemma_tuner.training.loss import target_loss_sum
 from tests.examples import example, picture, sound
+from tests.stock import stock_parts
 
 WITH_AUDIO = {"gemma4-e2b", "gemma4-12b", "gemma3n"}
 WITH_TOWER_ADAPTERS = {
@@ -82,12 +83,15 @@ def test_loss_and_gradients_equal_plain_transformers(setup):
     model, collator, rows = setup
     batch = collator(rows)
     model.eval()  # no dropout is configured: modes differ in nothing but checkpointing
-    output = model(**batch.inputs, labels=batch.labels)
-    output.loss.backward()
+    with stock_parts(model):
+        output = model(**batch.inputs, labels=batch.labels)
+        output.loss.backward()
     reference = gradients(model)
     loss, ours = our_step(model, collator, [rows], batch.num_target_tokens)
     assert loss == pytest.approx(float(output.loss.detach()), rel=TOLERANCE)
-    assert_equal_gradients(ours, reference)
+    # In float32 stock's own gradients are up to 6e-5 off float64's in single tensors of the towers
+    # and projectors, ours no more; the two are within 1.01e-5 of each other.
+    assert_equal_gradients(ours, reference, of_each_tensor=1.5e-5)
     assert any(float(gradient.norm()) > 0 for gradient in ours.values())
 
 

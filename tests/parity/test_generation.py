@@ -1,20 +1,18 @@
 """Our generation against ``generate`` of plain transformers, token for token."""
 
-from contextlib import contextmanager
-
 import peft
 import pytest
 import torch
 from transformers import set_seed
 
 from gemma_tuner.evaluation.generation import generate, generate_stream
-from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.loading import load_model
-from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
+from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.records import Audio
 from gemma_tuner.testing import FAMILIES, tiny_model
 from gemma_tuner.training.modes import begin_training
 from tests.examples import picture, sound
+from tests.stock import stock_parts
 
 WITH_AUDIO = {"gemma4-e2b", "gemma4-12b", "gemma3n"}
 NEW_TOKENS = 6
@@ -68,20 +66,6 @@ def ask(model, processor, prompts, **options):
     )
 
 
-@contextmanager
-def attention_of_transformers(model):
-    """The library's own attention taken out, where a model has it."""
-    gemma = unwrap_peft(model)
-    parts = ["text_config"]
-    if getattr(gemma.config.vision_config, "model_type", None) == "gemma4_vision":
-        parts.append("vision_config")
-    gemma.set_attn_implementation(dict.fromkeys(parts, "sdpa"))
-    try:
-        yield
-    finally:
-        use_attention(gemma)
-
-
 def ask_transformers(model, processor, text, image, samples, **options):
     """The documented way: chat template, processor, generate; nothing of ours."""
     parts = [{"type": "image"}] if image is not None else []
@@ -99,7 +83,7 @@ def ask_transformers(model, processor, text, image, samples, **options):
     )
     turn_close = getattr(processor.tokenizer, "eot_token", None) or "<end_of_turn>"
     stops = [1, processor.tokenizer.convert_tokens_to_ids(turn_close)]
-    with attention_of_transformers(model):
+    with stock_parts(model):
         output = model.generate(
             **inputs, max_new_tokens=NEW_TOKENS, eos_token_id=stops, pad_token_id=0, **options
         )

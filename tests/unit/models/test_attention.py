@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     causal_mask_function,
@@ -36,7 +37,7 @@ from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.testing import FAMILIES, tiny_model
 from gemma_tuner.training.loss import target_loss_sum
 from gemma_tuner.training.modes import begin_training
-from tests.parity.test_target_only import plain_attention
+from tests.stock import stock_parts
 
 WINDOW = 32  # of the tiny models
 
@@ -115,7 +116,19 @@ def test_the_band_is_the_dense_mask_and_holds_all_of_it(shape, data):
 @given(shapes(), st.sampled_from([None, 1, 7, 16, 200]), st.booleans())
 def test_any_shape_gives_what_sdpa_gives(shape, chunk, is_sliding):
     length, window, padding = shape
-    window = window if is_sliding else None
+    assert_like_sdpa(length, window if is_sliding else None, padding, chunk)
+
+
+@pytest.mark.parametrize("window", [None, 400, 2000])
+@pytest.mark.parametrize("length", [513, 1100])
+def test_long_rows_in_parts_give_what_sdpa_gives(length, window):
+    padding = torch.ones(2, length, dtype=torch.bool)
+    padding[0, :77] = False
+    padding[1, -77:] = False
+    assert_like_sdpa(length, window, padding, None)
+
+
+def assert_like_sdpa(length, window, padding, chunk):
     mask, dense = make_masks(length, window, padding)
     generator = torch.Generator().manual_seed(length)
     tensors = [
@@ -156,7 +169,7 @@ def hidden_states(model, inputs, **kwargs):
 @pytest.mark.parametrize("length", [20, WINDOW, 75, WINDOW * 7 // 2])
 def test_hidden_states_equal_those_of_transformers(model, length):
     inputs = make_inputs(model, length)
-    with plain_attention(model):
+    with stock_parts(model):
         expected = hidden_states(model, inputs)
     for chunk, has_pictures in ((None, False), (None, True), (24, False)):
         set_query_chunk(model, chunk)
@@ -170,7 +183,7 @@ def test_positions_of_a_picture_see_each_other(model):
         pytest.skip("pictures are causal in this family")
     inputs = make_inputs(model, 112)
     inputs["mm_token_type_ids"][:, 40:80] = 1  # longer than the window
-    with plain_attention(model):
+    with stock_parts(model):
         expected = hidden_states(model, inputs)
     assert (hidden_states(model, inputs) - expected).norm() <= 1e-5 * expected.norm()
     set_query_chunk(model, 24)
@@ -192,11 +205,30 @@ def test_generation_gives_the_same_tokens(model):
         "return_dict_in_generate": True,
     }
     found = model.generate(**inputs, **settings)
-    with plain_attention(model):
+    with stock_parts(model):
         expected = model.generate(**inputs, **settings)
     assert torch.equal(found.sequences, expected.sequences)
     for ours, theirs in zip(found.scores, expected.scores, strict=True):
         assert torch.allclose(ours, theirs, atol=1e-4)
+
+
+def test_no_query_meets_keys_that_a_whole_part_comes_before():
+    length = 2048
+    queries = torch.zeros(1, 2, length, 8, device="meta")
+    keys = queries[:, :1]
+    ids = torch.ones(1, length, dtype=torch.bool, device="meta")
+    mask = make_mask(
+        1,
+        length,
+        length,
+        mask_function=causal_mask_function,
+        attention_mask=ids,
+        device="meta",
+    )
+    with FlopCounterMode(display=False) as counter:
+        attend(make_layer(chunk=None), queries, keys, keys, mask, scaling=1.0)
+    whole = 4 * 2 * length * length * 8
+    assert counter.get_total_flops() == whole * 5 / 8  # (1 + 2 + 3 + 4) / 16
 
 
 class LargestTensor(TorchDispatchMode):

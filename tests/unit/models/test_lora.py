@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.loading import load_model
-from gemma_tuner.models.lora import LoraConfig, _compute_in_model_dtype, add_lora
+from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.lora_linear import use_lean_adapters
 from gemma_tuner.testing import FAMILIES, tiny_model
 
 LANGUAGE = {  # shared layers have no k and v, K=V layers no v
@@ -128,10 +129,10 @@ def test_variants_begin_at_the_base_and_reload(variant, dtype, checkpoints, make
     reloaded = peft.PeftModel.from_pretrained(load()[0], tmp_path).eval()
     with torch.no_grad():
         stock = reloaded(**batch).logits
-        _compute_in_model_dtype(reloaded)
+        use_lean_adapters(reloaded)
         torch.testing.assert_close(reloaded(**batch).logits, after, atol=0, rtol=0)
-    # stock PEFT multiplies in float32, and random weights amplify the difference
-    rounding = {"float32": 0.0, "bfloat16": 0.1}[dtype]
+    # stock PEFT multiplies in float32 and sums in another order; random weights amplify it
+    rounding = {"float32": 1e-5, "bfloat16": 0.1}[dtype]
     assert (stock - after).float().norm() <= rounding * after.float().norm()
 
 
@@ -145,7 +146,10 @@ def test_full_trains_the_layers_themselves(dtype, checkpoints, make_batch, tmp_p
     targets = ("language", "vision", "audio", "projectors")
     model, processor = load()
     batch = make_batch(processor, "image", "audio")
-    plain = load()[0].requires_grad_(requires_grad=True)
+    plain = load()[0]
+    for module in plain.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.requires_grad_()
     plain(**batch).loss.backward()
     model = wrap(model, variant="full", targets=targets)
     assert {parameter.dtype for parameter in trainable(model)} == {torch.float32}
@@ -167,7 +171,7 @@ def test_full_trains_the_layers_themselves(dtype, checkpoints, make_batch, tmp_p
             assert torch.equal(model(**batch).logits, before)
     model.save_pretrained(tmp_path)
     stock = peft.PeftModel.from_pretrained(load()[0], tmp_path).eval()
-    _compute_in_model_dtype(stock)
+    use_lean_adapters(stock)
     with torch.no_grad():
         assert torch.equal(stock(**batch).logits, after)
 
@@ -194,7 +198,8 @@ def test_a_bfloat16_layer_multiplies_its_adapter_as_autocast_would():
         expected = theirs(x)
     found = ours(x)
     assert found.dtype == torch.bfloat16
-    assert torch.equal(found, expected)
+    # autocast rounds the adapter's output before it is scaled, and again before it is added
+    torch.testing.assert_close(found, expected, rtol=2**-7, atol=2**-7)
     found.float().square().sum().backward()
     gradient = ours.lora_A["default"].weight.grad
     assert gradient.dtype == torch.float32

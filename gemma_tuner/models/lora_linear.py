@@ -1,0 +1,117 @@
+"""PEFT's adapters with fewer passes over what flows through them.
+
+PEFT writes an adapter as two products, a scaling and a sum, and beside a bfloat16 layer turns the
+layer's input and the adapter's output into float32: passes over tensors as wide as the MLP, which
+cost more than the adapter. Here sums are made where the products are, forward and backward, and
+float32 weights are rounded where they are multiplied, as autocast would do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners import lora
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+
+@register_flop_formula(torch.ops.aten.addmm_, get_raw=True)
+def _count_addmm_flops(_: Tensor, one: Tensor, other: Tensor, **__: Any) -> int:
+    """What torch's flop counter knows of addmm, but not of its in-place form."""
+    return 2 * one.shape[0] * one.shape[1] * other.shape[1]
+
+
+class LoraLinear(lora.Linear):
+    """PEFT's adapter on a frozen linear layer; what it does not know, PEFT's own forward does."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Add the adapter to what the layer makes of ``[..., in]``."""
+        active = self.active_adapters
+        name = active[0] if len(active) == 1 else ""
+        base = self.base_layer
+        is_known = (
+            name in self.lora_A
+            and not (args or kwargs or self.disable_adapters or self.merged)
+            and isinstance(self.lora_dropout[name], nn.Identity)
+            and type(base) is nn.Linear
+            and base.bias is None
+            and self.lora_B[name].bias is None
+            and not base.weight.requires_grad
+            and x.dtype == base.weight.dtype
+        )
+        if not is_known:
+            return super().forward(x, *args, **kwargs)
+        return _AdaptedLinear.apply(
+            x,
+            base.weight,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+        )
+
+
+class RoundedLinear(nn.Linear):
+    """A linear layer of float32 weights that computes in its input's dtype, as autocast would."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch gives it
+        """Multiply ``[..., in]`` by the weights, rounded to its dtype."""
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+
+def use_lean_adapters(model: nn.Module) -> None:
+    """Let adapters compute as this module says; weights and gradients stay float32.
+
+    DoRA is left to PEFT: its norms need float32.
+
+    Args:
+        model: Wrapped by PEFT.
+    """
+    for layer in model.modules():
+        if isinstance(layer, ModulesToSaveWrapper):
+            if layer.original_module.get_parameter("weight").dtype != torch.float32:
+                for part in layer.modules_to_save.values():
+                    part.__class__ = RoundedLinear
+            continue
+        if type(layer) is not lora.Linear or layer.lora_variant:
+            continue
+        layer.__class__ = LoraLinear
+        if layer.get_base_layer().get_parameter("weight").dtype != torch.float32:
+            layer.cast_input_dtype_enabled = False  # for PEFT's own forward
+            for part in (*layer.lora_A.values(), *layer.lora_B.values()):
+                part.__class__ = RoundedLinear
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    """``x Wᵀ + scale · x Aᵀ Bᵀ``, of a frozen ``W``.
+
+    Shapes: ``x [..., in]``, ``W [out, in]``, ``A [rank, in]``, ``B [out, rank]``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+    ) -> Tensor:
+        rows = x.flatten(0, -2)  # [rows, in]
+        inner = rows @ lora_a.to(x.dtype).T  # [rows, rank]
+        output = rows @ weight.T  # [rows, out]
+        output.addmm_(inner, lora_b.to(x.dtype).T, alpha=scale)
+        ctx.save_for_backward(x, inner, weight, lora_a, lora_b)
+        ctx.scale = scale
+        return output.unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, inner, weight, lora_a, lora_b = ctx.saved_tensors
+        of_output = grad_outputs[0].flatten(0, -2)
+        of_inner = (of_output @ lora_b.to(x.dtype)) * ctx.scale
+        of_a = of_inner.T @ x.flatten(0, -2)
+        of_b = of_output.T @ (inner * ctx.scale)
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            of_x = of_output @ weight
+            of_x = of_x.addmm_(of_inner, lora_a.to(x.dtype)).unflatten(0, x.shape[:-1])
+        return of_x, None, of_a.to(lora_a.dtype), of_b.to(lora_b.dtype), None

@@ -1,0 +1,125 @@
+"""RMS norms that keep only their input for backward.
+
+transformers writes the norm as six operators on a float32 copy of its input, which autograd keeps.
+Here the same numbers are computed, and backward makes what it needs from the input, which is alive
+anyway, and one factor a row. On CUDA torch's own fused norm does that.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
+from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedRMSNorm
+
+from gemma_tuner.device import announce
+
+_PROBE_TOLERANCE = 1e-5
+
+
+class _LeanNorm(nn.Module):
+    """What the classes below have in common: transformers' norm with another forward."""
+
+    eps: float
+    with_scale: bool
+    weight: nn.Parameter
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalize ``[..., H]`` over its last axis, in float32."""
+        weight = self.weight if self.with_scale else None
+        if weight is not None and weight.requires_grad:
+            return super().forward(hidden_states)
+        if hidden_states.is_cuda:
+            size = hidden_states.shape[-1:]
+            return nn.functional.rms_norm(hidden_states, size, weight, self.eps)
+        return _NormKeepingInput.apply(hidden_states, weight, self.eps)
+
+
+class LeanGemma4Norm(_LeanNorm, Gemma4RMSNorm):
+    """Gemma 4's."""
+
+
+class LeanGemma4UnifiedNorm(_LeanNorm, Gemma4UnifiedRMSNorm):
+    """Gemma 4 12B's."""
+
+
+class LeanGemma3nNorm(_LeanNorm, Gemma3nRMSNorm):
+    """Gemma 3n's."""
+
+
+_LEAN: dict[type[nn.Module], type[nn.Module]] = {
+    Gemma4RMSNorm: LeanGemma4Norm,
+    Gemma4UnifiedRMSNorm: LeanGemma4UnifiedNorm,
+    Gemma3nRMSNorm: LeanGemma3nNorm,
+}
+_STOCK = {lean: stock for stock, lean in _LEAN.items()}
+
+
+def use_lean_norms(model: nn.Module) -> None:
+    """Let a model's norms keep only their input for backward.
+
+    A family whose norm computes something else than this module knows keeps it, which is said.
+
+    Args:
+        model: Any model of a family; its weights and names stay.
+    """
+    for stock, lean in _LEAN.items():
+        norms = [module for module in model.modules() if type(module) is stock]
+        if norms and not _is_known(stock, lean):
+            announce(
+                f"{stock.__name__} of this transformers is another norm than 5.23's; it is used "
+                "as it is, which takes more memory"
+            )
+            continue
+        for norm in norms:
+            norm.__class__ = lean
+
+
+def use_stock_norms(model: nn.Module) -> None:
+    """Give a model back the norms that transformers gave it.
+
+    Args:
+        model: After :func:`use_lean_norms`.
+    """
+    for module in model.modules():
+        if type(module) in _STOCK:
+            module.__class__ = _STOCK[type(module)]
+
+
+def _is_known(stock: type[nn.Module], lean: type[nn.Module]) -> bool:
+    """Compare both on a few numbers, with weights that are not one."""
+    with torch.device("cpu"), torch.no_grad():
+        norm: Any = stock(8).float().requires_grad_(requires_grad=False)
+        norm.weight.copy_(torch.linspace(-1, 2, 8))
+        values = torch.linspace(-3, 5, 24).view(3, 8)
+        expected = norm(values)
+        norm.__class__ = lean
+        return torch.allclose(norm(values), expected, rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE)
+
+
+class _NormKeepingInput(torch.autograd.Function):
+    """``x / sqrt(mean(x²) + eps) * weight``, in float32, of a frozen weight."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        wide = hidden.float()
+        # pow as in transformers: rsqrt rounds otherwise
+        factor = (wide.pow(2).mean(-1, keepdim=True) + eps).pow(-0.5)
+        normed = wide * factor
+        if weight is not None:
+            normed.mul_(weight.float())
+        ctx.save_for_backward(hidden, weight, factor)
+        return normed.to(hidden.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, factor = ctx.saved_tensors
+        gradient = grad_outputs[0].float()
+        if weight is not None:
+            gradient = gradient * weight.float()
+        normed = hidden.float() * factor
+        along = (gradient * normed).mean(-1, keepdim=True)
+        return (gradient - normed.mul_(along)).mul_(factor).to(hidden.dtype), None, None

@@ -1,0 +1,114 @@
+"""Adapters with fewer passes: PEFT's numbers and gradients."""
+
+import peft
+import pytest
+import torch
+from peft.tuners import lora
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from gemma_tuner.models.lora_linear import LoraLinear, use_lean_adapters
+
+
+class OneLayer(nn.Module):
+    def __init__(self, *, bias=False):
+        super().__init__()
+        self.layer = nn.Linear(12, 20, bias=bias)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+def make_layer(dtype=torch.float64, *, bias=False, **options):
+    torch.manual_seed(0)
+    settings = peft.LoraConfig(r=3, lora_alpha=7, target_modules=["layer"], **options)
+    model = peft.get_peft_model(OneLayer(bias=bias), settings, autocast_adapter_dtype=False)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter).to(dtype)
+    return model
+
+
+def run(model, dtype=torch.float64):
+    x = torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x.requires_grad_()
+    output = model(x)
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(2))
+    (output * weights).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return {"output": output.detach(), "x": x.grad, **found}
+
+
+def assert_same(model):
+    expected = run(model)
+    use_lean_adapters(model)
+    assert type(model.base_model.model.layer) is LoraLinear
+    found = run(model)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-11, atol=1e-11)
+
+
+def test_numbers_and_gradients_are_those_of_peft():
+    assert_same(make_layer())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"bias": True}, {"lora_bias": True}, {"lora_dropout": 0.5}, {"use_rslora": True}],
+    ids=str,
+)
+def test_what_is_not_plain_is_as_peft_has_it(options):
+    bias = options.pop("bias", False)
+    assert_same(make_layer(bias=bias, **options).eval())
+
+
+def test_dropout_drops_while_it_trains():
+    model = make_layer(lora_dropout=0.5).train()
+    use_lean_adapters(model)
+    torch.manual_seed(1)
+    one, other = run(model), run(model)
+    assert not torch.equal(one["output"], other["output"])
+
+
+def test_adapters_that_are_off_merged_or_two_are_as_peft_has_them():
+    model = make_layer()
+    layer = model.base_model.model.layer
+    base = run(layer.base_layer)["output"]
+    use_lean_adapters(model)
+    adapted = run(model)["output"]
+    with model.disable_adapter():
+        assert torch.equal(run(model)["output"], base)
+    model.merge_adapter()
+    torch.testing.assert_close(run(model)["output"], adapted, rtol=1e-11, atol=1e-11)
+    model.unmerge_adapter()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["layer"]))
+    layer.to(torch.float64)
+    nn.init.normal_(layer.lora_B["second"].weight)
+    model.base_model.set_adapter(["default", "second"])
+    both = run(model)["output"]
+    model.base_model.set_adapter(["second"])
+    second = run(model)["output"]
+    torch.testing.assert_close(both, adapted + second - base, rtol=1e-9, atol=1e-9)
+
+
+def test_an_input_without_gradient_costs_none():
+    model = make_layer(torch.float32)
+    use_lean_adapters(model)
+
+    def count(*, requires_grad):
+        x = torch.randn(10, 12, requires_grad=requires_grad)
+        with FlopCounterMode(display=False) as counter:
+            model(x).sum().backward()
+        return counter.get_total_flops()
+
+    of_x = 2 * 10 * (12 * 20 + 3 * 12)
+    assert count(requires_grad=True) - count(requires_grad=False) == of_x
+    # forward: W, A, B; backward: of the inner rows, of A, of B
+    assert count(requires_grad=False) == 2 * 10 * (12 * 20 + 2 * 3 * 12 + 3 * 3 * 20)
+
+
+def test_dora_is_left_to_peft():
+    model = make_layer(use_dora=True)
+    use_lean_adapters(model)
+    assert type(model.base_model.model.layer) is lora.Linear
