@@ -1,8 +1,10 @@
-"""A wrapped model as transformers and PEFT run it, to compare ours with."""
+"""What ours is compared with: models as transformers and PEFT run them, and without rounding."""
 
 from contextlib import contextmanager
 
+import torch
 from peft.tuners import lora
+from torch.overrides import TorchFunctionMode
 
 from gemma_tuner.models.attention import ATTENTION
 from gemma_tuner.models.lora_linear import LoraLinear
@@ -30,3 +32,16 @@ def stock_parts(model):
         adapter.__class__ = LoraLinear
     for config in ours:
         config._attn_implementation = ATTENTION
+
+
+class Float64Everywhere(TorchFunctionMode):
+    """What asks for float32 in a float64 model (norms, softmax, rotations) gets float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        func = torch.Tensor.double if func is torch.Tensor.float else func
+        args = [torch.float64 if value is torch.float32 else value for value in args]
+        kwargs = {
+            name: torch.float64 if value is torch.float32 else value
+            for name, value in (kwargs or {}).items()
+        }
+        return func(*args, **kwargs)

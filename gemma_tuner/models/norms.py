@@ -117,9 +117,10 @@ class _NormKeepingInput(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, factor = ctx.saved_tensors
-        gradient = grad_outputs[0].float()
+        wide = factor.dtype
+        gradient = grad_outputs[0].to(wide)
         if weight is not None:
-            gradient = gradient * weight.float()
-        normed = hidden.float() * factor
+            gradient = gradient * weight.to(wide)
+        normed = hidden.to(wide) * factor
         along = (gradient * normed).mean(-1, keepdim=True)
         return (gradient - normed.mul_(along)).mul_(factor).to(hidden.dtype), None, None
