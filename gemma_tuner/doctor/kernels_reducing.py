@@ -1,4 +1,4 @@
-"""Kernels that sum: matrix products, attention, the vocabulary's softmax, norms, the loss.
+"""Kernels that sum: products, attention, the vocabulary's softmax, norms, adapters, the loss.
 
 Axes: ``K`` the axis that a product sums over, ``V`` the vocabulary.
 """
@@ -12,6 +12,8 @@ from torch.nn import Parameter
 
 from gemma_tuner.collators.batch import IGNORED
 from gemma_tuner.doctor.kernels import Kernel, Tensors, surround
+from gemma_tuner.models.lora_linear import AdaptedLinear
+from gemma_tuner.models.norms import NormKeepingInput
 from gemma_tuner.training.loss import MAX_REDUCTION, FrozenHeadCrossEntropy
 from gemma_tuner.training.optim import clip_gradients
 
@@ -139,6 +141,34 @@ def clip_by_hand(t: Tensors) -> Tensors:
     return {"norm": norm, **{name: x / norm for name, x in t.items()}}
 
 
+def _make_adapted(generator: torch.Generator, dtype: torch.dtype) -> Tensors:
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    frozen = {"hidden": draw(2, 40, 96), "norm": draw(96), "weight": draw(160, 96) / 10}
+    frozen["gradient"] = draw(2, 40, 160)
+    adapter = {"a": draw(8, 96) / 10, "b": draw(160, 8)}  # which stay float32
+    return {**{name: x.to(dtype) for name, x in frozen.items()}, **adapter}
+
+
+def adapt(t: Tensors) -> Tensors:
+    """This library's norm and a linear layer with its adapter, and their gradients."""
+    hidden, a, b = (t[name].detach().requires_grad_() for name in ("hidden", "a", "b"))
+    normed = NormKeepingInput.apply(hidden, t["norm"], 1e-6)
+    out = AdaptedLinear.apply(normed, t["weight"], a, b, 2.0)
+    out.backward(t["gradient"])
+    return {"out": out, "dhidden": _gradient(hidden), "da": _gradient(a), "db": _gradient(b)}
+
+
+def adapt_by_hand(t: Tensors) -> Tensors:
+    """What :func:`adapt` computes, written out."""
+    hidden, a, b = (t[name].detach().requires_grad_() for name in ("hidden", "a", "b"))
+    normed = hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt() * t["norm"]
+    out = normed @ t["weight"].T + 2.0 * (normed @ a.T @ b.T)
+    out.backward(t["gradient"])
+    return {"out": out, "dhidden": _gradient(hidden), "da": _gradient(a), "db": _gradient(b)}
+
+
 def _make_loss(generator: torch.Generator, dtype: torch.dtype) -> Tensors:
     target_ids = torch.randint(VOCABULARY, (24,), generator=generator)
     target_ids[:3] = torch.tensor([0, VOCABULARY - 1, IGNORED])
@@ -224,6 +254,17 @@ REDUCING = (
         make=_make_gradients,
         compute=clip,
         reference=clip_by_hand,
+    ),
+    *(
+        Kernel(
+            name=f"the library's norm and adapter, {_name(dtype)}",
+            source="no report is known; every layer is made of them",
+            make=lambda generator, dtype=dtype: _make_adapted(generator, dtype),
+            compute=adapt,
+            reference=adapt_by_hand,
+            tolerance=tolerance,
+        )
+        for dtype, tolerance in {torch.float32: 1e-4, torch.bfloat16: 3e-2}.items()
     ),
     *(
         Kernel(

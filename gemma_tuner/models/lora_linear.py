@@ -44,7 +44,7 @@ class LoraLinear(lora.Linear):
         )
         if not is_known:
             return super().forward(x, *args, **kwargs)
-        return _AdaptedLinear.apply(
+        return AdaptedLinear.apply(
             x,
             base.weight,
             self.lora_A[name].weight,
@@ -85,16 +85,26 @@ def use_lean_adapters(model: nn.Module) -> None:
                 part.__class__ = RoundedLinear
 
 
-class _AdaptedLinear(torch.autograd.Function):
-    """``x Wᵀ + scale · x Aᵀ Bᵀ``, of a frozen ``W``.
-
-    Shapes: ``x [..., in]``, ``W [out, in]``, ``A [rank, in]``, ``B [out, rank]``.
-    """
+class AdaptedLinear(torch.autograd.Function):
+    """``x Wᵀ + scale · x Aᵀ Bᵀ``, of a frozen ``W``."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
     ) -> Tensor:
+        """Multiply by the layer's weight and the adapter's.
+
+        Args:
+            ctx: Autograd's context.
+            x: ``[..., in]``.
+            weight: ``[out, in]``, of ``x``'s dtype.
+            lora_a: ``[rank, in]``, any float dtype; rounded to ``x``'s.
+            lora_b: ``[out, rank]``, likewise.
+            scale: Of the adapter.
+
+        Returns:
+            ``[..., out]``, of ``x``'s dtype.
+        """
         rows = x.flatten(0, -2)  # [rows, in]
         inner = rows @ lora_a.to(x.dtype).T  # [rows, rank]
         output = rows @ weight.T  # [rows, out]
@@ -105,6 +115,7 @@ class _AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiate by ``x``, where that is wanted, and by the adapter."""
         x, inner, weight, lora_a, lora_b = ctx.saved_tensors
         of_output = grad_outputs[0].flatten(0, -2)
         of_inner = (of_output @ lora_b.to(x.dtype)) * ctx.scale

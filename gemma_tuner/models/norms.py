@@ -35,7 +35,7 @@ class _LeanNorm(nn.Module):
         if hidden_states.is_cuda:
             size = hidden_states.shape[-1:]
             return nn.functional.rms_norm(hidden_states, size, weight, self.eps)
-        return _NormKeepingInput.apply(hidden_states, weight, self.eps)
+        return NormKeepingInput.apply(hidden_states, weight, self.eps)
 
 
 class LeanGemma4Norm(_LeanNorm, Gemma4RMSNorm):
@@ -100,11 +100,22 @@ def _is_known(stock: type[nn.Module], lean: type[nn.Module]) -> bool:
         return torch.allclose(norm(values), expected, rtol=_PROBE_TOLERANCE, atol=_PROBE_TOLERANCE)
 
 
-class _NormKeepingInput(torch.autograd.Function):
+class NormKeepingInput(torch.autograd.Function):
     """``x / sqrt(mean(x²) + eps) * weight``, in float32, of a frozen weight."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """Normalize ``hidden`` ``[..., H]`` over its last axis.
+
+        Args:
+            ctx: Autograd's context.
+            hidden: Any float dtype.
+            weight: ``[H]``; None for none.
+            eps: Added to the mean square.
+
+        Returns:
+            ``[..., H]``, of ``hidden``'s dtype.
+        """
         wide = hidden.float()
         # pow as in transformers: rsqrt rounds otherwise
         factor = (wide.pow(2).mean(-1, keepdim=True) + eps).pow(-0.5)
@@ -116,6 +127,7 @@ class _NormKeepingInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiate by ``hidden``."""
         hidden, weight, factor = ctx.saved_tensors
         wide = factor.dtype
         gradient = grad_outputs[0].to(wide)
