@@ -17,7 +17,8 @@ from torch import Tensor
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.models.families import Modality
 from gemma_tuner.models.lora import wrap_peft
-from gemma_tuner.training.checkpoint import FINGERPRINT, latest_checkpoint
+from gemma_tuner.training.adapter_files import CONFIG, FINGERPRINT, WEIGHTS
+from gemma_tuner.training.checkpoint import latest_checkpoint
 from gemma_tuner.training.identity import (
     hash_decoder_norms,
     list_differences,
@@ -28,7 +29,6 @@ from gemma_tuner.training.identity import (
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _TOWERS: Mapping[Modality, tuple[str, ...]] = {
     "image": (".vision_tower.", ".embed_vision."),
     "audio": (".audio_tower.", ".embed_audio."),
@@ -50,10 +50,10 @@ def find_adapter(path: str | Path) -> Path:
     """
     folder = Path(path)
     for candidate in (folder, folder / "adapter", latest_checkpoint(folder)):
-        if candidate is not None and (candidate / _CONFIG).is_file():
+        if candidate is not None and (candidate / CONFIG).is_file():
             return candidate
     raise CheckpointError(
-        f"{folder.resolve().name!r} holds no adapter ({_CONFIG}) and no checkpoint; give the "
+        f"{folder.resolve().name!r} holds no adapter ({CONFIG}) and no checkpoint; give the "
         "folder of a run or of an adapter"
         if folder.is_dir()
         else f"there is no folder {folder.name!r}; give the folder of a run or of an adapter"
@@ -72,7 +72,7 @@ def read_adapter_base(folder: Path) -> str | None:
     Raises:
         CheckpointError: Its configuration is damaged.
     """
-    return _read_json(folder / _CONFIG).get("base_model_name_or_path")
+    return _read_json(folder / CONFIG).get("base_model_name_or_path")
 
 
 def list_adapter_modalities(folder: Path) -> tuple[Modality, ...]:
@@ -146,7 +146,7 @@ def _list_shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     try:
-        return load_file(folder / _WEIGHTS)
+        return load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise _damaged(folder, error) from None
 

@@ -20,44 +20,31 @@ training data or a path of the user's machine.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
 from gemma_tuner.errors import CheckpointError, ConfigError, ResumeError
-from gemma_tuner.training.identity import (
-    describe_model,
-    hash_decoder_norms,
-    list_differences,
-    portable_name,
-    shorten_differences,
-)
+from gemma_tuner.training.adapter_files import WEIGHTS, adapter_tensors, write_adapter
+from gemma_tuner.training.disk import check_disk_space, errors_explained, hide, replaced_folder
+from gemma_tuner.training.identity import describe_model, list_differences, shorten_differences
 
-_ADAPTER_CONFIG = "adapter_config.json"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
-FINGERPRINT = "gemma_tuner.json"
-"""Beside an adapter: ``base_norms_sha256`` says which release it was trained on."""
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "trainer_state.json"
 _FORMAT = 1
 _FOLDER = re.compile(r"step-(\d{8,})")
-# File headers, JSON and the file system's own blocks, on top of the tensors.
-_DISK_MARGIN_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,50 +91,19 @@ def save_checkpoint(
     folder = Path(output_dir) / "checkpoints" / f"step-{state.step:08d}"
     moments = _optimizer_tensors(model, optimizer)
     document = _encode_state(state, model)
-    tensors = [*_adapter_tensors(model).values(), *moments.values()]
-    with _errors_explained("save a checkpoint", Path(output_dir)):
+    tensors = [*adapter_tensors(model).values(), *moments.values()]
+    with errors_explained("save a checkpoint", Path(output_dir)):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for leftover in folder.parent.glob(".step-*"):
             shutil.rmtree(leftover)
-        _check_disk_space(folder.parent, tensors)
-        with _replaced_folder(folder) as temporary:
-            _write_adapter(model, temporary)
+        check_disk_space(folder.parent, tensors)
+        with replaced_folder(folder) as temporary:
+            write_adapter(model, temporary)
             save_file(moments, temporary / _OPTIMIZER)
             (temporary / _STATE).write_text(document, encoding="utf-8")
-    with _errors_explained("delete old checkpoints", folder.parent):
+    with errors_explained("delete old checkpoints", folder.parent):
         for old in _list_checkpoints(folder.parent)[:-keep]:
-            shutil.rmtree(_hide(old))
-    return folder
-
-
-def save_adapter(model: PeftModel, path: str | Path) -> Path:
-    """Write the adapter as a standard PEFT folder.
-
-    An existing folder keeps its other files; its adapter is replaced once the new one is
-    complete.
-
-    Args:
-        model: From ``add_lora``.
-        path: The folder; made if it is missing.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: No room or no permission; an adapter that was there is as it was.
-    """
-    folder = Path(path)
-    with _errors_explained("save an adapter", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        _check_disk_space(folder, list(_adapter_tensors(model).values()))
-        temporary = folder / ".adapter.tmp"
-        with _new_folder(temporary):
-            _write_adapter(model, temporary)
-            _sync_folder(temporary)
-            for name in (FINGERPRINT, _ADAPTER_WEIGHTS, _ADAPTER_CONFIG):
-                (temporary / name).replace(folder / name)
-            temporary.rmdir()
-            _sync(folder)
+            shutil.rmtree(hide(old))
     return folder
 
 
@@ -207,10 +163,10 @@ def load_checkpoint(
     """
     folder = Path(path)
     document = _read_state(folder)
-    adapter = _read_tensors(folder / _ADAPTER_WEIGHTS)
+    adapter = _read_tensors(folder / WEIGHTS)
     moments = _read_tensors(folder / _OPTIMIZER)
 
-    here = _adapter_tensors(model)
+    here = adapter_tensors(model)
     differences = (
         list_differences(document["identity"], describe_model(model))
         or _compare_tensors("adapter", adapter, here)
@@ -236,12 +192,6 @@ def load_checkpoint(
 
 
 # --- what is saved ---------------------------------------------------------------------------
-
-
-def _adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter under PEFT's file names; the tensors share the parameters' memory."""
-    # "auto" would ask the Hub whether the base's vocabulary was resized.
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
 
 
 def _trainable(model: PeftModel) -> dict[str, Parameter]:
@@ -314,21 +264,6 @@ def _encode_state(state: TrainerState, model: PeftModel) -> str:
         ) from error
 
 
-def _write_adapter(model: PeftModel, folder: Path) -> None:
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
-    # The model card that PEFT adds names the base by its local path.
-    (folder / "README.md").unlink(missing_ok=True)
-    path = folder / _ADAPTER_CONFIG
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = portable_name(config["base_model_name_or_path"])
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    base: Any = model.get_base_model()
-    norms_sha256 = hash_decoder_norms(dict(base.named_parameters()), base.get_parameter)
-    (folder / FINGERPRINT).write_text(
-        json.dumps({"base_norms_sha256": norms_sha256}, indent=2) + "\n", encoding="utf-8"
-    )
-
-
 # --- reading back ----------------------------------------------------------------------------
 
 
@@ -375,9 +310,6 @@ def _compare_tensors(
     return list_differences(describe(saved), describe(expected))
 
 
-# --- the file system -------------------------------------------------------------------------
-
-
 def _list_checkpoints(folder: Path) -> list[Path]:
     """Whole checkpoints, oldest first; hidden folders are unfinished ones."""
     if not folder.is_dir():
@@ -388,72 +320,3 @@ def _list_checkpoints(folder: Path) -> list[Path]:
         if (match := _FOLDER.fullmatch(path.name)) and path.is_dir()
     }
     return sorted(steps, key=steps.__getitem__)
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[None]:
-    """Make an empty folder; if the block fails, remove it with all that is in it."""
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir()
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-@contextmanager
-def _replaced_folder(folder: Path) -> Iterator[Path]:
-    """Yield a hidden sibling that takes ``folder``'s place once the block has filled it."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    with _new_folder(temporary):
-        yield temporary
-        _sync_folder(temporary)
-        old = _hide(folder) if folder.exists() else None
-        temporary.rename(folder)
-        _sync(folder.parent)
-    if old is not None:
-        shutil.rmtree(old)
-
-
-def _hide(folder: Path) -> Path:
-    """Rename a checkpoint, so that a kill while it is deleted leaves no half of one."""
-    return folder.rename(folder.with_name(f".{folder.name}.old"))
-
-
-def _sync_folder(folder: Path) -> None:
-    for path in folder.iterdir():
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _check_disk_space(folder: Path, tensors: list[Tensor]) -> None:
-    needed = sum(tensor.nbytes for tensor in tensors) + _DISK_MARGIN_BYTES
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(errno.ENOSPC, f"{needed} bytes are needed and {free} are free")
-
-
-@contextmanager
-def _errors_explained(what: str, folder: Path) -> Iterator[None]:
-    """Turn what can go wrong with a disk into a CheckpointError with a remedy."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # An OSError's own message holds the path.
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise CheckpointError(
-            f"cannot {what} in {folder.resolve().name!r}: {reason or type(error).__name__}. What "
-            "was saved before is untouched. Free disk space there, or choose another folder, and "
-            "resume"
-        ) from None

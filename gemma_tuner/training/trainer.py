@@ -24,7 +24,7 @@ from gemma_tuner.models.features import FeatureCache
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.target_only import target_only_of
 from gemma_tuner.records import Example
-from gemma_tuner.training.checkpoint import save_adapter
+from gemma_tuner.training.adapter_files import save_adapter
 from gemma_tuner.training.checks import check_collator, check_kinds
 from gemma_tuner.training.choice import ANY_SIZE, LOSS_CHUNKS
 from gemma_tuner.training.config import TrainConfig

@@ -19,7 +19,7 @@ from gemma_tuner.export.adapter import export_adapter
 from gemma_tuner.export.gguf import export_gguf, export_gguf_adapter
 from gemma_tuner.export.gguf_names import check_runs
 from gemma_tuner.export.merged import complete_config, export_merged
-from gemma_tuner.training.checkpoint import save_adapter
+from gemma_tuner.training.adapter_files import save_adapter
 from tests.export_parts import add_trained_lora, save_base
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"

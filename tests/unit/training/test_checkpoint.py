@@ -17,11 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from gemma_tuner.errors import CheckpointError, ResumeError
 from gemma_tuner.testing import tiny_model
+from gemma_tuner.training.adapter_files import save_adapter
 from gemma_tuner.training.checkpoint import (
     TrainerState,
     latest_checkpoint,
     load_checkpoint,
-    save_adapter,
     save_checkpoint,
 )
 from gemma_tuner.training.config import TrainConfig

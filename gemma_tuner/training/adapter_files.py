@@ -1,0 +1,82 @@
+"""An adapter's folder as PEFT writes it, and beside it a fingerprint of the base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+
+from gemma_tuner.training.disk import (
+    check_disk_space,
+    errors_explained,
+    new_folder,
+    sync,
+    sync_folder,
+)
+from gemma_tuner.training.identity import hash_decoder_norms, portable_name
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+FINGERPRINT = "gemma_tuner.json"
+"""Beside an adapter: ``base_norms_sha256`` says which release it was trained on."""
+
+
+def save_adapter(model: PeftModel, path: str | Path) -> Path:
+    """Write the adapter as a standard PEFT folder.
+
+    An existing folder keeps its other files; its adapter is replaced once the new one is
+    complete.
+
+    Args:
+        model: From ``add_lora``.
+        path: The folder; made if it is missing.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: No room or no permission; an adapter that was there is as it was.
+    """
+    folder = Path(path)
+    with errors_explained("save an adapter", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        check_disk_space(folder, list(adapter_tensors(model).values()))
+        temporary = folder / ".adapter.tmp"
+        with new_folder(temporary):
+            write_adapter(model, temporary)
+            sync_folder(temporary)
+            for name in (FINGERPRINT, WEIGHTS, CONFIG):
+                (temporary / name).replace(folder / name)
+            temporary.rmdir()
+            sync(folder)
+    return folder
+
+
+def write_adapter(model: PeftModel, folder: Path) -> None:
+    """Write an adapter's files into a folder that is empty.
+
+    Args:
+        model: From ``add_lora``.
+        folder: Where.
+    """
+    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    # The model card that PEFT adds names the base by its local path.
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = portable_name(config["base_model_name_or_path"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    base: Any = model.get_base_model()
+    norms_sha256 = hash_decoder_norms(dict(base.named_parameters()), base.get_parameter)
+    (folder / FINGERPRINT).write_text(
+        json.dumps({"base_norms_sha256": norms_sha256}, indent=2) + "\n", encoding="utf-8"
+    )
+
+
+def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
+    """The adapter under PEFT's file names; the tensors share the parameters' memory."""
+    # "auto" would ask the Hub whether the base's vocabulary was resized.
+    return get_peft_model_state_dict(model, save_embedding_layers=False)
