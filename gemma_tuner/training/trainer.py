@@ -46,7 +46,8 @@ from gemma_tuner.training.optim import (
     set_learning_rate,
 )
 from gemma_tuner.training.page import open_page
-from gemma_tuner.training.plan import Plan, plan_training, plan_without_trial
+from gemma_tuner.training.plan import Plan
+from gemma_tuner.training.plan_loaded import plan_training, plan_without_trial
 from gemma_tuner.training.processes import Processes
 from gemma_tuner.training.reports import Reports
 from gemma_tuner.training.samples import Samples, take_samples

@@ -31,7 +31,7 @@ from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.loss import FrozenHeadCrossEntropy, target_loss_sum
 from gemma_tuner.training.memory import free
 from gemma_tuner.training.modes import begin_training, checkpoint_layers
-from gemma_tuner.training.plan import plan_training
+from gemma_tuner.training.plan_loaded import plan_training
 from gemma_tuner.training.trainer import Trainer
 from tests.long_runs import run_long
 
