@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from peft import PeftModel
 
+from gemma_tuner.collators.batch import Batch
 from gemma_tuner.collators.text import TextCollator
-from gemma_tuner.errors import ConfigError
-from gemma_tuner.models.families import family_of, loaded_modalities
+from gemma_tuner.errors import ConfigError, DataError
+from gemma_tuner.models.families import Modality, family_of, loaded_modalities
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.records import Audio, Image
 from gemma_tuner.training.config import TrainConfig
@@ -78,3 +81,22 @@ def check_collator(model: PeftModel, collator: TextCollator) -> None:
             f"has {', '.join(has)}); load it with load_model(..., modalities=('text', "
             f"'{takes[0]}')) if its checkpoint offers it, or use TextCollator"
         )
+
+
+def check_media(batch: Batch, modalities: Collection[Modality]) -> None:
+    """Refuse media for which the model was loaded without a tower.
+
+    Args:
+        batch: What would be trained on.
+        modalities: What the model reads.
+
+    Raises:
+        DataError: It holds others.
+    """
+    for name, modality in (("pixel_values", "image"), ("input_features", "audio")):
+        if name in batch.inputs and modality not in modalities:
+            raise DataError(
+                f"it holds {modality}, but the model has no part for that; load it with "
+                f"load_model(..., modalities=('text', '{modality}'))",
+                key=batch.keys[0],
+            )

@@ -28,6 +28,7 @@ from gemma_tuner.training.metrics import DeviceRecord, StepRecord
 from gemma_tuner.training.optim import NonfiniteGuard
 from gemma_tuner.training.processes import Processes
 from gemma_tuner.training.reports import Reports
+from gemma_tuner.training.stepper import StepOutcome
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -125,22 +126,19 @@ class Ledger:
 
     # --- counting and logging ----------------------------------------------------------------
 
-    def count_step(
-        self, step_input: StepInput, num_tokens: int, num_target_tokens: int, counts: Counter[str]
-    ) -> None:
+    def count_step(self, step_input: StepInput, outcome: StepOutcome) -> None:
         """Enter an optimizer step: from here on it is done, and what is saved says so.
 
         Args:
             step_input: What the step consumed.
-            num_tokens: Its tokens over all processes; likewise the next two.
-            num_target_tokens: Tokens trained on.
-            counts: What collating cut or split, and what was passed over.
+            outcome: What it came to.
         """
+        self.guard.count(outcome.skipped)
         self.step += 1
         self.num_slots += step_input.num_slots
-        self.num_tokens += num_tokens
-        self.num_target_tokens += num_target_tokens
-        self.counts.update(counts)
+        self.num_tokens += outcome.num_tokens
+        self.num_target_tokens += outcome.num_target_tokens
+        self.counts.update(outcome.counts)
         self.stream_state = step_input.stream_state
 
     def log_step(

@@ -29,6 +29,9 @@ class Reports:
         show: Whether to show progress on stderr.
         is_main_process: Whether this process writes.
         trackers: Where records go besides; they are closed with it.
+
+    Attributes:
+        held_out: The held-out losses that were reported, in order.
     """
 
     def __init__(
@@ -48,6 +51,8 @@ class Reports:
         self._progress = Progress(total_steps, enabled=show and is_main_process, done_steps=step)
         self._trackers = trackers
         self._stack = ExitStack()
+        self._logged_plan: Plan | None = None
+        self.held_out: list[EvalRecord] = []
         self._wait_seconds = 0.0
         self._started = time.perf_counter()
         self._counts = (0, 0)
@@ -77,6 +82,7 @@ class Reports:
 
     def evaluation(self, record: EvalRecord) -> None:
         """Report a held-out loss."""
+        self.held_out.append(record)
         if self._log is not None:
             self._log.evaluation(record)
         if self._trackers is not None:
@@ -94,7 +100,10 @@ class Reports:
             self._log.event(step, name, **details)
 
     def plan(self, step: int, plan: Plan) -> None:
-        """Log what a run is planned to hold, in bytes by part."""
+        """Log what a run is planned to hold, in bytes by part, unless that is logged already."""
+        if plan is self._logged_plan:
+            return
+        self._logged_plan = plan
         footprint = plan.footprint
         parts = {**footprint.resident, **footprint.step} if footprint else {}
         self.note(

@@ -32,6 +32,7 @@ from gemma_tuner.training.loss import FrozenHeadCrossEntropy, target_loss_sum
 from gemma_tuner.training.memory import free
 from gemma_tuner.training.modes import begin_training, checkpoint_layers
 from gemma_tuner.training.plan_loaded import plan_training
+from gemma_tuner.training.stepper import Stepper
 from gemma_tuner.training.trainer import Trainer
 from tests.long_runs import run_long
 
@@ -53,6 +54,16 @@ CASES = {
 }
 
 
+class RecordingStepper(Stepper):
+    """Records how many examples were on the device at one time."""
+
+    rows: list[int]
+
+    def loss_sum(self, batch):
+        self.rows.append(len(batch))
+        return super().loss_sum(batch)
+
+
 class RecordingTrainer(Trainer):
     """Records each optimizer step and each held-out measurement."""
 
@@ -60,17 +71,14 @@ class RecordingTrainer(Trainer):
         super().__init__(*args, **settings)
         self.steps: list[Recording] = []
         self.evaluations: list[Recording] = []
-        self.rows: list[int] = []  # of each micro-batch
+        self.stepper.__class__ = RecordingStepper
+        self.rows = self.stepper.rows = []  # of each micro-batch
 
     def train_step(self, step_input):
         with DEVICE.record() as recording:
             result = super().train_step(step_input)
         self.steps.append(recording)
         return result
-
-    def _loss_sum(self, batch):
-        self.rows.append(len(batch))
-        return super()._loss_sum(batch)
 
     def evaluate(self):
         with DEVICE.record() as recording:
@@ -246,7 +254,7 @@ def run_out_of_memory(folder, stride, targets=("language",)):
     Trainer.train_step(trainer, step_input)  # the decoder's own check, once a model
     gc.collect()
     gc.freeze()  # what is freed after each failure is looked for among younger objects
-    micro, begin = trainer.micro_batches, [p.detach().clone() for p in trainer.trainable]
+    micro, begin = trainer.stepper.micro_batches, [p.detach().clone() for p in trainer.trainable]
     (level,) = micro.levels
 
     def take(number, max_tokens=level.max_tokens):

@@ -310,8 +310,8 @@ def test_the_trainer_uses_them(tmp_path, modality):
     num_items = 10  # as many rows as the trainer takes, with one each
     assert traces[1.0][0] == pytest.approx(traces[0.0][0], rel=1e-5)
     assert traces[1.0][1] == pytest.approx(traces[0.0][1], rel=1e-5)
-    assert trainer.features.counts["misses"] == num_items
-    assert trainer.features.counts["hits"] >= 2 * num_items
+    assert trainer.stepper.features.counts["misses"] == num_items
+    assert trainer.stepper.features.counts["hits"] >= 2 * num_items
 
 
 @pytest.fixture(scope="module")

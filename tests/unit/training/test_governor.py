@@ -312,9 +312,9 @@ def evaluate_where(trainer, monkeypatch, holds):
         return loss
 
     gc.freeze()  # what is freed after each failure is looked for among younger objects
-    loss_sum_of = trainer._loss_sum
+    loss_sum_of = trainer.stepper.loss_sum
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_loss_sum", small_device_loss)
+        patch.setattr(trainer.stepper, "loss_sum", small_device_loss)
         return trainer.evaluate(), sizes
 
 

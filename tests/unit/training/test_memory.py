@@ -9,25 +9,25 @@ from gemma_tuner.records import Example
 from gemma_tuner.training.choice import Level
 from gemma_tuner.training.feed import StepInput
 from gemma_tuner.training.memory import MicroBatches, retry_once
-from gemma_tuner.training.trainer import Trainer
+from gemma_tuner.training.stepper import Stepper
 from tests.runs import build_trainer
 
 CPU = torch.device("cpu")
 
 
-class SmallDeviceTrainer(Trainer):
+class SmallDeviceStepper(Stepper):
     """On a device that holds so many examples: others raise what a Mac raises, half way."""
 
     holds = 4
     holds_checkpointed = 4
 
-    def _loss_sum(self, batch):
+    def loss_sum(self, batch):
         if not torch.is_grad_enabled():  # held-out examples
-            return super()._loss_sum(batch)
-        layers = self.model.get_base_model().model.language_model.layers
+            return super().loss_sum(batch)
+        layers = self._model.get_base_model().model.language_model.layers
         is_checkpointed = all(layer.gradient_checkpointing for layer in layers)
         self.tried.append((len(batch), is_checkpointed))
-        loss = super()._loss_sum(batch)
+        loss = super().loss_sum(batch)
         if len(batch) > (self.holds_checkpointed if is_checkpointed else self.holds):
             loss.backward()  # this gradient must not count
             raise RuntimeError("MPS backend out of memory (MPS allocated: 9.00 GiB, ...)")
@@ -41,7 +41,7 @@ def fit(folder, holds, holds_checkpointed=None, **settings):
         "holds_checkpointed": holds if holds_checkpointed is None else holds_checkpointed,
         "tried": [],
     }
-    trainer.__class__ = type("Small", (SmallDeviceTrainer,), attributes)
+    trainer.stepper.__class__ = type("Small", (SmallDeviceStepper,), attributes)
     trainer.fit()
     events = [
         record["step"]
@@ -65,7 +65,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_step_is_the_same(
     settings = {"max_steps": 1, "modality": "image"}
     whole, _ = fit(tmp_path / "whole", 4, **settings)
     cut, events = fit(tmp_path / "cut", holds, **settings)
-    assert cut.tried == [(size, False) for size in tried]
+    assert cut.stepper.tried == [(size, False) for size in tried]
     assert cut.counts["out_of_memory"] == retries
     assert events == [1] * retries
     for a, b in zip(gradient_like(whole), gradient_like(cut), strict=True):
@@ -75,11 +75,11 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_the_step_is_the_same(
 def test_a_run_remembers_what_fits(tmp_path):
     cut, events = fit(tmp_path, 2, max_steps=3)
     assert events == [1]
-    assert cut.tried[0] == (4, False)
+    assert cut.stepper.tried[0] == (4, False)
     # in tokens: longer rows than the first step's are taken one by one
-    assert {size for size, _ in cut.tried[1:]} <= {1, 2}
-    assert (2, False) in cut.tried
-    assert cut.micro_batches.num_retries == cut.counts["out_of_memory"] == 1
+    assert {size for size, _ in cut.stepper.tried[1:]} <= {1, 2}
+    assert (2, False) in cut.stepper.tried
+    assert cut.stepper.micro_batches.num_retries == cut.counts["out_of_memory"] == 1
 
 
 def test_one_example_that_does_not_fit_is_computed_twice_from_then_on(tmp_path):
@@ -87,8 +87,8 @@ def test_one_example_that_does_not_fit_is_computed_twice_from_then_on(tmp_path):
     whole, _ = fit(tmp_path / "whole", 1, **settings)
     cut, events = fit(tmp_path / "cut", 0, 1, **settings)
     assert events[0] == 1
-    assert cut.tried[:2] == [(1, False), (1, True)]
-    assert cut.tried[-1] == (1, True)
+    assert cut.stepper.tried[:2] == [(1, False), (1, True)]
+    assert cut.stepper.tried[-1] == (1, True)
     for a, b in zip(gradient_like(whole), gradient_like(cut), strict=True):
         assert torch.equal(a, b)
 

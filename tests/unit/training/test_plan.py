@@ -169,6 +169,6 @@ def test_a_trainer_plans_for_its_own_data_and_trains_by_it(checkpoint, tmp_path)
     tight = make_trainer("tight", memory_gib=usable / 0.9 / GIB)
     found = tight.plan()
     assert found.peak_bytes <= found.usable_bytes < ample.peak_bytes
-    assert tight.micro_batches.levels == list(found.levels)
+    assert tight.stepper.micro_batches.levels == list(found.levels)
     tight.fit()
-    assert tight.micro_batches.num_retries == 0
+    assert tight.stepper.micro_batches.num_retries == 0

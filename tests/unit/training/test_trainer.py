@@ -183,8 +183,7 @@ def test_a_bad_example_keeps_every_step_before_it(tmp_path):
                 raise DataError("damaged", key=example.key)
             return row
 
-    trainer.collator = Collator(collate.processor)
-    trainer.eval_stream = None
+    trainer = Trainer(trainer.model, trainer.stream, Collator(collate.processor), trainer.config)
     with pytest.raises(DataError, match="damaged") as raised:
         trainer.fit()
     assert raised.value.key == bad[-1]
