@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from gemma_tuner.errors import ConfigError
 from gemma_tuner.sources.bigquery import BigQuerySource
-from gemma_tuner.sources.columns import KEYWORDS, Keywords
 from gemma_tuner.sources.examples import Source
 from gemma_tuner.sources.folders import Paths
 from gemma_tuner.sources.gcs import GcsSource, GcsStore
 from gemma_tuner.sources.hub import HubSource
 from gemma_tuner.sources.local import LocalSource
 from gemma_tuner.streaming.cache import MediaCache
-from gemma_tuner.streaming.config import FetchConfig
 from gemma_tuner.streaming.fetch import Fetcher
-from gemma_tuner.streaming.portion import Locality, Portion
+from gemma_tuner.streaming.options import StreamKeywords, StreamOptions, spell_out
+from gemma_tuner.streaming.portion import Portion
 from gemma_tuner.streaming.quarantine import Budget
 from gemma_tuner.streaming.spool import name_source, open_manifest
 from gemma_tuner.streaming.stream import ExampleStream
@@ -30,159 +24,9 @@ from gemma_tuner.streaming.stream import ExampleStream
 if TYPE_CHECKING:
     from gemma_tuner.sources.bigquery import BigQueryReadClient
     from gemma_tuner.sources.bigquery import Client as BigQueryClient
-    from gemma_tuner.sources.gcs_store import storage
-
-Column = str | Literal[False] | None
-F = TypeVar("F", bound=Callable[..., Any])
 
 
-class StreamKeywords(TypedDict, total=False):
-    """The keywords of every ``stream_`` function; :class:`StreamOptions` says what they mean."""
-
-    messages: Column
-    prompt: Column
-    response: Column
-    text: Column
-    system: Column
-    image: Column
-    audio: Column
-    id: Column
-    seed: int
-    shuffle: bool
-    locality: Locality | None
-    max_bad_fraction: float
-    max_consecutive_bad: int
-    cache_dir: str | Path | None
-    fetch: FetchConfig
-    gcs_client: storage.Client | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StreamOptions:
-    """What every ``stream_`` function takes, as keywords.
-
-    Each of ``messages prompt response text system image audio id`` names the column that plays
-    this part; None takes the conventional one (:mod:`gemma_tuner.sources.columns` lists them),
-    False takes none.
-
-    Args:
-        messages: Conversations.
-        prompt: What is asked; rows with media and no such column get a default prompt, which
-            ``report()`` states.
-        response: What the model shall learn to answer.
-        text: Plain documents, trained on as a whole.
-        system: System turns.
-        image: A picture, or a list of them: a path relative to the data file, a ``gs://`` URI,
-            or bytes.
-        audio: A sound, or a list of them.
-        id: Keys; False numbers the rows (``train.jsonl:7``).
-        seed: Decides the order, with the epoch.
-        shuffle: False hands out the rows as they stand.
-        locality: "shard" shuffles whole files, and the rows within each, instead of all rows.
-        max_bad_fraction: How much of an epoch's rows may be unusable: they are passed over, noted
-            in the quarantine and counted. 0 raises the first as DataError.
-        max_consecutive_bad: How many unusable rows may follow each other.
-        cache_dir: Where manifests, media and quarantines are kept, for this user alone; None is
-            ``~/.cache/gemma_tuner``.
-        fetch: How media are fetched and kept.
-        gcs_client: A ``google.cloud.storage.Client``; None makes one with the application-default
-            credentials when the first ``gs://`` is met.
-
-    Raises:
-        ConfigError: A value that cannot work.
-    """
-
-    messages: Column = None
-    prompt: Column = None
-    response: Column = None
-    text: Column = None
-    system: Column = None
-    image: Column = None
-    audio: Column = None
-    id: Column = None
-    seed: int = 0
-    shuffle: bool = True
-    locality: Locality | None = None
-    max_bad_fraction: float = 0.01
-    max_consecutive_bad: int = 100
-    cache_dir: str | Path | None = None
-    fetch: FetchConfig = FetchConfig()  # noqa: RUF009 - it is frozen
-    gcs_client: storage.Client | None = None
-
-    def __post_init__(self) -> None:
-        for part, column in self.columns.items():
-            if column is not None and column is not False and not isinstance(column, str):
-                raise ConfigError(
-                    f"{part}={column!r}; give a column's name, False for none, or None"
-                )
-        if not isinstance(self.fetch, FetchConfig):
-            raise ConfigError(f"fetch={self.fetch!r}; give a FetchConfig")
-        if self.cache_dir is not None and not isinstance(self.cache_dir, str | Path):
-            raise ConfigError(f"cache_dir={self.cache_dir!r}; give a folder's path")
-
-    @classmethod
-    def read(cls, function: Callable[..., Any], keywords: Mapping[str, Any]) -> StreamOptions:
-        """Make options of a function's keywords.
-
-        Args:
-            function: Made by :func:`_spell_out`; where its default is another, that holds.
-            keywords: What the user gave.
-
-        Returns:
-            The options.
-
-        Raises:
-            ConfigError: A keyword that does not exist, or a value that cannot work.
-        """
-        parameters = inspect.signature(function).parameters
-        known = [option.name for option in fields(cls)]
-        for name in keywords:
-            if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = (
-                    f"did you mean {nearest[0]}=?" if nearest else f"it takes {', '.join(known)}"
-                )
-                raise ConfigError(f"{function.__name__}() takes no {name}=; {hint}")
-        return cls(**{name: keywords.get(name, parameters[name].default) for name in known})
-
-    @property
-    def columns(self) -> Keywords:
-        """The column by part."""
-        return {part: getattr(self, part) for part in KEYWORDS}
-
-    @property
-    def folder(self) -> Path:
-        """Where everything is kept."""
-        if self.cache_dir is None:
-            return Path.home() / ".cache" / "gemma_tuner"
-        return Path(self.cache_dir).expanduser()
-
-
-def _spell_out(**defaults: Any) -> Callable[[F], F]:
-    """Show the keywords of a ``stream_`` function one by one, as help() and notebooks read them.
-
-    Args:
-        **defaults: Where the function's default is another than that of :class:`StreamOptions`.
-
-    Returns:
-        The decorator.
-    """
-
-    def decorate(function: F) -> F:
-        signature = inspect.signature(function)
-        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        options = [
-            option.replace(default=defaults.get(option.name, option.default))
-            for option in inspect.signature(StreamOptions).parameters.values()
-        ]
-        shown = signature.replace(parameters=[*named, *options])
-        function.__signature__ = shown
-        return function
-
-    return decorate
-
-
-@_spell_out(max_bad_fraction=0.0)
+@spell_out(max_bad_fraction=0.0)
 def stream_local(
     paths: Paths,
     *,
@@ -218,7 +62,7 @@ def stream_local(
     return _open_stream(options, lambda store, fetcher: source)
 
 
-@_spell_out()
+@spell_out()
 def stream_gcs(
     uris: str | Sequence[str],
     *,
@@ -268,7 +112,7 @@ def stream_gcs(
     return _open_stream(options, make_source, refresh=refresh)
 
 
-@_spell_out()
+@spell_out()
 def stream_bigquery(
     table: str | None = None,
     *,
@@ -340,7 +184,7 @@ def stream_bigquery(
     )
 
 
-@_spell_out()
+@spell_out()
 def stream_hub(
     name: str,
     *,
