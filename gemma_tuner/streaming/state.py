@@ -1,4 +1,4 @@
-"""The state of a stream, as JSON: two numbers, and what they refer to."""
+"""Where a stream stands, and this as JSON: two numbers, and what they refer to."""
 
 from __future__ import annotations
 
@@ -10,6 +10,78 @@ from gemma_tuner.errors import ResumeError
 
 STATE_VERSION = 2
 """Raise it whenever a saved state would mean another order."""
+
+
+class Place:
+    """Where a stream stands: a slot, numbered on over the epochs, and the bad rows of its epoch.
+
+    Args:
+        num_slots: Slots of an epoch.
+        num_portions: Data sets in the stream.
+
+    Attributes:
+        epoch: The epoch, from 0.
+        slot: The first slot that was not handed out.
+        bad: Rows of each data set that could not be used, in this epoch.
+        is_begun: Whether the latest iteration has handed out anything.
+        is_finished: Whether it came to the end of its epoch.
+    """
+
+    def __init__(self, num_slots: int, num_portions: int) -> None:
+        self._num_slots = num_slots
+        self.epoch = 0
+        self.slot = 0
+        self.bad = [0] * num_portions
+        self.is_begun = False
+        self.is_finished = False
+
+    @property
+    def position(self) -> int:
+        """Slots of the epoch that were handed out."""
+        return self.slot - self.epoch * self._num_slots
+
+    @property
+    def end(self) -> int:
+        """The first slot of the next epoch."""
+        return (self.epoch + 1) * self._num_slots
+
+    def begin_epoch(self) -> None:
+        """Go on to the next epoch, unless this one has not been begun or was resumed."""
+        if self.is_begun or self.slot == self.end:
+            self.epoch += 1
+            self.bad = [0] * len(self.bad)
+            if not self.is_finished:
+                self.slot = self.epoch * self._num_slots
+        self.is_begun = self.is_finished = False
+
+    def move(self, epoch: int, slot: int, bad: Sequence[int]) -> None:
+        """Stand elsewhere, as where nothing of the epoch's rest was handed out.
+
+        Args:
+            epoch: The epoch, from 0.
+            slot: As ``slot``.
+            bad: As ``bad``.
+        """
+        self.epoch, self.slot, self.bad = epoch, slot, list(bad)
+        self.is_begun = self.is_finished = False
+
+    def follow(self, num_slots: int, bad: Sequence[int]) -> None:
+        """Stand where shards have come to, over the ends of epochs.
+
+        Args:
+            num_slots: Slots that all of them together have handed out.
+            bad: As ``bad``.
+        """
+        slot = self.slot + num_slots
+        self.move(max(self.epoch, (slot - 1) // self._num_slots), slot, bad)
+
+    def to_state(self) -> dict[str, Any]:
+        """Write it as the numbers of a state."""
+        epoch, position, bad = self.epoch, self.position, self.bad
+        if not 0 <= position <= self._num_slots:  # a shard that is done before others
+            epoch, position = divmod(self.slot, self._num_slots)
+            bad = self.bad if epoch == self.epoch else [0] * len(self.bad)
+        return {"epoch": epoch, "position": position, "bad": list(bad)}
 
 
 def identify(portions: Sequence[Mapping[str, Any]], weights: Sequence[Fraction]) -> dict[str, Any]:

@@ -7,9 +7,7 @@ beside what it refers to; a row that cannot be used leaves its slot empty and mo
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from typing import Any, Generic, Self, TypeVar
@@ -17,12 +15,12 @@ from typing import Any, Generic, Self, TypeVar
 from gemma_tuner.errors import ConfigError, DataError, GemmaTunerError
 from gemma_tuner.records import Example
 from gemma_tuner.streaming.config import FetchConfig
-from gemma_tuner.streaming.manifest import list_stored
-from gemma_tuner.streaming.order import Interleave
+from gemma_tuner.streaming.passing_over import list_bad, note_bad, retry_bad
 from gemma_tuner.streaming.portion import Portion
-from gemma_tuner.streaming.quarantine import BadExample, Stage, read_reason
+from gemma_tuner.streaming.quarantine import BadExample, Stage
 from gemma_tuner.streaming.report import StreamPreview, StreamReport, report_portion
-from gemma_tuner.streaming.state import identify, read_state
+from gemma_tuner.streaming.slots import Slot, Slots
+from gemma_tuner.streaming.state import Place, identify, read_state
 from gemma_tuner.streaming.window import Failure, Window
 
 _REMEMBERED_EXAMPLES = 4096  # more than an optimizer step ever holds
@@ -59,29 +57,24 @@ class ExampleStream:
     ) -> None:
         self.portions = tuple(portions)
         self.fetch = fetch
-        self._weights = tuple(weights)
-        self._interleave = Interleave(self._weights)
+        self._slots = Slots(portions, weights)
         self._shard_index, self._num_shards = shard
-        self._epoch = 0
-        self._slot = 0
-        self._bad = [0] * len(self.portions)  # of each portion, in this epoch
+        self._place = Place(len(self._slots), len(self.portions))
         self._consecutive_bad = 0
         self._num_handed_out = 0
         self._num_passed_over = 0
         self._wait_seconds = 0.0
         self._token = object()  # of the latest iterator
-        self._is_begun = False  # whether that has handed out anything
-        self._is_finished = False  # whether it came to the end of its epoch
         self._window: Window | None = None
-        self._ahead: Iterator[_Slot] = iter(())  # what the window will hand out
-        self._recent: dict[str, _Slot] = {}
+        self._ahead: Iterator[Slot] = iter(())  # what the window will hand out
+        self._recent: dict[str, Slot] = {}
 
     def __repr__(self) -> str:
         subsets = " + ".join(portion.subset for portion in self.portions)
         return (
             f"ExampleStream({len(self):,} rows, {subsets}, seed={self.portions[0].seed}, "
-            f"shuffle={self.portions[0].shuffle}, epoch={self._epoch}, "
-            f"position={self._slot - self._epoch * len(self):,})"
+            f"shuffle={self.portions[0].shuffle}, epoch={self._place.epoch}, "
+            f"position={self._place.position:,})"
         )
 
     def _repr_html_(self) -> str:
@@ -98,7 +91,7 @@ class ExampleStream:
         return self._num_passed_over
 
     def __len__(self) -> int:
-        return sum(map(len, self.portions))
+        return len(self._slots)
 
     def __getitem__(self, index: int) -> Example:
         """Return a row of the data as it stands in the source, decoded; counts as nothing.
@@ -113,8 +106,7 @@ class ExampleStream:
             DataError: It cannot be used.
             IndexError: There is no such row.
         """
-        slot = self._find(index)
-        return slot.decode(slot.fetch(slot.read()))
+        return self._slots.find(index).load()
 
     def read_rows(self, indices: Iterable[int]) -> Iterator[Example | None]:
         """Read rows as they stand in the source, ahead and in threads; counts as nothing.
@@ -128,7 +120,7 @@ class ExampleStream:
         Raises:
             DataError: An example that cannot be used, beyond its source's budget.
         """
-        slots = [self._find(index) for index in indices]
+        slots = [self._slots.find(index) for index in indices]
         bad = [0] * len(self.portions)
         consecutive = 0
         window = Window(iter(slots), self.fetch)
@@ -158,14 +150,8 @@ class ExampleStream:
             An iterator of the examples, with None where one was passed over; so that every shard
             takes the same number of slots, whatever is in them.
         """
-        if self._is_begun or self._slot == (self._epoch + 1) * len(self):
-            self._epoch += 1
-            self._bad = [0] * len(self.portions)
-            if not self._is_finished:
-                self._slot = self._epoch * len(self)
-        self._is_begun = self._is_finished = False
-        self._token = object()
-        self._drop_window()
+        self._place.begin_epoch()
+        self._leave_iterator()
         return _Epoch(partial(self._hand_out, self._token))
 
     def shard(self, index: int, count: int) -> ExampleStream:
@@ -187,7 +173,7 @@ class ExampleStream:
         numbers = isinstance(index, int) and isinstance(count, int)
         if not numbers or not 0 <= index < count or self._num_shards > 1:
             raise ConfigError(f"shard({index!r}, {count!r}) of {self!r}; give 0 <= index < count")
-        shard = ExampleStream(self.portions, self._weights, fetch=self.fetch, shard=(index, count))
+        shard = self._with_portions(self.portions, shard=(index, count))
         shard.load_state_dict(self.state_dict())
         return shard
 
@@ -198,13 +184,8 @@ class ExampleStream:
             shard: One of them; its bad rows stand for those of all.
             num_slots: Slots that all of them together have handed out since.
         """
-        slot = self._slot + num_slots
-        self._epoch = max(self._epoch, (slot - 1) // len(self))
-        self._slot = slot
-        self._bad = shard.state_dict()["bad"]
-        self._token = object()
-        self._is_begun = self._is_finished = False
-        self._drop_window()
+        self._place.follow(num_slots, shard.state_dict()["bad"])
+        self._leave_iterator()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what resumes the stream after the last slot that was handed out.
@@ -213,11 +194,7 @@ class ExampleStream:
             ``version``, what the stream is (``fingerprint rows subset seed shuffle locality``, of
             a mix for each stream), ``epoch position bad``: small, and JSON.
         """
-        epoch, position = self._epoch, self._slot - self._epoch * len(self)
-        if not 0 <= position <= len(self):  # a shard that is done with its epoch before others
-            epoch, position = divmod(self._slot, len(self))
-        bad = self._bad if epoch == self._epoch else [0] * len(self.portions)
-        return {**self._identity(), "epoch": epoch, "position": position, "bad": list(bad)}
+        return {**self._identity(), **self._place.to_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where a state was taken: the next iteration is the rest of that epoch.
@@ -229,12 +206,9 @@ class ExampleStream:
             ResumeError: The state is of another stream; the message names what differs.
         """
         epoch, position, bad = read_state(state, self._identity(), num_rows=len(self))
-        self._epoch, self._slot = epoch, epoch * len(self) + position
-        self._bad = bad
+        self._place.move(epoch, epoch * len(self) + position, bad)
         self._consecutive_bad = 0
-        self._token = object()
-        self._is_begun = self._is_finished = False
-        self._drop_window()
+        self._leave_iterator()
 
     def take(self, num_rows: int) -> ExampleStream:
         """Return a stream of the first rows in the order of the source.
@@ -274,10 +248,7 @@ class ExampleStream:
         if not 0 < fraction < 1:
             raise ConfigError(f"split({fraction}); give a number between 0 and 1, both left out")
         rest, held_out = zip(*(portion.split(fraction) for portion in self.portions), strict=True)
-        return (
-            ExampleStream(rest, self._weights, fetch=self.fetch),
-            ExampleStream(held_out, self._weights, fetch=self.fetch),
-        )
+        return self._with_portions(rest), self._with_portions(held_out)
 
     def preview(self, count: int = 3) -> StreamPreview:
         """Show the first rows of the data: keys, roles, text cut short, sizes of media.
@@ -300,17 +271,19 @@ class ExampleStream:
         Returns:
             Figures, which ``print`` shows as text.
         """
-        total = sum(self._weights)
+        weights = self._slots.weights
         waited = self._wait_seconds + (self._window.wait_seconds if self._window else 0.0)
         return StreamReport(
             parts=tuple(
                 report_portion(
-                    portion, share=float(weight / total), cache_bytes=self.fetch.cache_bytes
+                    portion,
+                    share=float(weight / sum(weights)),
+                    cache_bytes=self.fetch.cache_bytes,
                 )
-                for portion, weight in zip(self.portions, self._weights, strict=True)
+                for portion, weight in zip(self.portions, weights, strict=True)
             ),
-            epoch=self._epoch,
-            position=self._slot - self._epoch * len(self),
+            epoch=self._place.epoch,
+            position=self._place.position,
             handed_out=self._num_handed_out,
             passed_over=self._num_passed_over,
             wait_seconds=waited,
@@ -328,8 +301,9 @@ class ExampleStream:
         slot = self._recent.get(error.key)
         if slot is None:
             raise error
-        self._bad[slot.index] += 1
-        self._count_bad(slot, "collate", error, self._bad[slot.index], consecutive=1)
+        bad = self._place.bad
+        bad[slot.index] += 1
+        self._count_bad(slot, "collate", error, bad[slot.index], consecutive=1)
 
     def inspect_quarantine(self) -> list[BadExample]:
         """Return the examples that could not be used, of this run and those before it.
@@ -337,10 +311,7 @@ class ExampleStream:
         Returns:
             What is wrong with each; of all rows of the data, those of other splits too.
         """
-        records = []
-        for quarantine in {portion.quarantine for portion in self.portions}:
-            records += quarantine.inspect()
-        return records
+        return list_bad(self.portions)
 
     def retry_quarantine(self) -> tuple[int, int]:
         """Try the examples in the quarantine again, and take out those that can be used now.
@@ -351,24 +322,7 @@ class ExampleStream:
         Returns:
             How many can be used now, and how many remain.
         """
-        num_mended = num_bad = 0
-        for portion in {portion.quarantine: portion for portion in self.portions}.values():
-            mended = []
-            for record in portion.quarantine.inspect():
-                if record.row is None or record.stage == "collate":
-                    num_bad += 1
-                    continue
-                slot = _Slot(0, record.row, portion)
-                try:
-                    slot.decode(slot.fetch(slot.read()))
-                except DataError:
-                    num_bad += 1
-                else:
-                    mended.append(record)
-            remaining = [r for r in portion.quarantine.inspect() if r not in mended]
-            portion.quarantine.replace(remaining)
-            num_mended += len(mended)
-        return num_mended, num_bad
+        return retry_bad(self.portions)
 
     def close(self) -> None:
         """Stop fetching, for good: of this stream and of those split, mixed or sharded from it."""
@@ -376,7 +330,17 @@ class ExampleStream:
         for portion in self.portions:
             portion.fetcher.close()
 
+    def _with_portions(
+        self, portions: Sequence[Portion], *, shard: tuple[int, int] = (0, 1)
+    ) -> ExampleStream:
+        return ExampleStream(portions, self._slots.weights, fetch=self.fetch, shard=shard)
+
     # --- one slot after the other -------------------------------------------------------------
+
+    def _leave_iterator(self) -> None:
+        """End the latest iterator, if there is one, and what was fetched for it."""
+        self._token = object()
+        self._drop_window()
 
     def _hand_out(self, token: object) -> Example | None:
         if token is not self._token:
@@ -385,13 +349,13 @@ class ExampleStream:
                 "one iterator at a time, or make a second stream"
             )
         if self._window is None:
-            slots = range(self._next_slot(), (self._epoch + 1) * len(self), self._num_shards)
-            self._ahead = map(self._locate, slots)
-            self._window = Window(map(self._locate, slots), self.fetch)
+            numbers = range(self._next_slot(), self._place.end, self._num_shards)
+            self._ahead = map(self._slots.locate, numbers)
+            self._window = Window(map(self._slots.locate, numbers), self.fetch)
         try:
             outcome = next(self._window)
         except StopIteration:
-            self._is_begun = self._is_finished = True
+            self._place.is_begun = self._place.is_finished = True
             raise
         except BaseException:
             self._drop_window()
@@ -403,38 +367,23 @@ class ExampleStream:
             self._remember(slot, outcome)
         else:
             self._pass_over_slot(slot, outcome)
-        self._slot += self._num_shards
-        self._is_begun = True
+        self._place.slot += self._num_shards
+        self._place.is_begun = True
         return outcome if isinstance(outcome, Example) else None
 
-    def _pass_over_slot(self, slot: _Slot, failure: Failure) -> None:
-        bad, consecutive = self._bad[slot.index] + 1, self._consecutive_bad + 1
+    def _pass_over_slot(self, slot: Slot, failure: Failure) -> None:
+        bad, consecutive = self._place.bad[slot.index] + 1, self._consecutive_bad + 1
         try:
             self._count_bad(slot, failure.stage, failure.error, bad, consecutive)
         except GemmaTunerError:
             self._drop_window()  # the next one begins with this slot again
             raise
-        self._bad[slot.index], self._consecutive_bad = bad, consecutive
+        self._place.bad[slot.index], self._consecutive_bad = bad, consecutive
 
     def _next_slot(self) -> int:
         """The first slot of this shard that the whole has not come to."""
-        return self._slot + (self._shard_index - self._slot) % self._num_shards
-
-    def _locate(self, number: int) -> _Slot:
-        index, turn = self._interleave.locate(number)
-        portion = self.portions[index]
-        return _Slot(index, portion.find_row(turn), portion)
-
-    def _find(self, index: int) -> _Slot:
-        place = operator.index(index)
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"row {place} of a stream of {len(self)} rows")
-        place %= len(self)
-        for number, portion in enumerate(self.portions):
-            if place < len(portion):
-                return _Slot(number, int(portion.rows[place]), portion)
-            place -= len(portion)
-        raise IndexError(f"row {index} of a stream of {len(self)} rows")
+        slot = self._place.slot
+        return slot + (self._shard_index - slot) % self._num_shards
 
     def _drop_window(self) -> None:
         if self._window is not None:
@@ -444,60 +393,20 @@ class ExampleStream:
 
     def _identity(self) -> dict[str, Any]:
         """What epoch and position refer to."""
-        return identify([portion.describe() for portion in self.portions], self._weights)
+        return identify([portion.describe() for portion in self.portions], self._slots.weights)
 
     def _count_bad(
-        self, slot: _Slot, stage: Stage, error: DataError, bad: int, consecutive: int
+        self, slot: Slot, stage: Stage, error: DataError, bad: int, consecutive: int
     ) -> None:
         """Note a row in the quarantine, and raise its error where the budget allows no more."""
-        quarantine = slot.portion.quarantine
-        if quarantine.budget.max_bad_fraction:
-            quarantine.add(
-                BadExample(
-                    key=error.key,
-                    origin=slot.portion.manifest.read_origin(slot.row),
-                    row=slot.row,
-                    stage=stage,
-                    error=type(error.__cause__ or error).__name__,
-                    reason=read_reason(error),
-                    objects=tuple(
-                        f"{stored.uri}#{stored.generation}" for stored in list_stored(slot.read())
-                    ),
-                )
-            )
-        # A mix may go through a small data set several times in one of its epochs.
-        share = self._weights[slot.index] / sum(self._weights)
-        quarantine.budget.check(
-            error,
-            bad=bad,
-            consecutive=consecutive,
-            rows=max(len(slot.portion), int(share * len(self))),
-            read_records=quarantine.inspect,
-        )
+        rows = self._slots.count_rows(slot.index)
+        note_bad(slot, stage, error, bad=bad, consecutive=consecutive, rows=rows)
         self._num_passed_over += 1
 
-    def _remember(self, slot: _Slot, example: Example) -> None:
+    def _remember(self, slot: Slot, example: Example) -> None:
         self._recent[example.key] = slot
         if len(self._recent) > _REMEMBERED_EXAMPLES:
             del self._recent[next(iter(self._recent))]
-
-
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """One slot's row, and how it is loaded."""
-
-    index: int
-    row: int
-    portion: Portion
-
-    def read(self) -> Example:
-        return self.portion.manifest.read_example(self.row)
-
-    def fetch(self, example: Example) -> Example:
-        return self.portion.fetch(example)
-
-    def decode(self, example: Example) -> Example:
-        return self.portion.decode(example)
 
 
 class _Epoch(Generic[T]):

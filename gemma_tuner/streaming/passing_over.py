@@ -1,0 +1,90 @@
+"""Rows that cannot be used: noted and counted against their budget, listed, tried again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gemma_tuner.errors import DataError
+from gemma_tuner.streaming.manifest import list_stored
+from gemma_tuner.streaming.portion import Portion
+from gemma_tuner.streaming.quarantine import BadExample, Stage, read_reason
+from gemma_tuner.streaming.slots import Slot
+
+
+def note_bad(
+    slot: Slot, stage: Stage, error: DataError, *, bad: int, consecutive: int, rows: int
+) -> None:
+    """Note a row in the quarantine, and raise its error where the budget allows no more.
+
+    Args:
+        slot: The row.
+        stage: What failed.
+        error: What is wrong with it.
+        bad: Bad rows of its data set in this epoch, with this one.
+        consecutive: Bad rows since the last good one, likewise.
+        rows: Rows of its data set in an epoch.
+
+    Raises:
+        DataError: The budget allows no more.
+    """
+    quarantine = slot.portion.quarantine
+    if quarantine.budget.max_bad_fraction:
+        quarantine.add(
+            BadExample(
+                key=error.key,
+                origin=slot.portion.manifest.read_origin(slot.row),
+                row=slot.row,
+                stage=stage,
+                error=type(error.__cause__ or error).__name__,
+                reason=read_reason(error),
+                objects=tuple(
+                    f"{stored.uri}#{stored.generation}" for stored in list_stored(slot.read())
+                ),
+            )
+        )
+    quarantine.budget.check(
+        error, bad=bad, consecutive=consecutive, rows=rows, read_records=quarantine.inspect
+    )
+
+
+def list_bad(portions: Sequence[Portion]) -> list[BadExample]:
+    """List what some data sets have in quarantine.
+
+    Args:
+        portions: The data sets.
+
+    Returns:
+        What is wrong with each; of all rows of the data, those of other splits too.
+    """
+    records = []
+    for quarantine in {portion.quarantine for portion in portions}:
+        records += quarantine.inspect()
+    return records
+
+
+def retry_bad(portions: Sequence[Portion]) -> tuple[int, int]:
+    """Load what is in quarantine again, and take out what can be used now.
+
+    Args:
+        portions: The data sets.
+
+    Returns:
+        How many can be used now, and how many remain.
+    """
+    num_mended = num_bad = 0
+    for portion in {portion.quarantine: portion for portion in portions}.values():
+        mended = []
+        for record in portion.quarantine.inspect():
+            if record.row is None or record.stage == "collate":
+                num_bad += 1
+                continue
+            try:
+                Slot(0, record.row, portion).load()
+            except DataError:
+                num_bad += 1
+            else:
+                mended.append(record)
+        remaining = [r for r in portion.quarantine.inspect() if r not in mended]
+        portion.quarantine.replace(remaining)
+        num_mended += len(mended)
+    return num_mended, num_bad

@@ -1,0 +1,108 @@
+"""Which row each slot of a stream holds, and how that row is loaded."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from gemma_tuner.records import Example
+from gemma_tuner.streaming.order import Interleave
+from gemma_tuner.streaming.portion import Portion
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One slot's row.
+
+    Args:
+        index: Which of the stream's data sets it is from.
+        row: Its row of that data set's manifest.
+        portion: The data set.
+    """
+
+    index: int
+    row: int
+    portion: Portion
+
+    def read(self) -> Example:
+        """Read it from the manifest."""
+        return self.portion.manifest.read_example(self.row)
+
+    def fetch(self, example: Example) -> Example:
+        """Replace its stored objects by their bytes."""
+        return self.portion.fetch(example)
+
+    def decode(self, example: Example) -> Example:
+        """Replace its encoded media by decoded."""
+        return self.portion.decode(example)
+
+    def load(self) -> Example:
+        """Read, fetch and decode it, one after the other."""
+        return self.decode(self.fetch(self.read()))
+
+
+class Slots:
+    """The slots of a stream, numbered on over its epochs.
+
+    Args:
+        portions: The data sets.
+        weights: How much of each a mix takes; one, where there is one.
+    """
+
+    def __init__(self, portions: Sequence[Portion], weights: Sequence[Fraction]) -> None:
+        self.portions = tuple(portions)
+        self.weights = tuple(weights)
+        self._interleave = Interleave(self.weights)
+
+    def __len__(self) -> int:
+        """Slots of an epoch: as many as there are rows."""
+        return sum(map(len, self.portions))
+
+    def locate(self, number: int) -> Slot:
+        """Say what a slot holds.
+
+        Args:
+            number: From 0, on over the epochs.
+
+        Returns:
+            The slot.
+        """
+        index, turn = self._interleave.locate(number)
+        portion = self.portions[index]
+        return Slot(index, portion.find_row(turn), portion)
+
+    def find(self, index: int) -> Slot:
+        """Find a row as it stands in the sources, which follow each other.
+
+        Args:
+            index: From 0; negative counts from the end.
+
+        Returns:
+            A slot that holds it.
+
+        Raises:
+            IndexError: There is no such row.
+        """
+        place = operator.index(index)
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"row {place} of a stream of {len(self)} rows")
+        place %= len(self)
+        for number, portion in enumerate(self.portions):
+            if place < len(portion):
+                return Slot(number, int(portion.rows[place]), portion)
+            place -= len(portion)
+        raise IndexError(f"row {index} of a stream of {len(self)} rows")
+
+    def count_rows(self, index: int) -> int:
+        """Count the rows of a data set that an epoch has, which budgets are shares of.
+
+        Args:
+            index: Which data set.
+
+        Returns:
+            Rows; a mix may go through a small data set several times in one of its epochs.
+        """
+        share = self.weights[index] / sum(self.weights)
+        return max(len(self.portions[index]), int(share * len(self)))
