@@ -62,10 +62,10 @@ def test_what_was_written_comes_back(tmp_path):
         assert cache.write(stored, content)
         assert cache.write(stored, content)  # It is there already.
         assert cache.read(stored) == content
-        assert open_cache(cache._folder).read(stored) == content
+        assert open_cache(cache._files.path).read(stored) == content
     assert (cache.counts.hits, cache.counts.misses, cache.counts.not_stored) == (3, 3, 0)
     assert cache.verify() == CacheCheck(entries=3, num_bytes=100_001, damaged=0)
-    assert cache.num_bytes == sum_sizes(cache._folder) == 100_001 + 3 * 20 + 12
+    assert cache.num_bytes == sum_sizes(cache._files.path) == 100_001 + 3 * 20 + 12
 
 
 def test_versions_and_parts_are_kept_apart(tmp_path):
@@ -284,14 +284,14 @@ def test_a_full_disk_is_counted_and_nothing_is_left(tmp_path, monkeypatch, step)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
 def test_a_disk_that_fills_while_writing(tmp_path, monkeypatch):
     cache = open_cache(tmp_path)
-    begin = cache._begin
+    begin = cache._files.begin
 
     def begin_on_a_full_disk(num_bytes):
         path, descriptor = begin(num_bytes)
         os.close(descriptor)
         return path, os.open("/dev/full", os.O_WRONLY)
 
-    monkeypatch.setattr(cache, "_begin", begin_on_a_full_disk)
+    monkeypatch.setattr(cache._files, "begin", begin_on_a_full_disk)
     assert not cache.write(make_object(1), bytes(100_000))
     assert cache.num_bytes == sum_sizes(tmp_path) == TOTAL_BYTES
 
@@ -338,8 +338,8 @@ def test_a_torn_total_is_counted_anew(tmp_path):
 def test_leftovers_count_while_their_writer_lives_and_go_after_it(tmp_path):
     cache = open_cache(tmp_path, 10_000)
     cache.write(make_object(0), b"small")
-    with cache._locked():
-        leftover, descriptor = cache._begin(6000)
+    with cache._files.locked():
+        leftover, descriptor = cache._files.begin(6000)
     assert not open_cache(tmp_path, 10_000).write(make_object(1), bytes(5000))
     assert cache.read(make_object(0)) == b"small"  # Evicting it would not have helped.
     assert leftover.exists()
@@ -396,7 +396,7 @@ def test_processes_and_threads_share_a_folder_within_its_budget(tmp_path):
 
     def watch():
         while not is_over.is_set():
-            with cache._locked():  # So that all sizes are of one moment.
+            with cache._files.locked():  # So that all sizes are of one moment.
                 sums.append(sum_sizes(tmp_path))
             time.sleep(0.001)
 
