@@ -48,7 +48,7 @@ class TextCollator:
         ConfigError: A setting outside its range.
     """
 
-    processor: ProcessorMixin
+    processor: ProcessorMixin = field(repr=False)  # printed, it fills pages
     _: KW_ONLY
     max_tokens: int = 2048
     too_long: TooLong = "error"

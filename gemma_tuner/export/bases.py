@@ -9,11 +9,8 @@ from pathlib import Path
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.deltas import Adapter, Delta, Replacement
 from gemma_tuner.export.weights import StoredTensor, find_checkpoint
-from gemma_tuner.training.identity import (
-    hash_decoder_norms,
-    portable_name,
-    shorten_differences,
-)
+from gemma_tuner.streaming.differences import shorten_differences
+from gemma_tuner.training.identity import hash_decoder_norms, portable_name
 
 
 def find_base(adapter: Adapter, base: str | Path | None, revision: str | None) -> Path:
@@ -100,7 +97,7 @@ def check_fits(
     if differences:
         raise CheckpointError(
             f"the adapter is for another model than {base} ({len(differences)} of {len(deltas)} "
-            f"weights; adapter against checkpoint: {shorten_differences(differences, 3)}); "
+            f"weights; adapter against checkpoint: {shorten_differences(differences)}); "
             f"{f'it was trained on {adapter.base}: ' if adapter.base else ''}give that checkpoint "
             "as base"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from gemma_tuner.errors import DataError
 from gemma_tuner.streaming.manifest import list_stored
@@ -57,8 +57,8 @@ def list_bad(portions: Sequence[Portion]) -> list[BadExample]:
         What is wrong with each; of all rows of the data, those of other splits too.
     """
     records = []
-    for quarantine in {portion.quarantine for portion in portions}:
-        records += quarantine.inspect()
+    for portion in _by_file(portions):
+        records += portion.quarantine.inspect()
     return records
 
 
@@ -72,7 +72,7 @@ def retry_bad(portions: Sequence[Portion]) -> tuple[int, int]:
         How many can be used now, and how many remain.
     """
     num_mended = num_bad = 0
-    for portion in {portion.quarantine: portion for portion in portions}.values():
+    for portion in _by_file(portions):
         mended = []
         for record in portion.quarantine.inspect():
             if record.row is None or record.stage == "collate":
@@ -88,3 +88,8 @@ def retry_bad(portions: Sequence[Portion]) -> tuple[int, int]:
         portion.quarantine.replace(remaining)
         num_mended += len(mended)
     return num_mended, num_bad
+
+
+def _by_file(portions: Sequence[Portion]) -> Iterable[Portion]:
+    """One data set for each quarantine; streams that were opened apart may share a file."""
+    return {portion.quarantine.path: portion for portion in portions}.values()

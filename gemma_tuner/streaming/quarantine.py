@@ -10,6 +10,7 @@ place. Each is written once to a file beside the manifest, which only its owner 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import os
 from collections import Counter
@@ -130,6 +131,7 @@ class Quarantine:
         self.path = path
         self.budget = budget
         self._known = {_identify(record) for record in self.inspect()}
+        self._num_bytes = 0  # of the file, as this object has left it
 
     def add(self, record: BadExample) -> None:
         """Write an example to the file, if it is not there with the same fault.
@@ -142,14 +144,12 @@ class Quarantine:
         """
         if _identify(record) in self._known:
             return
-        self._known.add(_identify(record))
-        # A line of its own, also after one that a kill cut off.
-        line = "\n" + json.dumps(dataclasses.asdict(record), ensure_ascii=False)
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
-                os.write(descriptor, line.encode("utf-8", "replace"))
+                fcntl.flock(descriptor, fcntl.LOCK_EX)  # until it is closed
+                self._append(descriptor, record)
             finally:
                 os.close(descriptor)
         except OSError as error:
@@ -157,6 +157,17 @@ class Quarantine:
                 f"the quarantine {self.path.name} cannot be written ({error.strerror}); free some "
                 "space there, or choose another folder by cache_dir="
             ) from None
+
+    def _append(self, descriptor: int, record: BadExample) -> None:
+        # Another stream of the same data may have written meanwhile.
+        if os.fstat(descriptor).st_size != self._num_bytes:
+            self._known = {_identify(known) for known in self.inspect()}
+        if _identify(record) not in self._known:
+            self._known.add(_identify(record))
+            # A line of its own, also after one that a kill cut off.
+            line = "\n" + json.dumps(dataclasses.asdict(record), ensure_ascii=False)
+            os.write(descriptor, line.encode("utf-8", "replace"))
+        self._num_bytes = os.fstat(descriptor).st_size
 
     def inspect(self) -> list[BadExample]:
         """Read what is in the file; a last line that was cut off by a kill is passed over."""
@@ -198,7 +209,7 @@ class Quarantine:
             fresh.path.replace(self.path)
         else:
             self.path.unlink(missing_ok=True)
-        self._known = fresh._known
+        self._known, self._num_bytes = fresh._known, fresh._num_bytes
 
 
 def read_reason(error: DataError) -> str:

@@ -7,6 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from gemma_tuner.errors import ResumeError
+from gemma_tuner.streaming.differences import list_differences, shorten_differences
 
 STATE_VERSION = 2
 """Raise it whenever a saved state would mean another order."""
@@ -123,10 +124,12 @@ def read_state(
         raise ResumeError(
             f"the stream's state lacks {', '.join(missing)}; it is not a state of such a stream"
         )
-    if differing := _list_differences(state, identity):
+    saved = {name: state[name] for name in identity}
+    if differences := list_differences(saved, identity):
         raise ResumeError(
-            f"the saved state is of another stream: {'; '.join(differing)}; give the run the same "
-            "data, seed, subset and mix, or start a new one"
+            f"the saved state is of another stream (saved → here): "
+            f"{shorten_differences(differences)}; give the run the same data, seed, subset and "
+            "mix, or start a new one"
         )
     epoch, position, bad = state["epoch"], state["position"], state["bad"]
     num_portions = len(identity.get("weights", [1]))
@@ -140,15 +143,3 @@ def read_state(
     if position > num_rows:
         raise ResumeError(f"the stream's state is at position {position} of {num_rows} rows")
     return epoch, position, list(bad)
-
-
-def _list_differences(
-    saved: Mapping[str, Any], here: Mapping[str, Any], of: str = ""
-) -> list[str]:
-    differing = []
-    for name, value in here.items():
-        if isinstance(value, Mapping) and isinstance(saved.get(name), Mapping):
-            differing += _list_differences(saved[name], value, f" of {name}")
-        elif saved.get(name) != value:
-            differing.append(f"{name}{of} was {saved.get(name)!r} and is {value!r}")
-    return differing

@@ -17,14 +17,10 @@ from torch import Tensor
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.models.families import Modality
 from gemma_tuner.models.lora import wrap_peft
+from gemma_tuner.streaming.differences import list_differences, shorten_differences
 from gemma_tuner.training.adapter_files import CONFIG, FINGERPRINT, WEIGHTS
 from gemma_tuner.training.checkpoint import latest_checkpoint
-from gemma_tuner.training.identity import (
-    hash_decoder_norms,
-    list_differences,
-    portable_name,
-    shorten_differences,
-)
+from gemma_tuner.training.identity import hash_decoder_norms, portable_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -127,7 +123,7 @@ def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
     here = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     if differences := list_differences(_list_shapes(saved), _list_shapes(here)):
         raise CheckpointError(
-            f"{what} (adapter against model: {shorten_differences(differences, 3)}); {remedy}"
+            f"{what} (adapter → model: {shorten_differences(differences)}); {remedy}"
         )
     with torch.no_grad():
         for key, tensor in saved.items():

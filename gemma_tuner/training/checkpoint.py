@@ -37,9 +37,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gemma_tuner.errors import CheckpointError, ConfigError, ResumeError
+from gemma_tuner.streaming.differences import list_differences, shorten_differences
 from gemma_tuner.training.adapter_files import WEIGHTS, adapter_tensors, write_adapter
 from gemma_tuner.training.disk import check_disk_space, errors_explained, hide, replaced_folder
-from gemma_tuner.training.identity import describe_model, list_differences, shorten_differences
+from gemma_tuner.training.identity import describe_model
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "trainer_state.json"
@@ -132,9 +133,15 @@ def refuse_second_run(output_dir: str | Path) -> None:
     checkpoint = latest_checkpoint(output_dir)
     if checkpoint is not None:
         raise ConfigError(
-            f"output_dir {Path(output_dir).resolve().name!r} already holds a run "
-            f"({checkpoint.name}); continue it with fit(resume=True), or choose another folder"
+            f"output_dir {show_folder(output_dir)!r} already holds a run ({checkpoint.name}); "
+            "continue it with fit(resume=True), or choose another folder"
         )
+
+
+def show_folder(output_dir: str | Path) -> str:
+    """A run's folder as the user gave it; of an absolute path, which tells much, its last part."""
+    path = Path(output_dir)
+    return path.name if path.is_absolute() else str(path)
 
 
 def load_checkpoint(
@@ -174,7 +181,7 @@ def load_checkpoint(
     )
     if differences:
         raise ResumeError(
-            f"{folder.name} does not continue this run; saved there against here: "
+            f"{folder.name} does not continue this run (saved there → here): "
             f"{shorten_differences(differences)}. Load the model and add the adapter as that run "
             "did, or start a new run in another output_dir"
         )

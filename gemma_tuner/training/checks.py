@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 
 from peft import PeftModel
 
@@ -42,6 +43,11 @@ def check_kinds(
     for name, given in (("stream", stream), ("eval_stream", eval_stream)):
         if name == "eval_stream" and given is None:
             continue
+        if isinstance(given, str | Path):
+            raise ConfigError(
+                f"{name} is a {type(given).__name__}; open the file or folder first: "
+                f"{name}=stream_local(...)"
+            )
         needed = ("__iter__", "__len__", "__getitem__", "state_dict", "load_state_dict")
         missing = [method for method in needed if not hasattr(given, method)]
         if missing:

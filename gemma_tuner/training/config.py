@@ -73,9 +73,11 @@ _LARGEST_SEED = 2**63 - 1
 
 
 @name_nearest
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class TrainConfig:
     """The settings of a training run. Values are checked, never converted.
+
+    ``print`` shows those that are not the defaults, :meth:`to_dict` has all.
 
     Args:
         max_steps: Optimizer steps to train for. Give either this or ``epochs``.
@@ -177,6 +179,16 @@ class TrainConfig:
             raise _out_of_range("output_dir", self.output_dir, "a folder's path, str or Path")
         _check_trackers(self.trackers)
         self._check_length()
+
+    def __repr__(self) -> str:
+        """The settings that are not the defaults."""
+        named = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
+        given = (
+            f"{field.name}={str(value) if isinstance(value, Path) else value!r}"
+            for field, value in named
+            if value != field.default
+        )
+        return f"TrainConfig({', '.join(given)})"
 
     def _check_length(self) -> None:
         if (self.max_steps is None) == (self.epochs is None):

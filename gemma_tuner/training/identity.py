@@ -1,11 +1,11 @@
-"""What makes two models the same to a saved run, and what differs when they are not."""
+"""What makes two models the same to a saved run."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -79,48 +79,6 @@ def hash_decoder_norms(names: Iterable[str], read: Callable[[str], Tensor]) -> s
     return digest.hexdigest()
 
 
-def list_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Name every value in which two nested mappings differ.
-
-    Args:
-        saved: As a checkpoint has it.
-        here: As this run has it.
-
-    Returns:
-        Lines such as ``lora.r: 16 against 8``; none if they are equal.
-
-    Example:
-        >>> list_differences({"lora": {"r": 16}}, {"lora": {"r": 8, "bias": "none"}})
-        ['lora.bias: nothing against none', 'lora.r: 16 against 8']
-    """
-    left, right = _flatten(saved), _flatten(here)
-    return [
-        f"{name}: {_show(left, name)} against {_show(right, name)}"
-        for name in sorted(left.keys() | right.keys())
-        if name not in left or name not in right or left[name] != right[name]
-    ]
-
-
-def shorten_differences(differences: Sequence[str], limit: int = 8) -> str:
-    """Make a readable part of a sentence out of however many differences.
-
-    Args:
-        differences: From :func:`list_differences`.
-        limit: How many are told; the others are counted.
-
-    Returns:
-        The least nested ones, which tell most: the model's type before the shape of its
-        hundredth matrix.
-
-    Example:
-        >>> shorten_differences(["lora.r: 16 against 8", "seed: 0 against 1"], limit=1)
-        'seed: 0 against 1; and 1 more'
-    """
-    told = sorted(differences, key=lambda line: line.partition(":")[0].count("."))[:limit]
-    num_more = len(differences) - len(told)
-    return "; ".join([*told, *([f"and {num_more} more"] if num_more else [])])
-
-
 def portable_name(name: str | None) -> str | None:
     """A model's name without the user's folders.
 
@@ -163,18 +121,3 @@ def _hash_norms(model: PeftModel) -> str:
             digest.update(name.encode())
             digest.update(parameter.detach().to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-def _show(flat: Mapping[str, Any], name: str, limit: int = 80) -> str:
-    text = str(flat.get(name, "nothing"))
-    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gemma_tuner.device import memory_used_bytes
+from gemma_tuner.device import announce, memory_used_bytes
 from gemma_tuner.errors import DivergedError, ResumeError
+from gemma_tuner.streaming.differences import list_differences, shorten_differences
 from gemma_tuner.streaming.quarantine import RUN_FILE, Budget, Quarantine
 from gemma_tuner.training.checkpoint import (
     TrainerState,
@@ -20,10 +21,10 @@ from gemma_tuner.training.checkpoint import (
     load_checkpoint,
     refuse_second_run,
     save_checkpoint,
+    show_folder,
 )
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.feed import StepInput, Stream
-from gemma_tuner.training.identity import list_differences, shorten_differences
 from gemma_tuner.training.metrics import DeviceRecord, StepRecord
 from gemma_tuner.training.optim import NonfiniteGuard
 from gemma_tuner.training.processes import Processes
@@ -230,11 +231,26 @@ class Ledger:
             self._stream.load_state_dict(self.stream_state)
             if self.step == 0:
                 self.held_out_step = None
+            if resume and self.step == 0:
+                self._tell(
+                    f"there is no checkpoint in {show_folder(self._config.output_dir)!r} to "
+                    "resume; the run begins at step 0"
+                )
+        if not self.remaining_slots:
+            longer = "max_steps" if self._config.epochs is None else "epochs"
+            self._tell(
+                f"nothing left to do: {self.step} of {self.total_steps} steps are done; raise "
+                f"{longer} to train on"
+            )
         if self._processes.sum_count(self.step) != self.step * self._processes.count:
             raise ResumeError(
                 f"process {self._processes.index} is at step {self.step} and others are not; "
                 "output_dir must be one folder that all processes share"
             )
+
+    def _tell(self, message: str) -> None:
+        if self._processes.is_main:
+            announce(message)
 
     def _resume(self, checkpoint: Path) -> None:
         def check(state: TrainerState) -> None:
@@ -242,7 +258,7 @@ class Ledger:
             saved = {"device": self._settings["device"], **state.config}
             if differences := list_differences(saved, self._settings):
                 raise ResumeError(
-                    f"{checkpoint.name} was saved with other settings; saved there against here: "
+                    f"{checkpoint.name} was saved with other settings (saved there → here): "
                     f"{shorten_differences(differences)}. Use the same settings, or start a new "
                     "run in another output_dir"
                 )

@@ -47,7 +47,7 @@ PLANNED_ROWS = 4
 """Rows of the data that ``Trainer.plan`` looks at."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class FitResult:
     """How a run ended.
 
@@ -60,6 +60,16 @@ class FitResult:
     step: int
     stopped_by: str | None
     held_out: tuple[EvalRecord, ...]
+
+    def __repr__(self) -> str:
+        """Say how it ended, and the held-out losses in order."""
+        losses = " → ".join(f"{r.loss:.4f} (step {r.step})" for r in self.held_out)
+        parts = [
+            f"{self.step} steps done",
+            *([f"stopped by {self.stopped_by}"] if self.stopped_by else []),
+            *([f"held-out loss {losses}"] if losses else []),
+        ]
+        return f"FitResult({', '.join(parts)})"
 
     def _repr_html_(self) -> str:
         return write_result(self.step, self.stopped_by, self.held_out)
@@ -172,7 +182,7 @@ class Trainer:
 
         Args:
             resume: Continue from the newest checkpoint in ``output_dir``, exactly; begin if there
-                is none.
+                is none, and say so.
 
         Returns:
             The number of steps done and what stopped them.

@@ -559,9 +559,9 @@ def finished(whole, tmp_path):
 @pytest.mark.parametrize(
     ("other", "says"),
     [
-        ({"family": "gemma3n"}, "model_type: gemma4 against gemma3n"),
-        ({"seed": 1}, r"base_norms_sha256: \w{64} against \w{64}"),
-        ({"rank": 4}, "lora.r: 2 against 4"),
+        ({"family": "gemma3n"}, "model_type: gemma4 → gemma3n"),
+        ({"seed": 1}, r"fingerprint of the base's weights: \w{8}… → \w{8}…"),
+        ({"rank": 4}, "lora.r: 2 → 4"),
     ],
 )
 def test_a_run_of_another_model_is_not_continued(finished, other, says):
@@ -577,11 +577,16 @@ def test_a_run_of_another_model_is_not_continued(finished, other, says):
 
 
 def test_a_run_of_other_data_or_settings_is_not_continued(finished):
-    says = ("batch_size: 1 against 2", "same settings, or start a new run")
+    says = ("batch_size: 1 → 2", "same settings, or start a new run")
     with refusal(gt.ResumeError, finished, *says):
         build_trainer(finished, batch_size=2).fit(resume=True)
     change_row(finished / SECRET, response="another answer")
-    with refusal(gt.ResumeError, finished, "fingerprint was", "same data, seed, subset"):
+    with refusal(
+        gt.ResumeError,
+        finished,
+        r"fingerprint of the data: \w{8}… → \w{8}…",
+        "same data, seed, subset",
+    ):
         build_trainer(finished).fit(resume=True)
 
 

@@ -252,13 +252,13 @@ SLOW = [
     Mistake(
         "a resume with other settings",
         (*GOOD, "--out", "run", "--resume", "--learning-rate", "1e-3"),
-        "learning_rate: 0.005 against 0.001",
+        "learning_rate: 0.005 → 0.001",
         r"Use the same settings, or start a new run.*--learning-rate",
     ),
     Mistake(
         "a resume with another adapter",
         (*GOOD, "--out", "run", "--resume", "--rank", "4"),
-        "lora.r: 16 against 4",
+        "lora.r: 16 → 4",
         "add the adapter as that run did, or start a new run",
     ),
     Mistake(

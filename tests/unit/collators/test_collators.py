@@ -185,5 +185,15 @@ def test_settings_out_of_range(options, match):
         TextCollator(E2B, **options)
 
 
+def test_a_collator_prints_its_settings_and_no_processor():
+    assert repr(TextCollator(E2B, max_tokens=64)) == (
+        "TextCollator(max_tokens=64, too_long='error', train_on='assistant', "
+        "enable_thinking=False)"
+    )
+    shown = str(MultimodalCollator(E2B))
+    assert "image_tokens=None" in shown
+    assert len(shown) < 200
+
+
 def test_settings_tell_templates_apart():
     assert TextCollator(E2B).settings() != TextCollator(PROCESSORS["gemma4-31b"]).settings()

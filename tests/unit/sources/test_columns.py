@@ -158,6 +158,13 @@ def test_what_keywords_leave_open_goes_by_convention(available, keywords, layout
         assert "context" not in columns.names
 
 
+def test_a_keyword_that_names_no_column_is_answered_with_the_nearest():
+    with pytest.raises(SourceError, match=r"'qestion', .* \(did you mean 'question'\?\)$"):
+        recognise_columns(["question", "answer"], {"prompt": "qestion"})
+    with pytest.raises(SourceError, match=r"'x', .*: give one of them$"):
+        recognise_columns(["question", "answer"], {"prompt": "x"})
+
+
 def test_a_keyword_that_names_no_column_lists_the_columns():
     with pytest.raises(SourceError, match=r"prompt= names the column 'frage'.*'answer', 'ask'"):
         recognise_columns(["ask", "answer"], {"prompt": "frage"})

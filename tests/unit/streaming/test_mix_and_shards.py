@@ -94,10 +94,10 @@ def test_a_state_of_another_mix_is_refused_by_what_differs(tmp_path):
     streams = [open_stream(tmp_path, name, 20) for name in "ab"]
     state = mix({streams[0]: 0.5, streams[1]: 0.5}).state_dict()
     json.dumps(state)
-    with pytest.raises(ResumeError, match=r"weights was \['1/2', '1/2'\] and is \['3/5', '2/5'\]"):
+    with pytest.raises(ResumeError, match=r"weights: \['1/2', '1/2'\] → \['3/5', '2/5'\]"):
         mix({streams[0]: 0.6, streams[1]: 0.4}).load_state_dict(state)
     other = open_stream(tmp_path, "b", 20, seed=1)
-    with pytest.raises(ResumeError, match="seed of stream 2 was 0 and is 1"):
+    with pytest.raises(ResumeError, match=r"stream 2\.seed: 0 → 1"):
         mix({streams[0]: 0.5, other: 0.5}).load_state_dict(state)
     with pytest.raises(ResumeError, match="lacks"):
         streams[0].load_state_dict(state)
@@ -169,5 +169,5 @@ def test_shards_by_locality_keep_files_together(tmp_path):
     names = [e.key[0] for e in held_out]
     assert sum(one != two for one, two in pairwise(names)) == 2
     plain = stream_local(paths, cache_dir=tmp_path / "cache")
-    with pytest.raises(ResumeError, match="locality was 'shard' and is None"):
+    with pytest.raises(ResumeError, match="locality: shard → None"):
         plain.load_state_dict(stream.state_dict())

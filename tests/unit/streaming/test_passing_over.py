@@ -9,6 +9,7 @@ import pytest
 from PIL import Image as PILImage
 
 from gemma_tuner.errors import ConfigError, DataError
+from gemma_tuner.streaming.mixing import mix
 from gemma_tuner.streaming.opening import stream_local
 
 
@@ -146,6 +147,16 @@ def test_reading_by_rows_passes_over_as_well(folder):
     assert stream.state_dict()["position"] == 0
     with pytest.raises(DataError):
         stream[17]
+
+
+def test_streams_that_were_opened_apart_note_each_fault_once(folder):
+    train, held_out = open_stream(folder), open_stream(folder)
+    assert len(list(train)) == len(list(held_out)) == len(GOOD)
+    noted = sorted(record.key for record in train.inspect_quarantine())
+    assert noted == ["k101", "k17", "k50"]
+    both = mix({train: 1, held_out: 1})
+    assert len(both.inspect_quarantine()) == 3
+    assert both.retry_quarantine() == (0, 3)
 
 
 def test_what_a_collator_refuses_is_noted_against_the_same_budget(folder):

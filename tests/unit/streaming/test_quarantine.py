@@ -35,6 +35,22 @@ def test_each_fault_is_written_once_and_read_back(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
+def test_two_that_share_a_file_write_each_fault_once(tmp_path):
+    path = tmp_path / "q.jsonl"
+    train, held_out = Quarantine(path, Budget()), Quarantine(path, Budget())
+    train.add(bad())
+    held_out.add(bad())
+    held_out.add(bad(2))
+    train.add(bad(2))
+    train.add(bad(3))
+    assert path.read_text().count("\n") == 3
+    assert train.inspect() == [bad(), bad(2), bad(3)]
+    train.replace([bad(3)])  # mended, and bad again
+    held_out.add(bad(4))
+    held_out.add(bad())
+    assert train.inspect() == [bad(3), bad(4), bad()]
+
+
 def test_a_line_cut_off_by_a_kill_is_passed_over(tmp_path):
     path = tmp_path / "q.jsonl"
     quarantine = Quarantine(path, Budget())

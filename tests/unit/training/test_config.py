@@ -18,6 +18,12 @@ def test_defaults_need_only_an_end():
     assert TrainConfig(epochs=3).max_steps is None
 
 
+def test_a_config_prints_what_is_not_the_default():
+    config = TrainConfig(epochs=3, betas=(0.9, 0.99), output_dir=Path("runs/qa"))
+    assert repr(config) == "TrainConfig(epochs=3, betas=(0.9, 0.99), output_dir='runs/qa')"
+    assert eval(str(config)).to_dict() == config.to_dict()
+
+
 @pytest.mark.parametrize("length", [{}, {"max_steps": 5, "epochs": 1}])
 def test_a_run_has_exactly_one_end(length):
     with pytest.raises(ConfigError, match=r"either max_steps=.* or epochs="):

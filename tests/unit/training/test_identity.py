@@ -1,14 +1,12 @@
-"""Identity names what makes two runs different and leaves the user's folders out."""
+"""Identity says what makes a model the same and leaves the user's folders out."""
 
 import json
 
 import peft
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gemma_tuner.training.identity import describe_model, list_differences, portable_name
+from gemma_tuner.training.identity import describe_model, portable_name
 
 
 def test_a_description_survives_json_and_names_no_path():
@@ -31,28 +29,6 @@ def test_a_description_survives_json_and_names_no_path():
     base.config.use_cache = False
     base.name_or_path = config._name_or_path = "other"
     assert describe_model(model) == described
-
-
-TREES = st.recursive(
-    st.none() | st.integers(0, 2) | st.just("x") | st.just([1]),
-    lambda inner: st.dictionaries(st.sampled_from("ab"), inner, min_size=1),
-    max_leaves=4,
-)
-MAPPINGS = st.dictionaries(st.sampled_from("abc"), TREES)
-
-
-@given(MAPPINGS, MAPPINGS)
-def test_differences_are_empty_exactly_for_equals(left, right):
-    assert (list_differences(left, right) == []) == (left == right)
-    assert list_differences(left, left) == []
-
-
-def test_differences_name_both_sides():
-    assert list_differences({"a": {"b": 1, "c": None}}, {"a": {"b": 2}, "d": [3]}) == [
-        "a.b: 1 against 2",
-        "a.c: None against nothing",
-        "d: nothing against [3]",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.errors import ConfigError, DataError, DivergedError, ResumeError
 from gemma_tuner.models.lora import add_lora
 from gemma_tuner.testing import tiny_model
+from gemma_tuner.training.checkpoint import show_folder
 from gemma_tuner.training.loss import FrozenHeadCrossEntropy
+from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.optim import clip_gradients, guarded_step
-from gemma_tuner.training.trainer import Trainer
+from gemma_tuner.training.trainer import FitResult, Trainer
 from tests.runs import build_trainer, read_trace
 
 
@@ -200,8 +203,8 @@ def test_an_existing_run_is_never_overwritten(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "match"),
     [
-        ({"learning_rate": 5e-3}, "learning_rate: 0.01 against 0.005"),
-        ({"batch_size": 1, "gradient_accumulation": 4}, "batch_size: 2 against 1"),
+        ({"learning_rate": 5e-3}, "learning_rate: 0.01 → 0.005"),
+        ({"batch_size": 1, "gradient_accumulation": 4}, "batch_size: 2 → 1"),
         ({"rows": 9}, "rows|fingerprint|subset"),
         ({"family": "gemma4-31b"}, "base"),
     ],
@@ -226,8 +229,13 @@ def test_many_changed_settings_are_shortened(tmp_path):
         "seed": 5,
         "warmup_steps": 2,
     }
-    with pytest.raises(ResumeError, match=r"batch_size: 2 against 1;.*; and 2 more. Use the same"):
+    with pytest.raises(ResumeError) as caught:
         build_trainer(tmp_path, **changed).fit(resume=True)
+    assert str(caught.value) == (
+        "step-00000001 was saved with other settings (saved there → here): batch_size: 2 → 1; "
+        "gradient_accumulation: 2 → 1; learning_rate: 0.01 → 1.0; and 7 more. Use the same "
+        "settings, or start a new run in another output_dir"
+    )
 
 
 def test_a_checkpoint_of_an_older_version_resumes_exactly(tmp_path):
@@ -251,12 +259,43 @@ def test_a_run_of_another_device_is_not_continued(tmp_path):
     document = json.loads(path.read_text())
     document["config"]["device"] = "mps"
     path.write_text(json.dumps(document))
-    with pytest.raises(ResumeError, match="device: mps against cpu"):
+    with pytest.raises(ResumeError, match="device: mps → cpu"):
         build_trainer(tmp_path).fit(resume=True)
 
 
-def test_resume_without_a_checkpoint_begins(tmp_path):
-    assert build_trainer(tmp_path, max_steps=1).fit(resume=True).step == 1
+def test_resume_without_a_checkpoint_begins_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = build_trainer(tmp_path, max_steps=1, output_dir="runs/qa")
+    assert trainer.fit(resume=True).step == 1
+    said = capsys.readouterr().err
+    assert "there is no checkpoint in 'runs/qa' to resume; the run begins at step 0" in said
+    assert "nothing left" not in said
+
+
+def test_resuming_a_finished_run_says_that_nothing_is_left(tmp_path, capsys):
+    build_trainer(tmp_path, max_steps=2).fit()
+    assert "nothing left" not in capsys.readouterr().err
+    result = build_trainer(tmp_path, max_steps=2).fit(resume=True)
+    assert (result.step, result.held_out) == (2, ())
+    said = capsys.readouterr().err
+    assert "nothing left to do: 2 of 2 steps are done; raise max_steps to train on" in said
+    assert "no checkpoint" not in said
+
+
+def test_a_result_prints_how_the_run_ended():
+    records = tuple(
+        EvalRecord(step=step, loss=loss, perplexity=1.0, target_tokens=1, examples=1)
+        for step, loss in ((0, 3.25), (2, 1.5))
+    )
+    assert str(FitResult(2, None, records)) == (
+        "FitResult(2 steps done, held-out loss 3.2500 (step 0) → 1.5000 (step 2))"
+    )
+    assert repr(FitResult(1, "SIGINT", ())) == "FitResult(1 steps done, stopped by SIGINT)"
+
+
+def test_a_run_is_named_as_the_user_named_it():
+    assert show_folder("runs/qa") == show_folder(Path("runs/qa")) == "runs/qa"
+    assert show_folder("/home/ada/secret/qa") == "qa"
 
 
 def test_preview_shows_the_trained_answer(tmp_path):
@@ -302,7 +341,8 @@ def parts(tmp_path_factory):
             ["Rosebud"],
             r"^stream is a list, .*no state_dict, load_state_dict; .*stream_l",
         ),
-        ("stream", "rows.jsonl", r"^stream is a str, .*stream_local"),
+        ("stream", "Rosebud.jsonl", r"^stream is a str; open .* stream=stream_local\(\.\.\.\)$"),
+        ("eval_stream", Path("Rosebud"), r"^eval_stream is a PosixPath; .*=stream_local\("),
         ("stream", None, r"^stream is a NoneType, "),
         ("eval_stream", ["Rosebud"], r"^eval_stream is a list, "),
     ],

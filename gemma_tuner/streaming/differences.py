@@ -1,0 +1,75 @@
+"""What differs between what was saved and what is here, in a few words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_NUM_TOLD = 3
+_SHOWN_CHARACTERS = 40
+_DIGEST = re.compile(r"[0-9a-f]{32,}")
+_NAMES = {
+    "base_norms_sha256": "fingerprint of the base's weights",
+    "fingerprint": "fingerprint of the data",
+}
+
+
+def list_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Name every value in which two nested mappings differ.
+
+    Args:
+        saved: As it was kept.
+        here: As it is in this run.
+
+    Returns:
+        Lines such as ``lora.r: 16 → 8``, in the order of ``saved``; none if they are equal.
+
+    Example:
+        >>> list_differences({"lora": {"r": 16}}, {"lora": {"r": 8, "bias": "none"}})
+        ['lora.r: 16 → 8', 'lora.bias: nothing → none']
+    """
+    left, right = _flatten(saved), _flatten(here)
+    return [
+        f"{_NAMES.get(name, name)}: {_show(left, name)} → {_show(right, name)}"
+        for name in {**left, **right}
+        if name not in left or name not in right or left[name] != right[name]
+    ]
+
+
+def shorten_differences(differences: Sequence[str]) -> str:
+    """Make a readable part of a sentence out of however many differences.
+
+    Args:
+        differences: From :func:`list_differences`.
+
+    Returns:
+        The three least nested ones, which tell most: the model's type before the shape of its
+        hundredth matrix. The others are counted.
+
+    Example:
+        >>> shorten_differences(["a.b: 1 → 2", "c: 0 → 1", "d: 0 → 1", "e: 0 → 1"])
+        'c: 0 → 1; d: 0 → 1; e: 0 → 1; and 1 more'
+    """
+    told = sorted(differences, key=lambda line: line.partition(":")[0].count("."))[:_NUM_TOLD]
+    num_more = len(differences) - len(told)
+    return "; ".join([*told, *([f"and {num_more} more"] if num_more else [])])
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _show(flat: Mapping[str, Any], name: str) -> str:
+    text = str(flat.get(name, "nothing"))
+    if _DIGEST.fullmatch(text):
+        return f"{text[:8]}…"
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    return f"{text[:_SHOWN_CHARACTERS]}… ({len(text)} characters)"
