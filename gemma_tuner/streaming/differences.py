@@ -8,7 +8,7 @@ from typing import Any
 
 _NUM_TOLD = 3
 _SHOWN_CHARACTERS = 40
-_DIGEST = re.compile(r"[0-9a-f]{32,}")
+_DIGEST = re.compile(r"[0-9a-f]{16,}")
 _NAMES = {
     "base_norms_sha256": "fingerprint of the base's weights",
     "fingerprint": "fingerprint of the data",

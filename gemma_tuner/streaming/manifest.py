@@ -23,7 +23,6 @@ import hashlib
 import json
 import mmap
 import os
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
@@ -37,6 +36,7 @@ import pyarrow.ipc
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import Example, StoredObject
 from gemma_tuner.sources.examples import Outcome
+from gemma_tuner.streaming.disk import replaced_file
 from gemma_tuner.streaming.packing import pack, unpack
 
 FORMAT_VERSION = 2
@@ -189,19 +189,11 @@ def write_manifest(
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for left in path.parent.glob(f".{path.stem}.*"):  # by a writer that was killed
-            left.unlink(missing_ok=True)
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.")
-        temporary = Path(name)
-        try:
+        with replaced_file(path) as temporary:
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 _write(file, outcomes, root, read_summary, pass_over or _raise)
-                file.flush()
-                os.fsync(file.fileno())
             _refuse_double_keys(Manifest(temporary))
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise SourceError(
             f"the manifest cannot be written to the folder {path.parent.name!r} "

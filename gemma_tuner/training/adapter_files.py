@@ -9,13 +9,8 @@ from typing import Any
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 
-from gemma_tuner.training.disk import (
-    check_disk_space,
-    errors_explained,
-    new_folder,
-    sync,
-    sync_folder,
-)
+from gemma_tuner.streaming.disk import sync
+from gemma_tuner.training.disk import check_disk_space, errors_explained, new_folder, sync_folder
 from gemma_tuner.training.identity import hash_decoder_norms, portable_name
 
 CONFIG = "adapter_config.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gemma_tuner.errors import CheckpointError
+from gemma_tuner.streaming.disk import sync
 
 # File headers, JSON and the file system's own blocks, on top of the tensors.
 _MARGIN_BYTES = 16 * 2**20
@@ -66,15 +66,6 @@ def sync_folder(folder: Path) -> None:
     for path in folder.iterdir():
         sync(path)
     sync(folder)
-
-
-def sync(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_disk_space(folder: Path, tensors: list[Tensor]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 
 from gemma_tuner.errors import CheckpointError
+from gemma_tuner.streaming.disk import replaced_file
 from gemma_tuner.training.notebook_bar import NotebookBar
 
 
@@ -180,15 +180,8 @@ class JsonlLog:
 def _drop_lines_after(path: Path, step: int) -> None:
     """Rewrite a log without the lines beyond a step; the old file stands until the new does."""
     kept = [line for line, line_step in _read_lines(path) if line_step <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(kept)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced_file(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, int]]:

@@ -78,7 +78,7 @@ def test_the_same_rows_in_other_files_are_another_order(tmp_path):
         files = sorted(folder.iterdir())
         streams.append(stream_local(files, cache_dir=tmp_path / "c", locality="shard"))
     one, other = streams
-    with pytest.raises(ResumeError, match="shards was"):
+    with pytest.raises(ResumeError, match="shards: "):
         other.load_state_dict(one.state_dict())
 
 
@@ -114,7 +114,7 @@ def test_weights_too_small_to_be_kept_are_refused(tmp_path):
 def test_a_killed_writers_manifest_is_cleared_away(tmp_path):
     stream = open_rows(tmp_path, [{"id": "a"}])
     path = stream.report().manifest
-    left = path.with_name(f".{path.stem}.abcdefgh")
+    left = path.with_name(f".{path.name}.tmp")
     left.write_bytes(b"half")
     path.unlink()
     stream = stream_local(tmp_path / "rows.jsonl", cache_dir=tmp_path / "cache")
