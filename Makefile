@@ -62,3 +62,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	CMAKE_ARGS='-DLLAVA_BUILD=OFF -DGGML_NATIVE=OFF' .venv-llama/bin/python -m pip install --quiet \
 		--disable-pip-version-check --no-input llama-cpp-python==0.3.36
 	@touch $@
+
+# What `transformers serve` needs beside .venv, for the same.
+.venv-serve/.installed: $(INSTALLED)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input --no-deps \
+		--target .venv-serve openai==3.54.0 jiter==0.19.0 sniffio==1.3.1 soxr==1.1.0
+	@touch $@

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from gemma_tuner.errors import CheckpointError
+from gemma_tuner.streaming.disk import sync
 
 # Configurations, tokenizer, headers and the file system's own blocks, on top of the tensors.
 _MARGIN_BYTES = 64 * 2**20
@@ -95,15 +95,6 @@ def disk_errors_explained(folder: Path) -> Iterator[None]:
             f"cannot write {folder.resolve().name!r}: {reason or type(error).__name__}. Nothing "
             "half-written is left; free disk space there, or choose another folder"
         ) from None
-
-
-def sync(path: Path) -> None:
-    """Force a file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_room(folder: Path, num_bytes: int) -> None:

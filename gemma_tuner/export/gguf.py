@@ -324,13 +324,12 @@ def _encode(
             continue
         blocks = stored.blocks() if len(stored.shape) > 1 else [(0, slice(None), stored.read())]
         for index, rows, block in blocks:
-            weight = block.float()
             if delta is None:
-                yield encode(name, weight, kind).tobytes()
+                yield encode(name, block.float(), kind).tobytes()
                 continue
-            merged = delta.merge(weight, index, rows)
-            rounded = encode(name, merged, kind)
-            report.add(weight, merged, torch.from_numpy(gguf.dequantize(rounded, kind)))
+            merged = delta.merge(block, index, rows)
+            rounded = encode(name, merged.float(), kind)
+            report.add(block, merged, torch.from_numpy(gguf.dequantize(rounded, kind)))
             yield rounded.tobytes()
 
 

@@ -43,8 +43,8 @@ class MergeReport:
         num_bytes: Of all tensors.
         dtypes: Of the merged weights.
         lost: How much of the adapter rounding to the checkpoint's dtype took away:
-            ``|rounded - exact| / |exact - base|`` over all merged weights, in float32. About
-            1e-7 of the weights in float32; in bfloat16 often a tenth, as small updates vanish.
+            ``|rounded - exact| / |exact - base|`` over all merged weights. Next to nothing in
+            float32; in bfloat16 often a tenth, as small updates vanish.
         max_rounding: The largest single change by rounding.
     """
 
@@ -59,7 +59,7 @@ class MergeReport:
 
     def add(self, base: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
         """Take some merged rows into account."""
-        error = rounded.float() - exact
+        error = rounded.to(exact.dtype) - exact
         self._squares[0] += torch.linalg.vector_norm(error).item() ** 2
         self._squares[1] += torch.linalg.vector_norm(exact - base).item() ** 2
         self.max_rounding = max(self.max_rounding, error.abs().max().item())
@@ -78,8 +78,9 @@ def export_merged(
     """Write the base checkpoint with an adapter merged in; no device and no model are needed.
 
     Every tensor of the base is in the result under its name, towers included, whether or not the
-    adapter was trained with them loaded. A merged weight is computed in float32 and rounded once
-    to the base's dtype; all others are copied bit for bit. Memory holds a part of one weight.
+    adapter was trained with them loaded. A merged weight is computed in float32 (in float64 where
+    the base has more than two bytes) and rounded once to the base's dtype; all others are copied
+    bit for bit. Memory holds a part of one weight.
 
     Args:
         adapter: The adapter's folder (PEFT).
@@ -131,15 +132,14 @@ def _merge(
     stored: StoredTensor, delta: Delta | Replacement, report: MergeReport
 ) -> Iterator[bytes]:
     for index, rows, block in stored.blocks():
-        weight = block.float()
-        merged = delta.merge(weight, index, rows)
-        if not merged.sum().isfinite():  # faster than looking at each
+        merged = delta.merge(block, index, rows)
+        rounded = merged.to(stored.dtype)
+        if not rounded.to(merged.dtype).sum().isfinite():  # faster than looking at each
             raise CheckpointError(
                 f"merging {delta.name} gives infinite or undefined numbers; the adapter is broken "
                 "(did its training diverge?): use an earlier training checkpoint"
             )
-        rounded = merged.to(stored.dtype)
-        report.add(weight, merged, rounded)
+        report.add(block, merged, rounded)
         yield from tensor_bytes(rounded)
 
 
@@ -156,9 +156,9 @@ def copy_settings(source: Path, target: Path) -> None:
 
 
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what MLX reads and transformers 5 no longer writes.
+    """Add what MLX and llama.cpp's converter read and transformers 5 no longer writes.
 
-    Where these are missing MLX takes those of one release, or fails.
+    Where these are missing MLX takes those of one release, or fails; the converter fails.
 
     Args:
         config: ``config.json``.
@@ -168,7 +168,8 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
         left out.
 
     Source: ``ModelArgs`` and ``TextConfig`` of gemma4, gemma4_text and gemma3n in mlx-lm 0.32.2,
-    ``VisionConfig`` of gemma4_unified in mlx-vlm 0.7.10.
+    ``VisionConfig`` of gemma4_unified in mlx-vlm 0.7.10; ``Gemma4Model.set_gguf_parameters`` in
+    llama.cpp 0.5.0.
     """
     named = {name: value for name, value in config.items() if name != "_name_or_path"}
     text = dict(config.get("text_config") or {})
@@ -184,7 +185,7 @@ def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
         if len(values) == 1:
             missing[name] = values.pop()
     if config.get("model_type") == "gemma4_unified":
-        missing["hidden_size_per_layer_input"] = 0
+        missing |= {"hidden_size_per_layer_input": 0, "moe_intermediate_size": None}
         if vision := named.get("vision_config"):
             size = vision["patch_size"] * vision["pooling_kernel_size"]
             named["vision_config"] = {"model_patch_size": size, **vision}

@@ -72,11 +72,8 @@ def export_mlx(
     read = read_adapter(adapter)
     config = _check_base(read, base, revision)
     model_type = str(config.get("model_type"))
-    if program == "mlx-vlm" and model_type == "gemma4" and config.get("audio_config"):
-        announce(
-            "mlx-vlm up to 0.7.10 cannot load adapters into a Gemma 4 that hears (it fails with "
-            "'_no_grad'); if yours cannot, use export_merged"
-        )
+    if program == "mlx-vlm":
+        _announce_faults(config)
     deltas = read.require_lora("MLX")
     rank = max(delta.rank for delta in deltas)
     scale = max(delta.scale for delta in deltas)
@@ -110,6 +107,21 @@ def _check_base(adapter: Adapter, base: str | Path | None, revision: str | None)
     check_fits(adapter, tensors, folder, str(config.get("model_type")))
     check_same_base(adapter, folder, tensors)
     return config
+
+
+def _announce_faults(config: Mapping[str, Any]) -> None:
+    """Say what mlx-vlm cannot do, or does wrongly, with this base."""
+    if config.get("model_type") == "gemma4" and config.get("audio_config"):
+        announce(
+            "mlx-vlm up to 0.7.10 cannot load adapters into a Gemma 4 that hears (it fails with "
+            "'_no_grad'); if yours cannot, use export_merged"
+        )
+    if config.get("model_type") == "gemma3n":
+        announce(
+            "mlx-vlm 0.7.10 computes Gemma 3n wrongly, with adapters or without (it does not "
+            "scale the embeddings of text, and rotates the queries of layers that share keys by "
+            "wrong positions); for text use program='mlx-lm'"
+        )
 
 
 def _to_mlx(

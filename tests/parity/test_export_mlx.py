@@ -27,7 +27,6 @@ pytestmark = [
         reason="MLX IS NOT TESTED: make its environment with `make .venv-mlx/.installed`",
     ),
 ]
-# A vision tower that mlx-vlm knows of 3n is none of timm's small ones, so 3n is mlx-lm's here.
 ADAPTERS = [
     ("gemma4-e2b", ("language",), "lora", "mlx-lm", 48),
     ("gemma4-e2b", ("language",), "dora", "mlx-lm", 48),
@@ -108,13 +107,7 @@ def test_media_through_adapted_towers(modality, num_bound, variant, tmp_path):
     model = add_trained_lora(model, targets=targets, variant=variant)
     save_adapter(model, adapter)
     inputs = media_inputs(processor, modality)
-    seen = []
-    decoder = model.get_base_model().model.language_model
-    hook = decoder.register_forward_pre_hook(
-        lambda _, __, given: seen.append(given["inputs_embeds"]), with_kwargs=True
-    )
-    expected = logits(model, inputs)
-    hook.remove()
+    given, expected = see_decoder_input(model, inputs), logits(model, inputs)
     with model.disable_adapter():
         assert (logits(model, inputs) - expected).abs().max() > 0.1
 
@@ -126,10 +119,48 @@ def test_media_through_adapted_towers(modality, num_bound, variant, tmp_path):
     ):
         got, bound, embedded = run_case(tmp_path, inputs, program="mlx-vlm", **parts)
         assert bound == (num_bound if "adapter" in parts else 0)
-        torch.testing.assert_close(embedded, seen[0], rtol=0, atol=1e-5)
-        # The base alone differs by 1.04e-4 with this picture, and transformers' own sdpa from its
-        # eager attention by 0.74e-4: the random decoder magnifies rounding.
+        # The adapters are all in front of the decoder, so this is what they do.
+        torch.testing.assert_close(embedded, given, rtol=0, atol=1e-5)
+        # The random decoder magnifies the rounding of what it is given fifty times, in float64
+        # too. The logits of transformers in float32 are 1.0e-4 from its own in float64 without
+        # adapters and 0.5e-4 with them; those of MLX 0.8e-4 and 1.7e-4.
         torch.testing.assert_close(got, expected, rtol=0, atol=2e-4)
+        assert (got - expected).abs().mean() < 2e-5
+
+
+def test_gemma3n_in_mlx_vlm(tmp_path, capsys):
+    """The decoder, the audio tower and the projector of an mlx-vlm that is mended (mlx_run.py)."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model, processor = save_base("gemma3n", base)
+    targets = ("language", "audio", r"model\.embed_audio\.embedding_projection")
+    model = add_trained_lora(model, targets=targets)
+    save_adapter(model, adapter)
+    export_mlx(adapter, tmp_path / "mlx", program="mlx-vlm", base=base)
+    assert "mlx-vlm 0.7.10 computes Gemma 3n wrongly" in capsys.readouterr().err
+    parts = {"program": "mlx-vlm", "model": base, "adapter": tmp_path / "mlx"}
+    inputs = text_inputs()
+    got, bound, _ = run_case(tmp_path, {"input_ids": inputs["input_ids"]}, **parts)
+    assert bound == 48 + 20 + 1
+    torch.testing.assert_close(got, logits(model, inputs), rtol=0, atol=1e-4)
+
+    inputs = media_inputs(processor, "audio")
+    is_sound = inputs["input_ids"] == processor.tokenizer.audio_token_id
+    given = see_decoder_input(model, inputs)[is_sound]
+    with model.disable_adapter():
+        assert (see_decoder_input(model, inputs)[is_sound] - given).abs().max() > 0.1
+    _, _, embedded = run_case(tmp_path, inputs, **parts)
+    torch.testing.assert_close(embedded[is_sound], given, rtol=0, atol=1e-5)
+
+
+def see_decoder_input(model, inputs):
+    """What the decoder is given, ``[1, tokens, hidden]``."""
+    seen = []
+    hook = model.get_base_model().model.language_model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["inputs_embeds"]), with_kwargs=True
+    )
+    logits(model, inputs)
+    hook.remove()
+    return seen[0]
 
 
 def media_inputs(processor, modality):
@@ -140,7 +171,7 @@ def media_inputs(processor, modality):
     else:
         pixels = rng.integers(0, 255, (100, 160, 3), dtype=np.uint8)
         media = {"images": [[Image.fromarray(pixels)]]}
-    placeholder = "<|audio|>" if modality == "audio" else "<|image|>"
+    placeholder = processor.audio_token if modality == "audio" else processor.image_token
     inputs = processor(text=[f"{placeholder} what"], return_tensors="pt", **media)
     inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
     if modality == "vision":

@@ -16,7 +16,14 @@ from gemma_tuner.export.adapter import export_adapter
 from gemma_tuner.export.merged import complete_config, export_merged
 from gemma_tuner.testing import FAMILIES, tiny_model
 from gemma_tuner.training.adapter_files import save_adapter
-from tests.export_parts import TARGETS, add_trained_lora, logits, save_base, text_inputs
+from tests.export_parts import (
+    TARGETS,
+    add_trained_lora,
+    logits,
+    save_base,
+    text_inputs,
+)
+from tests.stock import Float64Everywhere
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +37,23 @@ def e2b(tmp_path_factory):
 
 
 def assert_same_logits(got, expected):
-    """Within 2e-5 of the largest logit: rounding in float32, which PEFT's own merge has too."""
+    """Within 1e-5 of the largest logit, which is rounding: in float64 they are equal (below)."""
     largest = expected.abs().max().item()
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * largest)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * largest)
+
+
+def load_float64(folder):
+    return transformers.AutoModelForImageTextToText.from_pretrained(
+        folder, dtype=torch.float64, experts_implementation="eager"
+    )
+
+
+def change_dtype(folder, dtype):
+    """Change the dtype of a checkpoint's weights; return them."""
+    weights = folder / "model.safetensors"
+    tensors = {name: tensor.to(dtype) for name, tensor in load_file(weights).items()}
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return tensors
 
 
 def read_all(folder):
@@ -83,13 +104,20 @@ def test_every_family_and_variant(family, variant, tmp_path):
     assert read_all(tmp_path / "merged").keys() == read_all(tmp_path / "base").keys()
     merged, _ = gt.load_model(tmp_path / "merged", modalities=offered, device="cpu")
     assert_same_logits(logits(merged, text_inputs()), logits(model, text_inputs()))
-    # Weights against PEFT's own merge, of towers too, which text does not reach.
-    theirs = model.merge_and_unload()
-    torch.testing.assert_close(
-        logits(merged, text_inputs()), logits(theirs, text_inputs()), rtol=0, atol=1e-5
-    )
-    for name, tensor in theirs.state_dict().items():
-        torch.testing.assert_close(merged.state_dict()[name], tensor, rtol=0, atol=1e-6)
+
+    # In float64 nothing but rounding goes away: what is left is no error of the merge.
+    change_dtype(tmp_path / "base", torch.float64)
+    export_merged(tmp_path / "adapter", tmp_path / "merged64", base=tmp_path / "base")
+    base, merged64 = load_float64(tmp_path / "base"), load_float64(tmp_path / "merged64")
+    unmerged = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").double()
+    with Float64Everywhere():
+        expected, got = (logits(each, text_inputs()) for each in (unmerged, merged64))
+    largest = expected.abs().max().item()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-13 * largest)
+    # Every weight, of towers too, is what PEFT merges in float64, rounded once.
+    theirs = unmerged.merge_and_unload().state_dict()
+    for name, tensor in merged.state_dict().items():
+        torch.testing.assert_close(tensor, theirs[name].float(), rtol=2**-23, atol=0)
 
 
 def test_an_adapter_trained_without_towers_keeps_them(e2b, tmp_path):
@@ -125,9 +153,7 @@ def test_ranks_and_alphas_of_their_own(tmp_path):
 def test_bfloat16_is_rounded_once_and_the_loss_is_told(e2b, tmp_path):
     folder, _ = e2b
     shutil.copytree(folder / "base", tmp_path / "base")
-    weights = tmp_path / "base" / "model.safetensors"
-    base = {name: tensor.bfloat16() for name, tensor in load_file(weights).items()}
-    save_file(base, weights, metadata={"format": "pt"})
+    base = change_dtype(tmp_path / "base", torch.bfloat16)
 
     report = export_merged(folder / "adapter", tmp_path / "merged", base=tmp_path / "base")
     assert report.dtypes == ("bfloat16",)
@@ -145,7 +171,7 @@ def test_bfloat16_is_rounded_once_and_the_loss_is_told(e2b, tmp_path):
 
 
 @pytest.mark.slow
-def test_config_has_what_mlx_needs_and_is_read_as_before(tmp_path):
+def test_config_has_what_others_need_and_is_read_as_before(tmp_path):
     for family in FAMILIES:
         model, _ = tiny_model(family)
         model.config.save_pretrained(tmp_path / family)
@@ -154,6 +180,9 @@ def test_config_has_what_mlx_needs_and_is_read_as_before(tmp_path):
         assert config["vocab_size"] == config["text_config"]["vocab_size"]
         if family != "gemma3n":
             assert config["text_config"]["global_head_dim"] == 32
+            # Without it llama.cpp's converter fails; null means that there are no experts.
+            num_units = config["text_config"]["moe_intermediate_size"]
+            assert num_units == (32 if family == "gemma4-26b-a4b" else None)
         path.write_text(json.dumps(config))
         again = transformers.AutoConfig.from_pretrained(tmp_path / family).to_dict()
         for part in ("text_config", "vision_config", "audio_config"):
@@ -260,16 +289,20 @@ def test_a_base_that_is_nowhere_says_how_to_get_it(e2b, tmp_path):
         export_merged(folder / "base", tmp_path / "merged", base=folder / "base")
 
 
-def test_an_adapter_that_diverged_is_refused(e2b, tmp_path):
+@pytest.mark.parametrize("value", [torch.nan, 1e20])  # the second is too large for float16
+def test_an_adapter_that_diverged_is_refused(e2b, tmp_path, value):
     folder, _ = e2b
+    shutil.copytree(folder / "base", tmp_path / "base")
+    change_dtype(tmp_path / "base", torch.float16)
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "gemma_tuner.json").unlink()
     path = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(path)
-    next(iter(tensors.values()))[0, 0] = torch.nan
+    next(iter(tensors.values()))[0, 0] = value
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match="infinite or undefined"):
-        export_merged(tmp_path / "adapter", tmp_path / "merged", base=folder / "base")
-    assert files_beside(tmp_path) == ["adapter"]
+        export_merged(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
+    assert files_beside(tmp_path) == ["adapter", "base"]
 
 
 @pytest.mark.parametrize(
