@@ -331,9 +331,16 @@ def _describe_absent(model: Any, target: str, modules: set[str]) -> str:
     if _match(_EXPERTS.format(layers=r"\d+"), _parameter_names(model)):
         present.append("experts")
     if target not in TARGETS:
+        hint = _suggest(target, TARGETS)
+        if target == "all-linear":
+            hint = " (PEFT's name for what 'language' means here)"
+        elif any(name.endswith(f".{target}") for name in modules):
+            hint = (
+                f" by its full name; write the regular expression r'.*language_model.*\\.{target}'"
+            )
         return (
-            f"the target {target!r} matches no linear layer{_suggest(target, TARGETS)}; this "
-            f"model has {', '.join(present)}"
+            f"the target {target!r} matches no linear layer{hint}; this model has "
+            f"{', '.join(present)}"
         )
     if getattr(model.model, f"{target}_tower", None) is not None:
         reason = f"its {target} tower has no linear layers of that kind (it is convolutional)"

@@ -26,6 +26,8 @@ def name_nearest(kind: type[T]) -> type[T]:
     """
     create = kind.__init__
     known = [field.name for field in dataclasses.fields(kind) if field.init]  # pyright: ignore[reportArgumentType]
+    # ``lr`` is learning_rate and ``bs`` batch_size, as far from them as their letters are.
+    initials = {"".join(word[0] for word in name.split("_")): name for name in known}
 
     @functools.wraps(create)
     def create_from_known(self: T, *args: Any, **settings: Any) -> None:
@@ -33,6 +35,8 @@ def name_nearest(kind: type[T]) -> type[T]:
             if name not in known:
                 # Low enough for PEFT's ``r`` to find ``rank``.
                 nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+                if len(name) > 1 and name in initials:
+                    nearest = [initials[name]]
                 hint = f"did you mean {nearest[0]!r}? It" if nearest else "it"
                 raise ConfigError(
                     f"{kind.__name__} has no setting {name!r}; {hint} has {', '.join(known)}"

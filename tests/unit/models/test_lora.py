@@ -289,6 +289,12 @@ def test_the_summary_is_announced(capsys):
         ("gemma4-12b", "vision", r"'vision' is not in this model.*language, projectors"),
         ("gemma3n", "vision", r"convolutional.*language, audio, projectors"),
         ("gemma4-e2b", "experts", r"'experts' is not in this model"),
+        (
+            "gemma4-e2b",
+            "q_proj",
+            r"write the regular expression r'\.\*language_model\.\*\\.q_proj'",
+        ),
+        ("gemma4-e2b", "all-linear", "PEFT's name for what 'language' means here"),
         ("gemma4-e2b", "langauge", r"matches no linear layer \(did you mean 'language'\?\)"),
         ("gemma4-e2b", "q_proj", r"matches no linear layer"),
         ("gemma4-e2b", ".*q_proj", r"Gemma4ClippableLinear"),

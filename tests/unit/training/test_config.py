@@ -84,6 +84,8 @@ def test_unknown_settings_name_the_nearest():
         TrainConfig.from_dict({"max_steps": 1, "lerning_rate": 1e-4})
     with pytest.raises(ConfigError, match=r"'zzz'; it has max_steps, epochs"):
         TrainConfig.from_dict({"zzz": 1})
+    with pytest.raises(ConfigError, match="'lr'; did you mean 'learning_rate'"):
+        TrainConfig(lr=1e-4)
     with pytest.raises(ConfigError, match="'max_step'; did you mean 'max_steps'"):
         TrainConfig(max_step=1)
 
