@@ -41,6 +41,7 @@ class LoraLinear(lora.Linear):
             and self.lora_B[name].bias is None
             and not base.weight.requires_grad
             and x.dtype == base.weight.dtype
+            and not torch.is_autocast_enabled(x.device.type)
         )
         if not is_known:
             return super().forward(x, *args, **kwargs)

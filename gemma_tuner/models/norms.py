@@ -34,7 +34,8 @@ class _LeanNorm(nn.Module):
             return super().forward(hidden_states)
         if hidden_states.is_cuda:
             size = hidden_states.shape[-1:]
-            return nn.functional.rms_norm(hidden_states, size, weight, self.eps)
+            normed = nn.functional.rms_norm(hidden_states, size, weight, self.eps)
+            return normed.to(hidden_states.dtype)  # autocast widens it
         return NormKeepingInput.apply(hidden_states, weight, self.eps)
 
 

@@ -63,6 +63,16 @@ def test_what_is_not_plain_is_as_peft_has_it(options):
     assert_same(make_layer(bias=bias, **options).eval())
 
 
+def test_under_autocast_it_is_as_peft_has_it():
+    model = make_layer(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run(model, torch.float32)
+        use_lean_adapters(model)
+        found = run(model, torch.float32)
+    assert expected["output"].dtype == torch.bfloat16
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
 def test_dropout_drops_while_it_trains():
     model = make_layer(lora_dropout=0.5).train()
     use_lean_adapters(model)
