@@ -9,13 +9,10 @@ it may see, and no tensor of S x S elements is made. Full layers take their quer
 part needs the keys behind it; these can be recomputed in backward, so that no more than one part's
 scores are alive.
 
-What may see what is what transformers says: its own mask functions are asked, at other positions.
-A mask is always given to the kernel, as ``is_causal`` is wrong on MPS for some shapes, and making
-it asks nothing of the device. Source: pytorch issues 174861 and 169222.
+A mask is always given to the kernel, as ``is_causal`` is wrong on MPS for some shapes. Source:
+pytorch issues 174861 and 169222.
 
-Relied on in transformers 5.23: a mask function answers for indices of any shapes that broadcast;
-what a mask interface returns reaches the layers as it is, or sliced by ``[:, :, queries, :]``;
-keyword arguments of the model's forward reach the attention.
+Relied on in transformers 5.23: keyword arguments of the model's forward reach the attention.
 """
 
 from __future__ import annotations
@@ -30,9 +27,9 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import and_masks, padding_mask_function, prepare_padding_mask
 
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.models.masks import AttentionMask, make_mask
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -44,155 +41,6 @@ _PART_TOKENS = 512
 """Queries that meet the keys up to the last of them: fewer save little and wait for the host."""
 
 _VISION = "gemma4_vision"  # the one tower whose attention goes through transformers' interface
-
-
-class AttentionMask:
-    """Which keys each query may see: what is asked to make a mask, not the mask itself.
-
-    A query that may see nothing sees itself, as some kernels would answer it with NaN. Only
-    padding is such a query, and nobody reads what it becomes.
-
-    Args:
-        may_see: transformers' mask function: of row, head, query and key indices, padding
-            included.
-        batch_size: Rows.
-        queries: ``[1 or B, Q]`` int64: the position of each query.
-        num_keys: Keys that there are.
-        first_key: The position of the first one.
-        is_whole: Whether the queries are the positions of all keys, in order.
-    """
-
-    def __init__(
-        self,
-        may_see: Callable[..., Tensor],
-        batch_size: int,
-        queries: Tensor,
-        num_keys: int,
-        first_key: int = 0,
-        *,
-        is_whole: bool,
-    ) -> None:
-        self._may_see = may_see
-        self._batch_size = batch_size
-        self._queries = queries
-        self._first_key = first_key
-        self._made: dict[tuple[int, ...], Tensor] = {}  # by all layers that ask for the same
-        self.num_keys = num_keys
-        self.is_whole = is_whole
-
-    def __getitem__(self, index: tuple[slice, slice, slice, slice]) -> AttentionMask:
-        """Cut to some queries, as transformers cuts a mask of ``[B, 1, Q, K]``."""
-        queries = self._queries[:, index[2]]
-        return self if queries.shape == self._queries.shape else self._with_queries(queries)
-
-    def take(self, rows: Tensor) -> AttentionMask:
-        """Ask for other queries.
-
-        Args:
-            rows: ``[B, M]`` int64: their positions.
-
-        Returns:
-            The mask of these queries and all keys.
-        """
-        return self._with_queries(rows)
-
-    def _with_queries(self, queries: Tensor) -> AttentionMask:
-        return AttentionMask(
-            self._may_see,
-            self._batch_size,
-            queries,
-            self.num_keys,
-            self._first_key,
-            is_whole=False,
-        )
-
-    def dense(self) -> Tensor:
-        """Make the mask of all queries and keys, once: ``[B, 1, Q, K]`` bool."""
-        if () not in self._made:
-            self._made[()] = self.part(slice(None), self.num_keys)
-        return self._made[()]
-
-    def part(self, queries: slice, num_keys: int) -> Tensor:
-        """Make the mask of some queries and the first keys: ``[B, 1, queries, num_keys]`` bool."""
-        positions = self._queries[:, queries]
-        keys = torch.arange(num_keys, device=positions.device) + self._first_key
-        return self._ask(positions[:, None, :, None], keys[None, None, None, :])
-
-    def band(self, first: int, num_blocks: int, block: int, width: int) -> Tensor:
-        """Make the mask of blocks of queries and the keys up to each block's end.
-
-        Args:
-            first: The first block.
-            num_blocks: How many.
-            block: Positions in one; those behind the last query are padding.
-            width: Keys that a block meets: its own, and those before it.
-
-        Returns:
-            ``[B * num_blocks, 1, block, width]`` bool.
-        """
-        wanted = (first, num_blocks, block, width)
-        if wanted not in self._made:
-            device = self._queries.device
-            ends = (torch.arange(num_blocks, device=device) + first + 1) * block
-            queries = (ends - block)[:, None] + torch.arange(block, device=device)
-            keys = (ends - width)[:, None] + torch.arange(width, device=device)
-            self._made[wanted] = self._ask(queries[None, :, :, None], keys[None, :, None, :])
-        return self._made[wanted].flatten(0, 1).unsqueeze(1)
-
-    def _ask(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Ask for positions that broadcast to ``[B or 1, any, queries, keys]``."""
-        last = self._first_key + self.num_keys - 1
-        rows = torch.arange(self._batch_size, device=keys.device)[:, None, None, None]
-        # Positions before the first key or behind the last are padding of blocks.
-        seen = self._may_see(
-            rows, rows.new_zeros(()), queries.clamp(max=last), keys.clamp(self._first_key, last)
-        )
-        seen = seen & (keys >= self._first_key) & (keys <= last)
-        seen = seen | (queries == keys) & ~seen.any(-1, keepdim=True)
-        shape = torch.broadcast_shapes(rows.shape, queries.shape, keys.shape)
-        return seen.expand(shape)
-
-
-def make_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    *,
-    mask_function: Callable[..., Tensor],
-    attention_mask: Tensor | None = None,
-    device: torch.device | str,
-    **_: Any,
-) -> AttentionMask:
-    """Note what transformers asks of a mask interface; nothing is computed yet.
-
-    Args:
-        batch_size: Rows.
-        q_length: Queries.
-        kv_length: Keys, those of a cache included.
-        q_offset: Position of the first query.
-        kv_offset: Position of the first key.
-        mask_function: Of row, head, query and key indices.
-        attention_mask: ``[B, tokens]`` bool: what is not padding.
-        device: Of the positions.
-
-    Returns:
-        The mask that :func:`attend` reads.
-    """
-    padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
-    if padding is not None:
-        mask_function = and_masks(mask_function, padding_mask_function(padding))
-    queries = (torch.arange(q_length, device=device) + q_offset).unsqueeze(0)
-    starts_at_zero = isinstance(q_offset, int) and q_offset == kv_offset == 0
-    return AttentionMask(
-        mask_function,
-        batch_size,
-        queries,
-        kv_length,
-        kv_offset,
-        is_whole=starts_at_zero and q_length == kv_length,
-    )
 
 
 def attend(
@@ -213,7 +61,7 @@ def attend(
         query: ``[B, H, Q, D]``.
         key: ``[B, key heads, K, D]``.
         value: Likewise.
-        attention_mask: Of :func:`make_mask`, or ``[B or 1, 1, Q, K]`` as a kernel takes it.
+        attention_mask: Of ``make_mask``, or ``[B or 1, 1, Q, K]`` as a kernel takes it.
         sliding_window: How many positions, its own included, a query looks back on; None for all.
         has_pictures: Whether rows may hold pictures, whose positions see each other in both
             directions in some families; what is known of a batch may say no.

@@ -24,16 +24,15 @@ from gemma_tuner.collators.batch import Row, pad_rows
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.attention import (
     ATTENTION,
-    AttentionMask,
     attend,
     choose_blocks,
-    make_mask,
     set_query_chunk,
     use_attention,
 )
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.masks import AttentionMask, make_mask
 from gemma_tuner.testing import FAMILIES, tiny_model
 from gemma_tuner.training.loss import target_loss_sum
 from gemma_tuner.training.modes import begin_training
