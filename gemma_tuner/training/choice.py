@@ -182,8 +182,9 @@ class _Trial:
     def _find_tokens(self, layers: int) -> int:
         """Find how many padded tokens fit at a number of checkpointed layers; 0 for too few.
 
-        Bytes are linear in rows. In a row's tokens they are convex (attention grows with their
-        square, all else with them), so between two lengths they lie below the straight line.
+        Bytes are linear in rows. In a row's tokens they are nearly convex, as attention grows with
+        their square and all else with them, so that the straight line between two lengths lies
+        above; but sliding layers grow by blocks of queries, so the length found by it is tried.
 
         Args:
             layers: That many are checkpointed.
@@ -198,7 +199,10 @@ class _Trial:
             if half > self._usable:
                 return 0
             share = (self._usable - half) / (one - half)
-            return int((1 + share) * (longest // 2))
+            tokens = int((1 + share) * (longest // 2))
+            while self._measure(layers, 1, tokens).peak_bytes > self._usable:
+                tokens = max(longest // 2, tokens - max(1, longest // 16))
+            return tokens
         if rows == 1:
             return longest
         another = self._measure(layers, 2, longest).peak_bytes - one

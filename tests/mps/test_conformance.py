@@ -173,8 +173,8 @@ def test_a_step_survives_running_out_of_memory_at_more_places(slow):
 @pytest.mark.timeout(1200)
 def test_a_step_survives_running_out_of_memory_everywhere(everywhere):
     result = everywhere["step"]
-    assert result["failed"] == result["allocations"] >= 700
-    check_out_of_memory(result, failed=700)
+    assert result["failed"] == result["allocations"] >= 600
+    check_out_of_memory(result, failed=600)
 
 
 @pytest.mark.slow
@@ -182,7 +182,7 @@ def test_a_step_survives_running_out_of_memory_everywhere(everywhere):
 def test_an_evaluation_survives_running_out_of_memory(everywhere):
     """Where the first allocation of all fails, nothing is halved: it is tried again."""
     result = everywhere["evaluation"]
-    assert result["failed"] >= 35
+    assert result["failed"] >= 30
     assert set(result["outcomes"]) == {"0", "1"}, "nothing is leaked or miscounted"
     assert result["outcomes"]["0"] == 1
     assert result["largest_loss_difference"] < 1e-5
