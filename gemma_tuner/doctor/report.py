@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.doctor.checks import Check
 from gemma_tuner.doctor.parts import Part
 from gemma_tuner.errors import ConfigError
@@ -78,15 +79,17 @@ class Report:
         Raises:
             ConfigError: No folder, no room or no permission.
         """
-        temporary = path.with_name(f".{path.name}.tmp")
-        try:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        except OSError as error:
-            raise ConfigError(
-                f"the report cannot be written to {str(path)!r} ({error.strerror}); give --output "
-                "a file in a folder that exists and that you may write to"
-            ) from error
+        text = json.dumps(self.to_dict(), indent=2) + "\n"
+        with (
+            disk_errors_explained(
+                lambda reason: ConfigError(
+                    f"the report cannot be written to {str(path)!r} ({reason}); give --output a "
+                    "file in a folder that exists and that you may write to"
+                )
+            ),
+            replaced(path) as temporary,
+        ):
+            temporary.write_text(text, encoding="utf-8")
 
 
 def render_report(report: Report) -> RenderableType:

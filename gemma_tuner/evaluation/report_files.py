@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
+import errno
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import soundfile
 
+from gemma_tuner.disk import disk_errors_explained, replaced, temporary_sibling
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.evaluation.report import Report
 from gemma_tuner.media.audio import SAMPLE_RATE_HZ
@@ -37,8 +37,9 @@ def check_output(output: str | Path) -> None:
                 f"output is the folder {folder.resolve().name!r}, which holds something other "
                 "than a report; give a new folder"
             )
-        with _replaced_folder(folder, keep=True):
-            pass
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_sibling(folder) as temporary:
+            temporary.mkdir()
 
 
 def write_report(report: Report, output: str | Path, worst: Mapping[str, Example]) -> Report:
@@ -56,7 +57,8 @@ def write_report(report: Report, output: str | Path, worst: Mapping[str, Example
         CheckpointError: No room or no permission; what was there is as it was.
     """
     folder = Path(output)
-    with _errors_explained(folder), _replaced_folder(folder) as temporary:
+    with _errors_explained(folder), replaced(folder) as temporary:
+        temporary.mkdir()
         media = {
             key: tuple(f"{_MEDIA}/{n}" for n in write_media(example, temporary / _MEDIA, number))
             for number, (key, example) in enumerate(worst.items(), 1)
@@ -77,6 +79,9 @@ def write_media(example: Example, folder: Path, number: int) -> Iterator[str]:
 
     Yields:
         The name of each file.
+
+    Raises:
+        OSError: No room or no permission.
     """
     for index, part in enumerate(example.media, 1):
         source: Any = part.source
@@ -86,56 +91,19 @@ def write_media(example: Example, folder: Path, number: int) -> Iterator[str]:
         if isinstance(part, Image):
             source.save(path)
         else:
-            soundfile.write(path, source, part.sample_rate_hz or SAMPLE_RATE_HZ, subtype="FLOAT")
+            try:
+                rate_hz = part.sample_rate_hz or SAMPLE_RATE_HZ
+                soundfile.write(path, source, rate_hz, subtype="FLOAT")
+            except soundfile.LibsndfileError as error:
+                raise OSError(errno.EIO, error.error_string) from None
         yield name
 
 
-@contextmanager
-def _replaced_folder(folder: Path, *, keep: bool = False) -> Iterator[Path]:
-    """Yield a hidden sibling that takes a folder's place once the block has filled it.
-
-    Args:
-        folder: The folder.
-        keep: Only try: take the sibling away again, and leave the folder as it is.
-    """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        if keep:
-            return
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-        old = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if folder.exists():
-            folder.rename(old)
-        temporary.rename(folder)
-        _sync(folder.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _errors_explained(folder: Path) -> Iterator[None]:
+def _errors_explained(folder: Path) -> AbstractContextManager[None]:
     """Turn what can go wrong with a disk into a CheckpointError with a remedy."""
-    try:
-        yield
-    except (OSError, soundfile.LibsndfileError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise CheckpointError(
-            f"the report cannot be written to {folder.resolve().name!r} "
-            f"({reason or type(error).__name__}); what was there is untouched. Free disk space, "
-            "or give another folder as output"
-        ) from None  # whose message holds the path
+    return disk_errors_explained(
+        lambda reason: CheckpointError(
+            f"the report cannot be written to {folder.resolve().name!r} ({reason}); what was "
+            "there is untouched. Free disk space, or give another folder as output"
+        )
+    )

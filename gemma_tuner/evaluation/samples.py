@@ -9,15 +9,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import soundfile
 import torch
 
+from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError
 from gemma_tuner.evaluation.decoding import Decoding, in_eval_mode
 from gemma_tuner.evaluation.generator import Generator, check_modalities
@@ -126,9 +126,8 @@ class SampleGenerations:
                 whole = [line for line in lines if line.endswith("\n")]
                 kept = [line for line in whole if json.loads(line)["step"] <= step]
             self._last_step = json.loads(kept[-1])["step"] if kept else -1
-            temporary = self._path.with_name(f".{FILE}.tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(self._path)
+            with replaced(self._path) as temporary:
+                temporary.write_text("".join(kept), encoding="utf-8")
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """Whether answers are wanted: before the first step, after the last, and as configured."""
@@ -235,17 +234,14 @@ def target_probabilities(model: Any, batch: Batch) -> list[float]:
     return torch.cat(found).tolist()
 
 
-@contextmanager
-def _errors_explained() -> Iterator[None]:
+def _errors_explained() -> AbstractContextManager[None]:
     """Turn what can go wrong with a disk into a CheckpointError with a remedy."""
-    try:
-        yield
-    except (OSError, soundfile.LibsndfileError) as error:
-        reason = error.strerror if isinstance(error, OSError) else None
-        raise CheckpointError(
-            f"sample answers cannot be written ({reason or type(error).__name__}); free disk "
-            "space, or choose another output_dir"
-        ) from None  # whose message holds the path
+    return disk_errors_explained(
+        lambda reason: CheckpointError(
+            f"sample answers cannot be written ({reason}); free disk space, or choose another "
+            "output_dir"
+        )
+    )
 
 
 def _require_answer(example: Example) -> Example:

@@ -33,10 +33,10 @@ import numpy as np
 import pyarrow
 import pyarrow.ipc
 
+from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import Example, StoredObject
 from gemma_tuner.sources.examples import Outcome
-from gemma_tuner.streaming.disk import replaced_file
 from gemma_tuner.streaming.packing import pack, unpack
 
 FORMAT_VERSION = 2
@@ -187,18 +187,18 @@ def write_manifest(
             Unicode, or template fields that are not JSON.
         SourceError: No rows, two rows with one key, or a folder that cannot be written.
     """
-    try:
+    with disk_errors_explained(
+        lambda reason: SourceError(
+            f"the manifest cannot be written to the folder {path.parent.name!r} ({reason}); free "
+            "some space there, or choose another by cache_dir="
+        )
+    ):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with replaced_file(path) as temporary:
+        with replaced(path) as temporary:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
             with os.fdopen(descriptor, "wb") as file:
                 _write(file, outcomes, root, read_summary, pass_over or _raise)
             _refuse_double_keys(Manifest(temporary))
-    except OSError as error:
-        raise SourceError(
-            f"the manifest cannot be written to the folder {path.parent.name!r} "
-            f"({error.strerror}); free some space there, or choose another by cache_dir="
-        ) from None
 
 
 def _raise(origin: str, error: DataError) -> None:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
-from gemma_tuner.streaming.disk import sync
-from gemma_tuner.training.disk import check_disk_space, errors_explained, new_folder, sync_folder
+from gemma_tuner.disk import (
+    check_room,
+    disk_errors_explained,
+    sync,
+    sync_all,
+    temporary_sibling,
+)
+from gemma_tuner.errors import CheckpointError
 from gemma_tuner.training.identity import hash_decoder_norms, portable_name
 
 CONFIG = "adapter_config.json"
@@ -36,16 +44,15 @@ def save_adapter(model: PeftModel, path: str | Path) -> Path:
         CheckpointError: No room or no permission; an adapter that was there is as it was.
     """
     folder = Path(path)
-    with errors_explained("save an adapter", folder):
+    with saving_explained("save an adapter", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        check_disk_space(folder, list(adapter_tensors(model).values()))
-        temporary = folder / ".adapter.tmp"
-        with new_folder(temporary):
+        check_room(folder, sum(tensor.nbytes for tensor in adapter_tensors(model).values()))
+        with temporary_sibling(folder / "adapter") as temporary:
+            temporary.mkdir()
             write_adapter(model, temporary)
-            sync_folder(temporary)
+            sync_all(temporary)
             for name in (FINGERPRINT, WEIGHTS, CONFIG):
                 (temporary / name).replace(folder / name)
-            temporary.rmdir()
             sync(folder)
     return folder
 
@@ -75,3 +82,22 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
     """The adapter under PEFT's file names; the tensors share the parameters' memory."""
     # "auto" would ask the Hub whether the base's vocabulary was resized.
     return get_peft_model_state_dict(model, save_embedding_layers=False)
+
+
+def saving_explained(what: str, folder: Path) -> AbstractContextManager[None]:
+    """Turn what can go wrong with a disk into a CheckpointError with a remedy.
+
+    Args:
+        what: What the block does, such as "save an adapter".
+        folder: Where.
+
+    Returns:
+        What the block runs in.
+    """
+    return disk_errors_explained(
+        lambda reason: CheckpointError(
+            f"cannot {what} in {folder.resolve().name!r}: {reason}. What was saved before is "
+            "untouched. Free disk space there, or choose another folder, and resume"
+        ),
+        SafetensorError,
+    )

@@ -36,10 +36,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
+from gemma_tuner.disk import check_room, remove_folder, replaced
 from gemma_tuner.errors import CheckpointError, ConfigError, ResumeError
 from gemma_tuner.streaming.differences import list_differences, shorten_differences
-from gemma_tuner.training.adapter_files import WEIGHTS, adapter_tensors, write_adapter
-from gemma_tuner.training.disk import check_disk_space, errors_explained, hide, replaced_folder
+from gemma_tuner.training.adapter_files import (
+    WEIGHTS,
+    adapter_tensors,
+    saving_explained,
+    write_adapter,
+)
 from gemma_tuner.training.identity import describe_model
 
 _OPTIMIZER = "optimizer.safetensors"
@@ -93,18 +98,19 @@ def save_checkpoint(
     moments = _optimizer_tensors(model, optimizer)
     document = _encode_state(state, model)
     tensors = [*adapter_tensors(model).values(), *moments.values()]
-    with errors_explained("save a checkpoint", Path(output_dir)):
+    with saving_explained("save a checkpoint", Path(output_dir)):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for leftover in folder.parent.glob(".step-*"):
             shutil.rmtree(leftover)
-        check_disk_space(folder.parent, tensors)
-        with replaced_folder(folder) as temporary:
+        check_room(folder.parent, sum(tensor.nbytes for tensor in tensors))
+        with replaced(folder) as temporary:
+            temporary.mkdir()
             write_adapter(model, temporary)
             save_file(moments, temporary / _OPTIMIZER)
             (temporary / _STATE).write_text(document, encoding="utf-8")
-    with errors_explained("delete old checkpoints", folder.parent):
+    with saving_explained("delete old checkpoints", folder.parent):
         for old in _list_checkpoints(folder.parent)[:-keep]:
-            shutil.rmtree(hide(old))
+            remove_folder(old)
     return folder
 
 

@@ -7,7 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
+from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.streaming.disk import replaced_file
 from gemma_tuner.training.notebook_bar import NotebookBar
 
 
@@ -180,7 +180,7 @@ class JsonlLog:
 def _drop_lines_after(path: Path, step: int) -> None:
     """Rewrite a log without the lines beyond a step; the old file stands until the new does."""
     kept = [line for line, line_step in _read_lines(path) if line_step <= step]
-    with replaced_file(path) as temporary:
+    with replaced(path) as temporary:
         temporary.write_text("".join(kept), encoding="utf-8")
 
 
@@ -201,17 +201,15 @@ def _read_lines(path: Path) -> Iterator[tuple[str, int]]:
             yield line, step
 
 
-@contextmanager
-def _errors_explained(path: Path) -> Iterator[None]:
+def _errors_explained(path: Path) -> AbstractContextManager[None]:
     """Turn what can go wrong with a disk into a CheckpointError with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
+    return disk_errors_explained(
+        lambda reason: CheckpointError(
             f"the log {path.name} cannot be written in {path.parent.resolve().name!r} "
-            f"({error.strerror or type(error).__name__}). What was saved before is untouched. "
-            "Free disk space there, or choose another output_dir, and resume"
-        ) from None
+            f"({reason}). What was saved before is untouched. Free disk space there, or choose "
+            "another output_dir, and resume"
+        )
+    )
 
 
 class _Stderr(Console):

@@ -729,7 +729,7 @@ def test_a_full_disk_loses_nothing_before(whole, tmp_path, small_disk, free_byte
             file.write(bytes(free))
 
     trainer = build_trainer(small_disk, **SAVES)
-    says = r"^cannot save a checkpoint in 'run': \d+ bytes are needed and \d+ are free"
+    says = r"^cannot save a checkpoint in 'run': \d+ MB are needed and \d MB are free"
     with refusal(gt.CheckpointError, tmp_path, says, "Free disk space there", "resume"):
         run_after_step(trainer, 2, fill).fit()
     assert list_checkpoints(small_disk) == ["step-00000001"]

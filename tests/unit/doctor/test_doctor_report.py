@@ -3,6 +3,7 @@
 import getpass
 import json
 import platform
+import resource
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,21 @@ def test_a_report_that_cannot_be_written_is_said_before_anything_runs(tmp_path):
     with pytest.raises(ConfigError, match="--output"):
         examine(tmp_path / "no" / "report.json", "cpu", announce=announced.append)
     assert len(announced) == 1
+
+
+def test_a_full_disk_leaves_the_report_that_was_there(examined, tmp_path):
+    report, _, _ = examined
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match="File too large"):
+            report.write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 QUIET = {"is_virtual": False, "load_average_1min": 0.1, "num_cpus": 8, "swap_used_bytes": 0}

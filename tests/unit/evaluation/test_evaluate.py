@@ -19,7 +19,7 @@ from gemma_tuner.evaluation.samples import SampleGenerations
 from gemma_tuner.evaluation.scores import Tally, exact_match, word_error_rate
 from gemma_tuner.evaluation.subset import Subset
 from gemma_tuner.models.lora import LoraConfig, add_lora
-from gemma_tuner.records import Example
+from gemma_tuner.records import Audio, Example, Text, Turn
 from gemma_tuner.streaming.opening import stream_local
 from gemma_tuner.testing import tiny_model
 from gemma_tuner.training.config import TrainConfig
@@ -360,6 +360,24 @@ def test_answers_at_intervals_of_training(setup, folder, tmp_path):
     again.begin(tmp_path / "run", 11)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [10, 10]
     assert not again.is_due(10, 12)
+    (tmp_path / "heard/samples/001-1.wav").mkdir(parents=True)
+    sound = Audio(np.zeros(1600, np.float32), 16_000)
+    turns = (Turn("user", (sound,)), Turn("assistant", (Text("x"),)))
+    heard = Example("heard", turns=turns)
+    with pytest.raises(CheckpointError, match=r"cannot be written \(System error\.\)"):
+        SampleGenerations(collator, [heard], every_steps=1).begin(tmp_path / "heard", 0)
+
+    many = '{"step": 1}\n' * 10_000
+    path.write_text(many)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # what a full disk is like
+    try:
+        with pytest.raises(CheckpointError, match=r"written \(File too large\); free disk space"):
+            again.begin(tmp_path / "run", 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_text() == many
+    assert {each.name for each in path.parent.iterdir()} == {"samples", "samples.jsonl"}
     again.begin(tmp_path / "run", 0)
     assert path.read_text() == ""
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import gemma_tuner as gt
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.adapter import export_adapter
+from gemma_tuner.export.folders import new_file, new_folder
 from gemma_tuner.export.merged import complete_config, export_merged
 from gemma_tuner.testing import FAMILIES, tiny_model
 from gemma_tuner.training.adapter_files import save_adapter
@@ -251,6 +252,14 @@ def test_an_existing_folder_is_left_alone(e2b, tmp_path):
     assert files_beside(tmp_path / "merged") == ["mine.txt"]
 
 
+def test_what_appears_while_it_is_written_is_left_alone(tmp_path):
+    for new in (new_folder, new_file):
+        with pytest.raises(CheckpointError, match="exists already"), new(tmp_path / "it", 0):
+            (tmp_path / "it").write_text("mine")
+        assert files_beside(tmp_path) == ["it"]
+        (tmp_path / "it").unlink()
+
+
 def test_a_disk_that_fills_up_leaves_nothing(e2b, tmp_path):
     folder, _ = e2b
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -268,7 +277,7 @@ def test_a_full_disk_is_found_before(e2b, tmp_path, monkeypatch):
     folder, _ = e2b
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(CheckpointError, match=r"0\.00 GB free"):
+    with pytest.raises(CheckpointError, match="MB are needed and 0 MB are free"):
         export_merged(folder / "adapter", tmp_path / "merged", base=folder / "base")
     assert files_beside(tmp_path) == []
 

@@ -551,7 +551,7 @@ def test_a_small_file_system_is_measured_before_writing(tmp_path):
         pytest.skip("a full file system needs root and mount: NOT TESTED HERE")
     try:
         run = Run()
-        with pytest.raises(CheckpointError, match=r"\d{8} bytes are needed and \d+ are free"):
+        with pytest.raises(CheckpointError, match=r"\d\d MB are needed and \d MB are free"):
             run.save(disk)
         with pytest.raises(CheckpointError, match="Free disk space there, or choose another"):
             save_adapter(run.model, disk / "adapter")

@@ -1,0 +1,138 @@
+"""Files and folders that are either whole or not there, and a disk's errors in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+# File headers, JSON and the file system's own blocks, on top of what is counted.
+_MARGIN_BYTES = 16 * 2**20
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Yield a hidden sibling that takes a path's place once the block has made it.
+
+    Args:
+        path: A file or a folder, or where one shall be, in a folder that exists. What is there
+            stays until its successor is whole and on the disk; if the block fails, for good.
+
+    Yields:
+        The sibling, which is not there: the block makes a file or a folder of it.
+
+    Raises:
+        OSError: The disk fails, or a file is to take a folder's place, or a folder a file's.
+    """
+    old = None
+    with temporary_sibling(path) as temporary:
+        yield temporary
+        sync_all(temporary)
+        if path.is_dir() and temporary.is_dir():
+            old = _hide(path)
+        temporary.replace(path)
+        sync(path.parent)
+    if old is not None:
+        with suppress(OSError):  # the next one that is hidden under this name tries again
+            _remove(old)
+
+
+@contextmanager
+def temporary_sibling(path: Path) -> Iterator[Path]:
+    """Yield a hidden path beside another, and remove afterwards what the block leaves there.
+
+    Args:
+        path: Beside which; ``.name.tmp`` is yielded for ``name``.
+
+    Yields:
+        The sibling, which is not there: what a killed process has left is removed.
+
+    Raises:
+        OSError: The place cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    _remove(temporary)
+    try:
+        yield temporary
+    finally:
+        with suppress(OSError):  # which would hide the block's own error
+            _remove(temporary)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that a kill meanwhile leaves no half of it, but a hidden ``.name.old``.
+
+    Args:
+        folder: Which.
+
+    Raises:
+        OSError: It cannot be deleted.
+    """
+    _remove(_hide(folder))
+
+
+def sync(path: Path) -> None:
+    """Force a file to the disk, or the names in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_all(path: Path) -> None:
+    """Force a file to the disk, or a folder with all that is in it."""
+    for each in (*path.rglob("*"), path):
+        sync(each)
+
+
+def check_room(folder: Path, num_bytes: int) -> None:
+    """Fail now where a disk would be full halfway.
+
+    Args:
+        folder: On the disk in question.
+        num_bytes: What shall be written to it; a margin for small things is added.
+
+    Raises:
+        OSError: There is no room.
+    """
+    needed, free = num_bytes + _MARGIN_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        shown = f"{-(-needed // 10**6):,} MB are needed and {free // 10**6:,} MB are free"
+        raise OSError(errno.ENOSPC, shown)
+
+
+@contextmanager
+def disk_errors_explained(
+    explain: Callable[[str], Exception], *others: type[Exception]
+) -> Iterator[None]:
+    """Turn what can go wrong with a disk into an error with a remedy.
+
+    Args:
+        explain: Given the reason, makes the error; an OSError's own text holds the path.
+        *others: What libraries raise instead of OSError, with texts that hold no path.
+
+    Raises:
+        Exception: What ``explain`` makes, instead of the block's OSError.
+    """
+    try:
+        yield
+    except (OSError, *others) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise explain(reason or type(error).__name__) from None
+
+
+def _hide(path: Path) -> Path:
+    old = path.with_name(f".{path.name}.old")
+    _remove(old)
+    return path.rename(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
