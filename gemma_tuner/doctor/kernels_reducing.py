@@ -155,7 +155,7 @@ def adapt(t: Tensors) -> Tensors:
     """This library's norm and a linear layer with its adapter, and their gradients."""
     hidden, a, b = (t[name].detach().requires_grad_() for name in ("hidden", "a", "b"))
     normed = NormKeepingInput.apply(hidden, t["norm"], 1e-6)
-    out = AdaptedLinear.apply(normed, t["weight"], a, b, 2.0)
+    out = AdaptedLinear.apply(normed.flatten(0, 1), t["weight"], a, b, 2.0).unflatten(0, (2, 40))
     out.backward(t["gradient"])
     return {"out": out, "dhidden": _gradient(hidden), "da": _gradient(a), "db": _gradient(b)}
 

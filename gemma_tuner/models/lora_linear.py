@@ -45,13 +45,15 @@ class LoraLinear(lora.Linear):
         )
         if not is_known:
             return super().forward(x, *args, **kwargs)
-        return AdaptedLinear.apply(
-            x,
+        output = AdaptedLinear.apply(
+            x.flatten(0, -2),
             base.weight,
             self.lora_A[name].weight,
             self.lora_B[name].weight,
             self.scaling[name],
         )
+        # Out here, as what is added in place to a function's own view is an error of autograd.
+        return output.unflatten(0, x.shape[:-1])
 
 
 class RoundedLinear(nn.Linear):
@@ -97,33 +99,32 @@ class AdaptedLinear(torch.autograd.Function):
 
         Args:
             ctx: Autograd's context.
-            x: ``[..., in]``.
+            x: ``[rows, in]``.
             weight: ``[out, in]``, of ``x``'s dtype.
             lora_a: ``[rank, in]``, any float dtype; rounded to ``x``'s.
             lora_b: ``[out, rank]``, likewise.
             scale: Of the adapter.
 
         Returns:
-            ``[..., out]``, of ``x``'s dtype.
+            ``[rows, out]``, of ``x``'s dtype.
         """
-        rows = x.flatten(0, -2)  # [rows, in]
-        inner = rows @ lora_a.to(x.dtype).T  # [rows, rank]
-        output = rows @ weight.T  # [rows, out]
+        inner = x @ lora_a.to(x.dtype).T  # [rows, rank]
+        output = x @ weight.T  # [rows, out]
         output.addmm_(inner, lora_b.to(x.dtype).T, alpha=scale)
         ctx.save_for_backward(x, inner, weight, lora_a, lora_b)
         ctx.scale = scale
-        return output.unflatten(0, x.shape[:-1])
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Differentiate by ``x``, where that is wanted, and by the adapter."""
         x, inner, weight, lora_a, lora_b = ctx.saved_tensors
-        of_output = grad_outputs[0].flatten(0, -2)
+        (of_output,) = grad_outputs
         of_inner = (of_output @ lora_b.to(x.dtype)) * ctx.scale
-        of_a = of_inner.T @ x.flatten(0, -2)
+        of_a = of_inner.T @ x
         of_b = of_output.T @ (inner * ctx.scale)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = of_output @ weight
-            of_x = of_x.addmm_(of_inner, lora_a.to(x.dtype)).unflatten(0, x.shape[:-1])
+            of_x.addmm_(of_inner, lora_a.to(x.dtype))
         return of_x, None, of_a.to(lora_a.dtype), of_b.to(lora_b.dtype), None

@@ -63,6 +63,17 @@ def test_what_is_not_plain_is_as_peft_has_it(options):
     assert_same(make_layer(bias=bias, **options).eval())
 
 
+def test_what_comes_out_may_be_changed_in_place():
+    model = make_layer()
+    use_lean_adapters(model)
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    expected = torch.autograd.grad((model(x) + 1).square().sum(), list(model.parameters())[1:])
+    output = model(x)
+    output += 1  # as the towers' layers do with their residuals
+    found = torch.autograd.grad(output.square().sum(), list(model.parameters())[1:])
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
 def test_under_autocast_it_is_as_peft_has_it():
     model = make_layer(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
