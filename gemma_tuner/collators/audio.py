@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -14,6 +14,17 @@ from gemma_tuner.media.audio import SAMPLE_RATE_HZ
 from gemma_tuner.records import Audio, Example, Part
 
 LongAudio = Literal["error", "split"]
+
+# What is not said here a tokenizer says, which was once used with padding or a length and then
+# saved: transformers gives what its file holds to the audio part too, and 2,048 tokens of text
+# become 2,048 samples of sound. Lengths are checked below; the rest is what the feature extractors
+# of transformers 5.23 have as defaults. Source: ProcessorMixin._merge_kwargs.
+_SOUND_OPTIONS = {
+    "padding": "longest",
+    "max_length": None,
+    "truncation": False,
+    "pad_to_multiple_of": 128,
+}
 
 
 @dataclass
@@ -78,3 +89,7 @@ class AudioCollator(TextCollator):
         if not split_clips:
             return example, counts
         return replace(example, turns=turns), {**counts, "split_clips": split_clips}
+
+    def processor_options(self) -> dict[str, Any]:
+        """Choose what the checkpoint's processor is told about media: sounds are never cut."""
+        return {**super().processor_options(), "audio_kwargs": dict(_SOUND_OPTIONS)}

@@ -29,6 +29,16 @@ if TYPE_CHECKING:
 
 TooLong = Literal["error", "cut"]
 
+# All of it is said here, since a tokenizer that was used and then saved brings what it was last
+# called with. The template has written <bos>.
+_TEXT_OPTIONS = {
+    "add_special_tokens": False,
+    "padding": False,
+    "max_length": None,
+    "truncation": False,
+    "pad_to_multiple_of": None,
+}
+
 
 @dataclass
 class TextCollator:
@@ -184,7 +194,7 @@ class TextCollator:
                 text=[text],
                 images=[images] if images else None,
                 audio=clips or None,
-                add_special_tokens=False,  # the template has written <bos>
+                text_kwargs=dict(_TEXT_OPTIONS),
                 return_tensors="pt",
                 **self.processor_options(),
             )
