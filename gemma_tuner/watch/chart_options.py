@@ -24,13 +24,13 @@ _FORMATS = {
     "norm": "v => v == null ? '–' : Number(v).toPrecision(3)",
     "speed": "v => v == null ? '–' : Math.round(v).toLocaleString('en') + ' /s'",
     "share": "v => v == null ? '–' : Number(v).toFixed(v < 10 ? 1 : 0) + ' %'",
-    "memory": "v => v == null ? '–' : Number(v).toFixed(v < 10 ? 2 : 1) + ' GB'",
+    "memory": "v => v == null ? '–' : Number(v).toFixed(v < 10 ? 2 : 1) + ' GiB'",
 }
 _AXIS_FORMATS = {
     "rate": "v => v === 0 ? '0' : Number(v.toPrecision(2)).toExponential()",
     "speed": "v => v >= 1e4 ? (v / 1000) + ' k' : v.toLocaleString('en')",
     "share": "v => Number(v.toPrecision(3)) + ' %'",
-    "memory": "v => Number(v.toPrecision(3)) + ' GB'",
+    "memory": "v => Number(v.toPrecision(3)) + ' GiB'",
 }
 
 

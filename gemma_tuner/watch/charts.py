@@ -11,7 +11,7 @@ from gemma_tuner.watch.chart_options import Limit, Line, Options, draw
 from gemma_tuner.watch.history import History
 from gemma_tuner.watch.run import Run
 from gemma_tuner.watch.thinning import Point, smooth, thin
-from gemma_tuner.watch.units import GB, show_bytes
+from gemma_tuner.watch.units import GIB, show_bytes
 
 RUN_COLORS = (
     "#4f8ff7",
@@ -26,7 +26,7 @@ RUN_COLORS = (
 TRAIN, HELD_OUT, SECOND = RUN_COLORS[:3]
 _LIMIT = "#e5636a"
 
-SMALL_CHART_POINTS = 320
+SMALL_CHART_POINTS = 160
 """Points of a line in all charts but the large one; browsers redraw them while others compute."""
 
 
@@ -112,9 +112,9 @@ def draw_memory(runs: Sequence[Run]) -> Options:
     for run, color in zip(runs, _colors(runs), strict=True):
         steps = run.history.steps
         if is_one:
-            in_use = _thin_small(steps, run.history.column("memory_bytes") / GB)
+            in_use = _thin_small(steps, run.history.column("memory_bytes") / GIB)
             lines.append(Line("in use after a step", in_use, color))
-        peaks = _thin_small(steps, run.history.column("peak_bytes") / GB)
+        peaks = _thin_small(steps, run.history.column("peak_bytes") / GIB)
         lines.append(Line(_name_line(runs, run, "peak"), peaks, HELD_OUT if is_one else color))
     return draw(
         lines,
@@ -138,12 +138,12 @@ def find_memory_limits(history: History) -> list[Limit]:
     limits = []
     if plan.peak_bytes:
         name = f"planned peak {show_bytes(plan.peak_bytes)}"
-        limits.append(Limit(name, plan.peak_bytes / GB))
+        limits.append(Limit(name, plan.peak_bytes / GIB))
     peaks = history.column("peak_bytes")
     measured = float(np.nanmax(peaks)) if np.isfinite(peaks).any() else 0.0
     if 0 < plan.budget_bytes <= 3 * max(measured, plan.peak_bytes):
         name = f"budget {show_bytes(plan.budget_bytes)}"
-        limits.append(Limit(name, plan.budget_bytes / GB, _LIMIT))
+        limits.append(Limit(name, plan.budget_bytes / GIB, _LIMIT))
     return limits
 
 

@@ -33,7 +33,7 @@ def watch(
 ) -> None:
     """Show a run as a live page in the browser, or a finished one, or several side by side.
 
-    The page is for this machine alone. It reads the run's files, so training pays nothing for it.
+    The page is for this machine alone. It reads the run's files; training does nothing for it.
     """
     from gemma_tuner.watch.run import open_runs  # noqa: PLC0415 - so that help is quick
 

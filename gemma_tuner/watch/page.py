@@ -6,16 +6,19 @@ of a property; none becomes HTML, a key, a style or part of a script.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nicegui import ui
+from nicegui.events import GenericEventArguments
 
 from gemma_tuner.watch import charts
 from gemma_tuner.watch.charts import RUN_COLORS, Options
 from gemma_tuner.watch.details import Details
 from gemma_tuner.watch.elements import Section, block, cell, heading, text
+from gemma_tuner.watch.pace import Pace
 from gemma_tuner.watch.run import Phase, Run, list_setting_differences
 from gemma_tuner.watch.sample_cards import SampleCards
 from gemma_tuner.watch.summary import FIGURES, Tile, list_figures, list_tiles
@@ -23,8 +26,13 @@ from gemma_tuner.watch.units import show_seconds
 from gemma_tuner.watch.watched import Watched
 
 REFRESH_SECONDS = 2.0
-"""How often the page looks for something new; each time costs a browser some 50 ms."""
+"""How often the page looks for something new."""
 STYLE = Path(__file__).with_name("page.css")
+
+# A page that nobody sees draws nothing.
+_TELL_VISIBILITY = """<script>
+document.addEventListener("visibilitychange", () => emitEvent("visibility", document.hidden));
+</script>"""
 
 _ICONS = {None: "brightness_auto", True: "dark_mode", False: "light_mode"}
 
@@ -48,7 +56,8 @@ class Page:
     def __init__(self, watched: Watched) -> None:
         self._watched = watched
         self._runs = watched.runs
-        self._version = watched.version
+        self._pace = Pace(watched, time.monotonic())
+        self._is_hidden = False
         self._sections: list[Section[Any]] = []
         self._charts: list[tuple[ui.echart, Callable[[Sequence[Run]], Options]]] = []
         ui.add_css(STYLE.read_text(encoding="utf-8"))
@@ -64,13 +73,21 @@ class Page:
                 self._build_comparison()
             self._build_charts()
             self._build_details()
+        ui.add_head_html(_TELL_VISIBILITY)
+        ui.on("visibility", self._hide)
         ui.timer(REFRESH_SECONDS, self.follow)
 
     def follow(self) -> None:
-        """Show what has changed since this page last looked."""
-        if self._version == self._watched.version:
-            return
-        self._version = self._watched.version
+        """Show what has changed, if it is time and anybody sees it."""
+        if not self._is_hidden and self._pace.is_due(time.monotonic()):
+            self._draw()
+
+    def _hide(self, event: GenericEventArguments) -> None:
+        self._is_hidden = event.args is True
+        if not self._is_hidden:
+            self._draw()
+
+    def _draw(self) -> None:
         for section in self._sections:
             section.follow()
         for chart, draw in self._charts:

@@ -27,6 +27,9 @@ READ_SECONDS = 1.0
 PARENT_GRACE_SECONDS = 5.0
 """How long the page goes on after its parent has ended, so that browsers hear of it."""
 
+RECONNECT_SECONDS = 60.0
+"""For how long a page may be out of reach, and go on where it was; it is asked every 48 s."""
+
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
 """What a browser may call this server. A page elsewhere can have its own name lead to 127.0.0.1,
@@ -122,6 +125,7 @@ def _build_app(watched: Watched) -> FastAPI:
         app,
         title="gemma-tuner",
         dark=None,
+        reconnect_timeout=RECONNECT_SECONDS,
         tailwind=False,
         gzip_middleware_factory=None,
         show_welcome_message=False,

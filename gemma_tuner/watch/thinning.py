@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 Point = tuple[int, float | None]
 """A step and its value, as charts take them; None is a gap."""
 
-MAX_POINTS = 800
-"""Points of a line: more than a chart on a laptop has pixels to tell apart."""
+MAX_POINTS = 400
+"""Points of a line: one for every two pixels of the large chart on a laptop."""
 
 
 def thin(

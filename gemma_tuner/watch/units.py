@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-GB = 1e9
-"""Bytes of a gigabyte, as memory plans count them."""
+GIB = 2**30
+"""Bytes of a GiB, in which devices and ``memory_gib`` count."""
 
 
 def show_count(value: float) -> str:
@@ -20,12 +20,12 @@ def show_count(value: float) -> str:
 
 
 def show_bytes(num_bytes: float) -> str:
-    """Bytes as MB or GB; "–" where they are not known."""
+    """Bytes as MiB or GiB; "–" where they are not known."""
     if not math.isfinite(num_bytes):
         return "–"
-    if num_bytes < 1e8:
-        return f"{num_bytes / 1e6:.1f} MB"
-    return f"{num_bytes / GB:.2f} GB"
+    if num_bytes < GIB / 10:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / GIB:.2f} GiB"
 
 
 def show_seconds(seconds: float | None) -> str:

@@ -15,6 +15,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from gemma_tuner.training.metrics import EvalRecord, JsonlLog, StepRecord
+from gemma_tuner.watch.page import REFRESH_SECONDS
 from tests.browser import Browser
 from tests.runs import build_trainer
 
@@ -254,7 +255,17 @@ def test_a_live_run_is_followed(browser, tmp_path):
                 ".series.map(s => [s.name, s.data.length])"
             )
             assert drawn == [["train", 8], ["held-out", 1]]
-            log.event(8, "finished")
+            # Nobody sees it: what comes now is drawn when somebody looks again.
+            hide = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true}); "
+            hide += "document.dispatchEvent(new Event('visibilitychange'))"
+            browser.evaluate(hide % "true")
+            time.sleep(1)
+            write_step(log, 9)
+            time.sleep(2 * REFRESH_SECONDS)
+            assert "step 8 of 1,000" in browser.evaluate("document.body.innerText")
+            browser.evaluate(hide % "false")
+            browser.wait_for("document.body.innerText.includes('step 9 of 1,000')", seconds=2)
+            log.event(9, "finished")
             browser.wait_for("document.querySelector('.phase').innerText === 'finished'")
             assert browser.problems == []
 

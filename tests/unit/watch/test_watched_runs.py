@@ -231,7 +231,7 @@ def test_settings_that_differ_are_listed(tmp_path):
 
 def test_one_run_is_drawn_with_its_held_out_loss_and_its_plan(tmp_path):
     with write_run(tmp_path, steps=60) as log:
-        log.event(60, "plan", parts={"weights": 3}, peak_bytes=2 * 10**9, budget_bytes=3 * 10**9)
+        log.event(60, "plan", parts={"weights": 3}, peak_bytes=2 * 2**30, budget_bytes=3 * 2**30)
     run = read_run(tmp_path)
     loss = draw_loss([run])
     assert [series["name"] for series in loss["series"]] == [
@@ -250,7 +250,7 @@ def test_one_run_is_drawn_with_its_held_out_loss_and_its_plan(tmp_path):
 
 def test_a_budget_far_above_the_rest_does_not_flatten_the_chart(tmp_path):
     with write_run(tmp_path) as log:
-        log.event(1, "plan", parts={"w": 1}, peak_bytes=10**9, budget_bytes=10**11)
+        log.event(1, "plan", parts={"w": 1}, peak_bytes=2**30, budget_bytes=2**37)
     limits = find_memory_limits(read_run(tmp_path).history)
     assert [limit.value for limit in limits] == [1.0]
 
@@ -287,14 +287,14 @@ def test_hostile_names_are_values_and_never_keys(tmp_path):
 def test_the_figures_are_those_of_the_log(tmp_path):
     with write_run(tmp_path, steps=30) as log:
         log.evaluation(EvalRecord(30, 2.5, 12.2, 50, 5))
-        log.event(30, "plan", parts={"w": 1}, peak_bytes=2 * 10**9, budget_bytes=8 * 10**9)
+        log.event(30, "plan", parts={"w": 1}, peak_bytes=2 * 2**30, budget_bytes=8 * 2**30)
     run = read_run(tmp_path)
     tiles = {title: (figure, below) for title, figure, below in list_tiles(run, run.find_phase())}
     assert tiles["Loss"][0] == "2.0333"
     assert tiles["Held-out loss"] == ("2.5000", "best 2.5000 at step 30")
     assert tiles["Tokens a second"] == ("100", "10 trained on · 1.0 s a step")
     assert tiles["Data wait"][0] == "25%"
-    assert tiles["Peak memory"] == ("–", "planned 2.00 GB of 8.00 GB")
+    assert tiles["Peak memory"] == ("–", "planned 2.00 GiB of 8.00 GiB")
     assert tiles["Tokens read"] == ("3,000", "0.50 epochs · 2 passed over")
     figures = dict(zip(FIGURES, list_figures(run, run.find_phase()), strict=True))
     assert figures["step"] == "30 of 100"
@@ -316,8 +316,8 @@ def test_an_empty_run_has_figures_that_say_so(tmp_path):
         (show_count(9_999), "9,999"),
         (show_count(12_300), "12.3 k"),
         (show_count(4_560_000), "4.56 M"),
-        (show_bytes(5e6), "5.0 MB"),
-        (show_bytes(4.7e9), "4.70 GB"),
+        (show_bytes(5 * 2**20), "5.0 MiB"),
+        (show_bytes(4.7e9), "4.38 GiB"),
         (show_seconds(0.25), "250 ms"),
         (show_seconds(8.13), "8.1 s"),
         (show_seconds(59.7), "60 s"),
