@@ -6,6 +6,7 @@ used (PEP 562), so ``import gemma_tuner`` needs neither torch nor a second.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +119,9 @@ def __getattr__(name: str) -> Any:
     if name == "testing":
         return importlib.import_module("gemma_tuner.testing")
     if name not in _HOME:
-        raise AttributeError(f"module 'gemma_tuner' has no attribute {name!r}")
+        near = difflib.get_close_matches(name, __all__, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise AttributeError(f"module 'gemma_tuner' has no attribute {name!r}{hint}")
     return getattr(importlib.import_module(f"gemma_tuner.{_HOME[name]}"), name)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import ConfigError
 
 Scalar: TypeAlias = str | int | float | bool | None
@@ -14,6 +16,12 @@ Setting: TypeAlias = Scalar | list[Scalar]
 
 FILE_NAME = "settings.yaml"
 """What :func:`save_settings` calls the file, in the run's folder."""
+
+RECIPE = "recipe"
+"""Under this name, the settings of a recipe have its path."""
+
+TINY = "tiny"
+"""The name of the model that is made up on the spot."""
 
 
 def read_settings(path: str | Path, known: Collection[str]) -> dict[str, Setting]:
@@ -29,11 +37,42 @@ def read_settings(path: str | Path, known: Collection[str]) -> dict[str, Setting
         string in YAML: whoever takes it converts it.
 
     Raises:
-        ConfigError: The file cannot be read, is not such a mapping, or has an unknown name.
+        ConfigError: The file cannot be read, is not such a mapping, or has an unknown name; or it
+            is a recipe's, and ``known`` has no ``RECIPE``.
     """
+    path = Path(path)
+    content = _read_mapping(path)
+    if RECIPE in content and RECIPE not in known:
+        command = shlex.join(["python", str(content[RECIPE]), "--config", str(path)])
+        raise ConfigError(
+            f"the settings file {path.name!r} is of a recipe, which goes its own way; start that "
+            f"with: {command}"
+        )
+    settings: dict[str, Setting] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise ConfigError(_unknown(name, known, path.name))
+        if name in settings:
+            raise ConfigError(f"the settings file {path.name!r} has {name!r} twice; keep one")
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str | int | float | bool | None) for item in values):
+            raise ConfigError(
+                f"the setting {name!r} in {path.name!r} must be a value or a list of values; got "
+                f"{_name_type(value)}"
+            )
+        settings[name] = value
+    return settings
+
+
+def is_of_recipe(path: Path) -> bool:
+    """Whether a settings file was saved by a recipe; raises what :func:`read_settings` does."""
+    return RECIPE in _read_mapping(path)
+
+
+def _read_mapping(path: Path) -> Mapping[Any, Any]:
     import yaml  # noqa: PLC0415 - only where there is a file
 
-    path = Path(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -55,21 +94,7 @@ def read_settings(path: str | Path, known: Collection[str]) -> dict[str, Setting
             f"the settings file {path.name!r} holds {_name_type(content)}; it must be a mapping, "
             "a line for each setting, such as `learning_rate: 2e-4`"
         )
-    settings: dict[str, Setting] = {}
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        if name not in known:
-            raise ConfigError(_unknown(name, known, path.name))
-        if name in settings:
-            raise ConfigError(f"the settings file {path.name!r} has {name!r} twice; keep one")
-        values = value if isinstance(value, list) else [value]
-        if not all(isinstance(item, str | int | float | bool | None) for item in values):
-            raise ConfigError(
-                f"the setting {name!r} in {path.name!r} must be a value or a list of values; got "
-                f"{_name_type(value)}"
-            )
-        settings[name] = value
-    return settings
+    return content
 
 
 def save_settings(folder: str | Path, settings: Mapping[str, Setting]) -> Path:
@@ -89,15 +114,47 @@ def save_settings(folder: str | Path, settings: Mapping[str, Setting]) -> Path:
 
     path = Path(folder) / FILE_NAME
     given = {name: value for name, value in settings.items() if value is not None}
-    try:
+    text = yaml.safe_dump(given, sort_keys=False, allow_unicode=True)
+    with disk_errors_explained(
+        lambda reason: ConfigError(
+            f"{FILE_NAME} cannot be written in {path.parent.name!r} ({reason}); free disk space "
+            "there, or choose another folder for the run"
+        )
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(given, sort_keys=False, allow_unicode=True), "utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"{FILE_NAME} cannot be written in {path.parent.name!r} ({error.strerror}); free disk "
-            "space there, or choose another folder for the run"
-        ) from None
+        with replaced(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return path
+
+
+def pin_paths(settings: Mapping[str, Setting]) -> dict[str, Setting]:
+    """Make paths absolute, so that settings mean the same wherever they are read.
+
+    Args:
+        settings: Names and values.
+
+    Returns:
+        The same, where ``data`` and ``model`` are absolute if they are here, and so are ``out``
+        and ``cache_dir``.
+    """
+    return {name: _pin(name, value) for name, value in settings.items()}
+
+
+def _pin(name: str, value: Setting) -> Setting:
+    if isinstance(value, list):
+        return [item if not isinstance(item, str) else _pin_text(name, item) for item in value]
+    return _pin_text(name, value) if isinstance(value, str) else value
+
+
+def _pin_text(name: str, value: str) -> str:
+    is_glob = "://" not in value and any(character in value for character in "*?[")
+    is_path = {
+        "data": is_glob or Path(value).exists(),
+        "model": value != TINY and Path(value).exists(),
+        "out": True,
+        "cache_dir": True,
+    }
+    return str(Path(value).absolute()) if is_path.get(name) else value
 
 
 def _unknown(name: str, known: Collection[str], file_name: str) -> str:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
+from transformers.utils import logging
 
 import gemma_tuner as gt
 from gemma_tuner.training import script
@@ -92,6 +93,7 @@ def main() -> None:
     torch.set_num_threads(1)  # so small a model gains nothing from more, and busy machines lose
     shutil.rmtree(out, ignore_errors=True)
 
+    logging.disable_progress_bar()  # of saving and loading what is so small
     base = out / "tiny-gemma-4-e2b"
     model, processor = gt.testing.tiny_model("gemma4-e2b")
     model.save_pretrained(base)

@@ -24,20 +24,11 @@ _INTERRUPTED = 130  # 128 and SIGINT's number, as shells expect
 _OPTION_OF = {
     "ImageCollator": "modality",
     "base": "model",
-    "gradient_checkpointing": "grad_checkpoint",
-    "layers": "num_layers",
-    "every_steps": "steps_per_sample",
-    "eval_every_steps": "steps_per_eval",
-    "log_every_steps": "steps_per_report",
-    "max_steps": "iters",
-    "max_tokens": "max_seq_length",
+    "every_steps": "sample_every_steps",
     "modalities": "modality",
     "output_dir": "out",
-    "save_every_steps": "save_every",
     "scores": "score",
-    "trackers": "report_to",
     "train_on": "mask_prompt",
-    "variant": "fine_tune_type",
 }
 
 _DEBUG = inspect.Parameter(

@@ -9,6 +9,7 @@ import typer
 from gemma_tuner.cli.commands import errors_explained
 from gemma_tuner.cli.opening import was_given
 from gemma_tuner.cli.settings import (
+    ALIASES,
     AdapterSettings,
     DataSettings,
     ModelSettings,
@@ -16,7 +17,13 @@ from gemma_tuner.cli.settings import (
     RunSettings,
 )
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.settings import FILE_NAME, Setting, read_settings
+from gemma_tuner.settings import (
+    FILE_NAME,
+    Setting,
+    is_of_recipe,
+    pin_paths,
+    read_settings,
+)
 
 _GROUPS = (ModelSettings, DataSettings, RowSettings, AdapterSettings, RunSettings)
 
@@ -52,7 +59,7 @@ def from_run(*groups: type[Any]) -> Callable[[typer.Context, Path | None], Path 
         if path is not None:
             with errors_explained(debug=False):
                 if file := find_settings(path):
-                    _use_run(context, file, groups)
+                    _use_as_defaults(context, file, groups)
         return path
 
     return read_run
@@ -79,23 +86,20 @@ Run = Annotated[
 ]
 
 
-def _use_run(context: typer.Context, file: Path, groups: tuple[type[Any], ...]) -> None:
-    try:
-        _use_as_defaults(context, file, groups)
-    except ConfigError as error:
-        raise ConfigError(
-            f"{error}. If a recipe trained {file.parent.name!r}, its settings are not those of "
-            "this command: copy its adapter's folder elsewhere and give that, with --model, "
-            "--modality and --data"
-        ) from None
-
-
 def find_settings(run: Path) -> Path | None:
-    """Find the settings of a run by its folder, its adapter's or a checkpoint's."""
+    """Find the settings of a run by its folder, its adapter's or a checkpoint's.
+
+    Args:
+        run: The folder.
+
+    Returns:
+        The file; None where a script made the run, or a recipe, whose settings say other things.
+    """
     folder = run.resolve()
     for parent in (folder, *folder.parents[:2]):
-        if (parent / FILE_NAME).is_file():
-            return parent / FILE_NAME
+        file = parent / FILE_NAME
+        if file.is_file():
+            return None if is_of_recipe(file) else file
     return None
 
 
@@ -106,12 +110,12 @@ def list_settings(context: typer.Context) -> dict[str, Setting]:
         context: The command's.
 
     Returns:
-        Names to values, without what is of this call alone.
+        Names to values, without what is of this call alone; paths are absolute.
     """
     names = [name for group in _GROUPS for name in group.__annotations__ if name != "resume"]
     values = {name: context.params[name] for name in names if name in context.params}
     values = {name: value for name, value in values.items() if value not in (None, ())}
-    return {name: _as_setting(value) for name, value in values.items()}
+    return pin_paths({name: _as_setting(value) for name, value in values.items()})
 
 
 def list_forgotten(
@@ -150,6 +154,8 @@ def _use_as_defaults(
     options = {option.name: option for option in context.command.params if option.name in names}
     for name, option in options.items():
         names |= {flag.lstrip("-").replace("-", "_"): name for flag in option.opts}
+    aliases = {alias.replace("-", "_"): name.replace("-", "_") for alias, name in ALIASES.items()}
+    names |= {alias: names[name] for alias, name in aliases.items() if name in names}
     wanted = {name for group in groups for name in group.__annotations__}
     defaults: dict[str, Any] = {}
     for given, value in read_settings(file, names).items():
@@ -162,16 +168,16 @@ def _use_as_defaults(
         if name in wanted and name in options and value is not None:
             option = options[name]
             defaults[name] = [value] if option.multiple and not isinstance(value, list) else value
-            _check(context, option, defaults[name], file)
+            _check(context, option, given, defaults[name], file)
     context.default_map = {name: value for name, value in defaults.items() if name in wanted}
 
 
-def _check(context: typer.Context, option: Any, value: object, file: Path) -> None:
+def _check(context: typer.Context, option: Any, name: str, value: object, file: Path) -> None:
     """Convert a value as Typer will, so that what is said of a wrong one names the file."""
     try:
         option.process_value(context, value)
     except typer.BadParameter as error:
         raise ConfigError(
-            f"the setting {option.name!r} in {file.name!r} is {value!r}: "
+            f"the setting {name!r} in {file.name!r} is {value!r}: "
             f"{error.message.removeprefix('Value error, ').rstrip('.')}"
         ) from None

@@ -67,10 +67,14 @@ def evaluate(
     """
     from gemma_tuner.evaluation.evaluate import evaluate as measure
 
+    if run is not None and (run / "config.json").is_file():
+        raise ConfigError(
+            f"{str(run)!r} is a whole model, not a run or an adapter; give it as --model {run}"
+        )
     if run is not None and find_settings(run) is None and not data.data:
         raise ConfigError(
-            f"{str(run)!r} does not say what it was trained on (a script made it); give what it "
-            "is to be measured on with --data, and --modality where that is not text"
+            f"{str(run)!r} does not say what it was trained on (a script or a recipe made it); "
+            "give what it is to be measured on with --data, and --modality where that is not text"
         )
     if was_given(context, "data") and not was_given(context, "held_out"):
         split = data.split if was_given(context, "split") else None  # not the run's

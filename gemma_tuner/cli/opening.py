@@ -94,14 +94,20 @@ def open_stream(data: DataSettings, modality: Modality, split: str | None) -> Ex
         DataError: A row that cannot be used.
         SourceError: Data that cannot be read.
     """
-    from gemma_tuner.streaming import opening
     from gemma_tuner.testing.samples import sample_data
 
     columns = ("messages", "prompt", "response", "text", "system", "image", "audio", "id")
     given = {name: getattr(data, name) for name in (*columns, "seed", "cache_dir")}
     given |= {"max_bad_fraction": data.max_bad_fraction, "split": split}
     options = {name: value for name, value in given.items() if value is not None}
-    places = data.data or [str(sample_data(modality))]
+    stream = _open_places(data.data or [str(sample_data(modality))], options)
+    _check_media(stream, modality)
+    return stream
+
+
+def _open_places(places: list[str], options: dict[str, Any]) -> ExampleStream:
+    from gemma_tuner.streaming import opening
+
     kinds = {_kind_of(place) for place in places}
     if len(kinds) > 1:
         raise ConfigError(
@@ -120,6 +126,19 @@ def open_stream(data: DataSettings, modality: Modality, split: str | None) -> Ex
             return opening.stream_hub(names[0], **options)
         case _:
             return opening.stream_bigquery(names[0], **options)
+
+
+def _check_media(stream: ExampleStream, modality: Modality) -> None:
+    """Refuse data whose columns hold none of what the towers are loaded for."""
+    columns = stream.report().columns
+    wanted = ("image", "audio") if modality == "multimodal" else (modality,)
+    if modality == "text" or "messages" in columns or any(part in columns for part in wanted):
+        return
+    raise ConfigError(
+        f"modality is {modality!r}, and the data is read without {' or '.join(wanted)}: as "
+        f"{', '.join(f'{part} = {name!r}' for part, name in columns.items())}; name the column "
+        f"with {' or '.join(f'{part}=' for part in wanted)}, or choose modality='text'"
+    )
 
 
 def _kind_of(place: str) -> str:
@@ -234,9 +253,12 @@ def open_base(model: str | None) -> Iterator[str | None]:
     if model != TINY:
         yield model
         return
+    from transformers.utils import logging
+
     from gemma_tuner.testing.tiny import tiny_model
 
     _announce_tiny()
+    logging.disable_progress_bar()  # over a megabyte, and beside bars of ours
     with TemporaryDirectory() as folder:
         path = Path(folder) / TINY
         for part in tiny_model(_FAMILY):
@@ -264,7 +286,7 @@ def make_collator(settings: ModelSettings, rows: RowSettings, processor: Any) ->
     from gemma_tuner.collators.text import TextCollator
 
     options: dict[str, Any] = {
-        "max_tokens": rows.max_seq_length,
+        "max_tokens": rows.max_tokens,
         "too_long": rows.too_long,
         "train_on": "assistant" if rows.mask_prompt else "all",
     }
@@ -303,7 +325,7 @@ def make_lora(adapter: AdapterSettings, model: ModelSettings, seed: int = 0) -> 
         alpha=adapter.alpha,
         dropout=adapter.dropout,
         targets=adapter.targets or ["language", *towers.get(model.modality, [])],
-        layers=None if adapter.num_layers == -1 else adapter.num_layers,
-        variant=adapter.fine_tune_type,
+        layers=None if adapter.layers == -1 else adapter.layers,
+        variant=adapter.variant,
         seed=seed,
     )

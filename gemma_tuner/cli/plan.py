@@ -23,7 +23,7 @@ def plan(
         typer.Option(
             metavar="X",
             help="What the device may hold; by default what is here. A Mac lets a process have "
-            "two thirds of its memory up to 32 GB, and three quarters beyond.",
+            "two thirds of its memory up to 32 GiB, and three quarters beyond.",
         ),
     ] = None,
     batch_size: Annotated[
@@ -48,7 +48,7 @@ def plan(
                 str(base),
                 memory_gib=memory_gib,
                 modalities=model.modalities,
-                max_tokens=rows.max_seq_length,
+                max_tokens=rows.max_tokens,
                 batch_size=batch_size,
                 target_share=target_share,
                 lora=make_lora(adapter, model),

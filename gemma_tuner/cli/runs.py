@@ -128,9 +128,9 @@ def _summarise(run: Run, path: Path) -> dict[str, str]:
         "phase": run.find_phase().name,
         "steps": f"{steps} of {history.max_steps}" if history.max_steps else steps,
         "loss": show_loss(history.column("loss")[-1]) if len(history) else "–",
-        "held out": " → ".join(map(show_loss, dict.fromkeys([*held_out[:1], *held_out[-1:]]))),
+        "held out": "→".join(map(show_loss, dict.fromkeys([*held_out[:1], *held_out[-1:]]))),
         "best": show_loss(min(held_out)) if held_out else "–",
-        "training": show_seconds(seconds),
+        "time": show_seconds(seconds),
     }
 
 

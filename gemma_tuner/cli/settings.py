@@ -10,13 +10,33 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-TINY = "tiny"
-"""The name of the model that is made up on the spot."""
+from gemma_tuner.settings import TINY
+
+ALIASES = {
+    "fine-tune-type": "variant",
+    "gradient-checkpointing": "grad-checkpoint",
+    "no-gradient-checkpointing": "no-grad-checkpoint",
+    "iters": "max-steps",
+    "lr": "learning-rate",
+    "max-seq-length": "max-tokens",
+    "num-layers": "layers",
+    "report-to": "trackers",
+    "save-every": "save-every-steps",
+    "steps": "max-steps",
+    "steps-per-eval": "eval-every-steps",
+    "steps-per-report": "log-every-steps",
+}
+"""What else options may be called: as mlx-lm, transformers, the recipes or ``TrainConfig`` do."""
 
 _MODEL, _DATA, _COLUMNS, _ROWS = "Model", "Data", "Columns, where names do not tell", "Rows"
 _ADAPTER, _TRAINING, _MEMORY, _RUN = "What is trained", "How it is trained", "Memory", "The run"
 
 Modality = Literal["text", "image", "audio", "multimodal"]
+
+
+def normalize_flag(name: str) -> str:
+    """Call an option by its name here, as Typer's ``token_normalize_func``."""
+    return ALIASES.get(name, name)
 
 
 def _option(*flags: str, panel: str, help: str, **more: Any) -> Any:  # noqa: A002 - Typer's name
@@ -135,7 +155,7 @@ class DataSettings:
 class RowSettings:
     """How an example becomes a row of tokens."""
 
-    max_seq_length: Annotated[
+    max_tokens: Annotated[
         int, _option(metavar="N", help="The longest row, in tokens.", panel=_ROWS)
     ] = 2048
     too_long: Annotated[
@@ -168,7 +188,7 @@ class RowSettings:
 class AdapterSettings:
     """What of the model is trained."""
 
-    fine_tune_type: Annotated[
+    variant: Annotated[
         Literal["lora", "dora", "rslora", "full"],
         _option(
             metavar="KIND",
@@ -176,7 +196,7 @@ class AdapterSettings:
             panel=_ADAPTER,
         ),
     ] = "lora"
-    num_layers: Annotated[
+    layers: Annotated[
         int,
         _option(metavar="N", help="The last N layers of the decoder; -1: all.", panel=_ADAPTER),
     ] = -1
@@ -202,15 +222,9 @@ class AdapterSettings:
 class RunSettings:
     """How long and how a run trains, and where it is kept."""
 
-    iters: Annotated[
+    max_steps: Annotated[
         int | None,
-        _option(
-            "--iters",
-            "--steps",
-            metavar="N",
-            help="Optimizer steps; by default one epoch.",
-            panel=_TRAINING,
-        ),
+        _option(metavar="N", help="Optimizer steps; by default one epoch.", panel=_TRAINING),
     ] = None
     epochs: Annotated[
         int | None, _option(metavar="N", help="Passes over the data, instead.", panel=_TRAINING)
@@ -237,9 +251,11 @@ class RunSettings:
         int, _option(metavar="N", help="Steps up to the peak.", panel=_TRAINING)
     ] = 0
     weight_decay: Annotated[float, _option(metavar="X", help="AdamW's.", panel=_TRAINING)] = 0.0
-    grad_checkpoint: Annotated[
+    gradient_checkpointing: Annotated[
         bool | None,
         _option(
+            # In full it would not fit into the help's first column.
+            "--grad-checkpoint/--no-grad-checkpoint",
             metavar="",
             help="Compute layers twice and keep less; by default where memory needs it.",
             panel=_MEMORY,
@@ -253,10 +269,10 @@ class RunSettings:
             panel=_MEMORY,
         ),
     ] = None
-    steps_per_report: Annotated[
+    log_every_steps: Annotated[
         int, _option(metavar="N", help="Steps between two records.", panel=_RUN)
     ] = 10
-    steps_per_eval: Annotated[
+    eval_every_steps: Annotated[
         int | None,
         _option(
             metavar="N",
@@ -264,7 +280,7 @@ class RunSettings:
             panel=_RUN,
         ),
     ] = None
-    steps_per_sample: Annotated[
+    sample_every_steps: Annotated[
         int | None,
         _option(
             metavar="N",
@@ -273,10 +289,10 @@ class RunSettings:
             panel=_RUN,
         ),
     ] = None
-    save_every: Annotated[
+    save_every_steps: Annotated[
         int, _option(metavar="N", help="Steps between two checkpoints.", panel=_RUN)
     ] = 100
-    report_to: Annotated[
+    trackers: Annotated[
         list[str] | None,
         _option(
             metavar="NAME",

@@ -102,20 +102,20 @@ def _make_samples(
 ) -> SampleGenerations | None:
     from gemma_tuner.evaluation.samples import SampleGenerations
 
-    if run.steps_per_sample is None:
+    if run.sample_every_steps is None:
         return None
     if held_out is None:
         raise ConfigError("there is nothing held out to take samples of; leave held_out at 0.1")
     rows = range(min(_NUM_SAMPLES, len(held_out)))
-    return SampleGenerations(collator, [held_out[row] for row in rows], run.steps_per_sample)
+    return SampleGenerations(collator, [held_out[row] for row in rows], run.sample_every_steps)
 
 
 def _make_config(run: RunSettings, *, seed: int, is_tiny: bool) -> TrainConfig:
     from gemma_tuner.training.config import TrainConfig
 
     return TrainConfig(
-        max_steps=run.iters,
-        epochs=1 if run.iters is None and run.epochs is None else run.epochs,
+        max_steps=run.max_steps,
+        epochs=1 if run.max_steps is None and run.epochs is None else run.epochs,
         batch_size=run.batch_size,
         gradient_accumulation=run.gradient_accumulation,
         learning_rate=run.learning_rate or (5e-3 if is_tiny else 2e-4),
@@ -123,13 +123,13 @@ def _make_config(run: RunSettings, *, seed: int, is_tiny: bool) -> TrainConfig:
         warmup_steps=run.warmup_steps,
         weight_decay=run.weight_decay,
         seed=seed,
-        gradient_checkpointing=run.grad_checkpoint,
+        gradient_checkpointing=run.gradient_checkpointing,
         memory_gib=run.memory_gib,
-        log_every_steps=run.steps_per_report,
-        eval_every_steps=run.steps_per_eval,
-        save_every_steps=run.save_every,
+        log_every_steps=run.log_every_steps,
+        eval_every_steps=run.eval_every_steps,
+        save_every_steps=run.save_every_steps,
         output_dir=run.out,
-        trackers=tuple(run.report_to or ()),
+        trackers=tuple(run.trackers or ()),
         watch=run.watch,
     )
 

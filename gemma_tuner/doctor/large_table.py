@@ -1,4 +1,4 @@
-"""Rows of an embedding table that lie beyond 2^31 elements: E2B's table, 4.7 GB.
+"""Rows of an embedding table that lie beyond 2^31 elements: E2B's table, 4.4 GiB.
 
 Apart from the other kernels, and last of all: it needs that much memory, and where Metal takes
 fewer bytes in one array it ends the process instead of raising (pytorch#131865).
@@ -46,8 +46,8 @@ def _measure(device: torch.device) -> Finding:
     available = find_available_bytes(device)
     if available < needed + _MARGIN_BYTES:
         reason = (
-            f"the table takes {needed / 1e9:.1f} GB and 2.1 GB must stay free, but "
-            f"{available / 1e9:.1f} GB are available"
+            f"the table takes {needed / 2**30:.1f} GiB and 2.0 GiB must stay free, but "
+            f"{available / 2**30:.1f} GiB are available"
         )
         return "skipped", reason, {"available_bytes": available}
     try:

@@ -128,7 +128,7 @@ def _find_disturbances(rung: str, machine: dict[str, Any]) -> list[str]:
             f"{machine['num_cpus']} processors)"
         )
     if machine["swap_used_bytes"] > _LARGEST_QUIET_SWAP_BYTES:
-        reasons.append(f"{machine['swap_used_bytes'] / 1e9:.1f} GB are swapped out")
+        reasons.append(f"{machine['swap_used_bytes'] / 2**30:.1f} GiB are swapped out")
     return reasons
 
 

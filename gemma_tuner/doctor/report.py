@@ -105,9 +105,9 @@ def render_report(report: Report) -> RenderableType:
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     counts = report.counts
     parts: list[RenderableType] = [
-        f"{machine['system']}, {machine['chip']}, {machine['memory_total_bytes'] / 1e9:.1f} GB "
-        f"({machine['swap_used_bytes'] / 1e9:.1f} GB swapped)",
-        f"{device['type']} ({device['reason']}), {device['memory_total_bytes'] / 1e9:.1f} GB, "
+        f"{machine['system']}, {machine['chip']}, {machine['memory_total_bytes'] / 2**30:.1f} GiB "
+        f"({machine['swap_used_bytes'] / 2**30:.1f} GiB swapped)",
+        f"{device['type']} ({device['reason']}), {device['memory_total_bytes'] / 2**30:.1f} GiB, "
         f"{device['dtype']}",
         packages,
         "",

@@ -27,6 +27,7 @@ from gemma_tuner.evaluation.report_files import check_output, write_report
 from gemma_tuner.evaluation.results import Answered, compare
 from gemma_tuner.evaluation.scores import Score, UserScore, find_scores
 from gemma_tuner.evaluation.subset import Subset
+from gemma_tuner.models.families import family_of
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.settings import is_whole_number
 from gemma_tuner.records import Example
@@ -258,7 +259,8 @@ class _Evaluation:
             **{name: count for name, count in self.counts.items() if count},
         }
         return Report(
-            model=portable_name(gemma.config.name_or_path) or "a model without a name",
+            model=portable_name(gemma.config.name_or_path)
+            or f"a {family_of(gemma.config).name} made in memory",
             systems=tuple(self.systems),
             held_out=held_out,
             scores=tuple(

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gemma_tuner.evaluation.report_text import write_html, write_markdown
+from gemma_tuner.evaluation.report_text import write_html, write_markdown, write_text
 from gemma_tuner.evaluation.results import Results
 
 _FORMAT = 1
@@ -23,7 +23,7 @@ class Report(Results):
     """
 
     def __str__(self) -> str:
-        return self.to_markdown(num_worst=0)
+        return write_text(self)
 
     def to_json(self) -> str:
         """Write everything as JSON; what is no number (no words to count in) is null.

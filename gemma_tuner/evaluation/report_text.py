@@ -1,4 +1,4 @@
-"""Results as Markdown and HTML. Whatever comes from data is escaped: it is text, never markup."""
+"""Results as text, Markdown and HTML; whatever comes from data is text there, never markup."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import html
 import math
 import re
 from collections.abc import Iterator
+from io import StringIO
 from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from gemma_tuner.display import element, escape, make_card, make_details, make_table
 
@@ -18,6 +24,31 @@ _MARKDOWN = re.compile(r"([\\`*_\[\]|~$])")  # what means something within a lin
 _PICTURES = (".png",)
 
 Row = tuple[str, ...]
+
+
+def write_text(results: Results) -> str:
+    """Write the figures as a terminal shows them.
+
+    Args:
+        results: What was measured.
+
+    Returns:
+        Lines as wide as the terminal at most, or as 80 characters where there is none; what
+        programs made the answers is told in files alone.
+    """
+    head, *rows = _make_table(results)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for place, name in enumerate(head):
+        table.add_column(Text(name), justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console(file=StringIO(), highlight=False)
+    with console.capture() as written:
+        console.print(Text(f"Evaluation of {results.model}", style="bold"))
+        console.print(table)
+        lines = (line for line in _describe(results) if " version: " not in line)
+        console.print(Text("\n".join(lines)))
+    return "\n".join(line.rstrip() for line in written.get().splitlines())
 
 
 def write_markdown(results: Results, num_worst: int) -> str:

@@ -153,7 +153,7 @@ def load_model(
             table = embeddings.map_per_layer_embeddings(
                 model, partial(_find_file, source, revision), dtype
             )
-        announce(f"{name}: {table.num_bytes / 1e9:.2f} GB of per-layer embeddings stay on disk")
+        announce(f"{name}: {table.num_bytes / 2**30:.2f} GiB of per-layer embeddings stay on disk")
     model.eval().requires_grad_(requires_grad=False)
     announce(
         f"{name}: {', '.join(modalities)} on {device} ({device_reason}), "

@@ -33,7 +33,7 @@ from gemma_tuner.training.choice import Level, Wanted, choose
 from gemma_tuner.training.footprint import Footprint, HollowStep
 from gemma_tuner.training.imagined import imagine_example
 from gemma_tuner.training.notebooks import write_plan
-from gemma_tuner.training.plan_text import GB, describe_misfit, explain, list_parts
+from gemma_tuner.training.plan_text import GIB, describe_misfit, explain, list_parts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -145,7 +145,7 @@ def plan(
         name_or_path: A folder, or a model's name on the Hugging Face Hub; of it the configuration
             and, for media, the processor are read.
         memory_gib: What the device may hold, in GiB: on a Mac about two thirds of its memory, up
-            to 32 GB of it, and three quarters beyond. None asks the device.
+            to 32 GiB of it, and three quarters beyond. None asks the device.
         modalities: What the data holds; each row has one picture, one clip, or both.
         max_tokens: The longest row, media included.
         batch_size: Rows of the largest micro-batch.
@@ -289,8 +289,8 @@ def make_plan(
         margin_bytes=margin,
         footprint=choice.footprint,
         reasons={
-            "budget": f"{budget_bytes / GB:.2f} GB {source}, {margin / GB:.2f} GB of it left to "
-            "the allocator",
+            "budget": f"{budget_bytes / GIB:.2f} GiB {source}, {margin / GIB:.2f} GiB of it left "
+            "to the allocator",
             **explain(choice, wanted, placement, num_layers),
         },
     )

@@ -22,7 +22,7 @@ from gemma_tuner.training.plan import (
     margin_bytes,
     read_budget,
 )
-from gemma_tuner.training.plan_text import GB
+from gemma_tuner.training.plan_text import GIB
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -80,7 +80,7 @@ def plan_without_trial(
         most = _bound_bytes(gemma, rows, wanted)
         if most > budget_bytes - margin:
             return None
-        why = f"nothing: even {most / GB:.2f} GB, which no step needs, would fit"
+        why = f"nothing: even {most / GIB:.2f} GiB, which no step needs, would fit"
     else:
         why = "all layers, as asked" if wanted.checkpointing else "nothing, as asked"
     layers = num_layers if wanted.checkpointing else 0
@@ -98,7 +98,7 @@ def plan_without_trial(
         budget_bytes=budget_bytes,
         margin_bytes=margin,
         footprint=None,
-        reasons={"budget": f"{budget_bytes / GB:.2f} GB {source}", "computed twice": why},
+        reasons={"budget": f"{budget_bytes / GIB:.2f} GiB {source}", "computed twice": why},
     )
 
 

@@ -9,7 +9,7 @@ from gemma_tuner.models.embeddings import Placement
 from gemma_tuner.training.choice import Choice, Wanted, widen
 from gemma_tuner.training.footprint import Footprint, HollowStep
 
-GB = 1e9
+GIB = 2**30
 
 
 def list_parts(footprint: Footprint, *, margin_bytes: int, budget_bytes: int) -> Iterator[str]:
@@ -25,11 +25,11 @@ def list_parts(footprint: Footprint, *, margin_bytes: int, budget_bytes: int) ->
     """
     for kind, parts in (("stays", footprint.resident), ("at the peak", footprint.step)):
         for name, held in sorted(parts.items(), key=lambda part: -part[1]):
-            if held >= 0.0005 * GB:
-                yield f"{name:<32}{held / GB:>8.3f} GB  {kind}"
-    yield f"{'predicted peak':<32}{footprint.peak_bytes / GB:>8.3f} GB"
-    yield f"{'left to the allocator':<32}{margin_bytes / GB:>8.3f} GB"
-    yield f"{'budget':<32}{budget_bytes / GB:>8.3f} GB"
+            if held >= 0.0005 * GIB:
+                yield f"{name:<32}{held / GIB:>8.3f} GiB  {kind}"
+    yield f"{'predicted peak':<32}{footprint.peak_bytes / GIB:>8.3f} GiB"
+    yield f"{'left to the allocator':<32}{margin_bytes / GIB:>8.3f} GiB"
+    yield f"{'budget':<32}{budget_bytes / GIB:>8.3f} GiB"
 
 
 def explain(
@@ -68,7 +68,7 @@ def explain(
         " as asked" if wanted.loss_chunk_tokens else ": fewer would read the head more often"
     )
     reasons["attention"] = (
-        "within the band of sliding layers, all queries of full layers at once"
+        "within the band of sliding layers, scores of full layers computed once"
         if choice.query_chunk_tokens is None
         else f"{choice.query_chunk_tokens} queries at a time, computed twice, as more do not fit"
     )
@@ -106,8 +106,8 @@ def describe_misfit(
     tokens, share = wanted.max_tokens, wanted.target_share
     needed = hold(tokens, share)
     text = (
-        f"{name} does not fit: one row of {tokens} tokens needs {needed / GB:.2f} GB, and "
-        f"{usable / GB:.2f} GB may be used"
+        f"{name} does not fit: one row of {tokens} tokens needs {needed / GIB:.2f} GiB, and "
+        f"{usable / GIB:.2f} GiB may be used"
     )
     near = []
     shorter = (tokens // 2, tokens // 4, tokens // 8)
@@ -124,6 +124,6 @@ def describe_misfit(
     resident = step.resident_bytes
     return (
         f"{text}, nor does a shorter row or fewer adapters: weights, adapters and their moments "
-        f"alone hold {resident / GB:.2f} GB. What would help: a smaller model, or a budget of "
-        f"{needed / GB:.1f} GB beside the allocator's share"
+        f"alone hold {resident / GIB:.2f} GiB. What would help: a smaller model, or a budget of "
+        f"{needed / GIB:.1f} GiB beside the allocator's share"
     )

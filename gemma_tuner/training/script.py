@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from gemma_tuner.errors import ConfigError, GemmaTunerError
 from gemma_tuner.records import Example
-from gemma_tuner.settings import Setting, read_settings, save_settings
+from gemma_tuner.settings import RECIPE, Setting, pin_paths, read_settings, save_settings
 from gemma_tuner.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -99,7 +99,9 @@ def _read_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
     """Read a settings file as a command line, so that it is checked as one."""
     known = vars(parser.parse_args([])).keys() - _NOT_SETTINGS
     flags = []
-    for name, value in read_settings(path, known).items():
+    for name, value in read_settings(path, known | {RECIPE}).items():
+        if name == RECIPE:
+            continue
         if isinstance(value, bool | list):
             raise ConfigError(
                 f"the setting {name!r} in {Path(path).name!r} is {value!r}; it takes one number "
@@ -210,6 +212,7 @@ def fit(
     settings: dict[str, Setting] = {
         name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS
     }
+    settings = pin_paths(settings) | {RECIPE: str(Path(script).absolute())}
     # A run that is there already may refuse these settings, and keeps its own until it has not.
     if latest_checkpoint(args.out) is None:
         save_settings(args.out, settings)

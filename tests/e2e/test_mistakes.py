@@ -16,7 +16,7 @@ from gemma_tuner.cli.main import app
 from gemma_tuner.testing import tiny_model
 from tests.unit.models.test_loading_hub import hub, server  # noqa: F401 - fixtures
 
-TRAIN = ("train", "--cache-dir", "cache", "--iters", "1", "--held-out", "0", "--data")
+TRAIN = ("train", "--cache-dir", "cache", "--max-steps", "1", "--held-out", "0", "--data")
 GOOD = (*TRAIN, "good.jsonl")
 
 
@@ -53,7 +53,7 @@ QUICK = [
     ),
     Mistake(
         "unknown kind of tuning",
-        ("train", "--fine-tune-type", "qlora"),
+        ("train", "--variant", "qlora"),
         "'qlora' is not one of",
         "'dora'",
         status=2,
@@ -122,6 +122,12 @@ QUICK = [
         "the columns are 'prompt', 'response': give one of them",
     ),
     Mistake(
+        "a modality that the data has not",
+        (*GOOD, "--modality", "image"),
+        "modality is 'image', and the data is read without image: as prompt = 'prompt'",
+        r"name the column with image=.*--image, --modality",
+    ),
+    Mistake(
         "a missing picture",
         (*TRAIN, "missing.jsonl", "--modality", "image"),
         "example 'missing.jsonl:1': image 'gone.png' does not exist",
@@ -149,7 +155,7 @@ QUICK = [
         "steps and epochs",
         (*GOOD, "--epochs", "2"),
         "a run needs an end",
-        r"give either.*--iters, --epochs",
+        r"give either.*--max-steps, --epochs",
     ),
     Mistake(
         "a folder that holds a run",
@@ -221,19 +227,19 @@ SLOW = [
     ),
     Mistake(
         "more layers than there are",
-        (*GOOD, "--num-layers", "99"),
+        (*GOOD, "--layers", "99"),
         "the model has 8 layers",
         "give at most so many",
     ),
     Mistake(
         "rows that are too long",
-        (*GOOD, "--max-seq-length", "16"),
+        (*GOOD, "--max-tokens", "16"),
         "16 more than max_tokens=16",
-        r"raise max_tokens.*--max-seq-length, --too-long",
+        r"raise max_tokens.*--max-tokens, --too-long",
     ),
     Mistake(
         "too little memory",
-        ("plan", "--memory-gib", "0.001", "--device", "cpu", "--max-seq-length", "64"),
+        ("plan", "--memory-gib", "0.001", "--device", "cpu", "--max-tokens", "64"),
         "tiny does not fit",
         "What would help: a smaller model",
     ),

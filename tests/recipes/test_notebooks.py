@@ -166,6 +166,6 @@ def test_the_notebook_of_memory(tmp_path):
     html, said = join_html(notebook), join_text(notebook)
     assert "the first 15 of 35 layers" in html
     assert count_plots(notebook) == 1
-    ample, tight = re.search(r"at most (\d+) MB against (\d+) MB", said).groups()
+    ample, tight = re.search(r"at most (\d+) MiB against (\d+) MiB", said).groups()
     assert int(tight) < 0.8 * int(ample)
     assert "What would " in said  # the error's remedy

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -22,7 +23,7 @@ TRAINING = (*SCORED, "stream_bigquery", "text_chat")
 ALL_FLAGS = {
     "answer_tokens", "answers", "batch_size", "cache_dir", "data", "gradient_accumulation",
     "held_out", "image_tokens", "language", "learning_rate", "long_audio", "max_tokens", "model",
-    "out", "steps", "table",
+    "out", "recipe", "steps", "table",
 }  # fmt: skip
 
 
@@ -86,10 +87,12 @@ def test_a_recipe_trains_and_its_adapter_opens_in_stock_peft(name, tmp_path, cap
     said = capsys.readouterr().out
     assert "held-out loss: " in said
     if name in SCORED:  # loss and scores of both systems, and what is right without a look
-        assert "| adapter | base |" in said
-        assert "| exact\\_match " in said
+        assert re.search(r"\n +adapter +base +difference +95 % interval\n", said)
+        assert "\n exact_match (higher " in said
         assert "is right in " in said
-    assert read_settings(tmp_path / "settings.yaml", ALL_FLAGS)["steps"] == 1
+    saved = read_settings(tmp_path / "settings.yaml", ALL_FLAGS)
+    assert saved["steps"] == 1
+    assert saved["recipe"] == str(RECIPES / f"{name}.py")
     reloaded = PeftModel.from_pretrained(tiny_model("gemma4-e2b")[0], tmp_path / "adapter").eval()
     batch = trainer.collator([trainer.stream[0]])
     trainer.model.eval()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.settings import read_settings, save_settings
+from gemma_tuner.settings import is_of_recipe, pin_paths, read_settings, save_settings
 
 KNOWN = ("data", "learning_rate", "max_tokens", "resume")
 
@@ -53,3 +53,29 @@ def test_missing_and_unwritable(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         save_settings(tmp_path / "file", {})
+
+
+def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "gemma").mkdir()
+    here = str(tmp_path)
+    data = ["rows.jsonl", "parts/*.jsonl", "gs://b/*.jsonl", "owner/name", f"{here}/rows.jsonl"]
+    pinned = pin_paths({"data": data, "model": "gemma", "out": "runs/x", "system": "rows.jsonl"})
+    assert pinned == {
+        "data": [f"{here}/rows.jsonl", f"{here}/parts/*.jsonl", *data[2:]],
+        "model": f"{here}/gemma",
+        "out": f"{here}/runs/x",
+        "system": "rows.jsonl",
+    }
+    assert pin_paths(pinned) == pinned
+    assert pin_paths({"model": "tiny", "data": None}) == {"model": "tiny", "data": None}
+
+
+def test_a_recipe_is_named_to_who_cannot_take_its_settings(tmp_path):
+    path = save_settings(tmp_path, {"steps": 3, "recipe": "/r/chat.py"})
+    assert is_of_recipe(path)
+    assert read_settings(path, ("steps", "recipe"))["steps"] == 3
+    with pytest.raises(ConfigError, match=f"start that with: python /r/chat.py --config {path}"):
+        read_settings(path, ("max_steps",))

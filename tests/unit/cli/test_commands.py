@@ -2,6 +2,7 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import typer
@@ -10,7 +11,14 @@ from typer.testing import CliRunner
 from gemma_tuner.cli.commands import command, errors_explained
 from gemma_tuner.cli.defaults import Config, Run, from_run, list_settings
 from gemma_tuner.cli.main import app
-from gemma_tuner.cli.settings import DataSettings, ModelSettings, RowSettings, RunSettings
+from gemma_tuner.cli.settings import (
+    ALIASES,
+    DataSettings,
+    ModelSettings,
+    RowSettings,
+    RunSettings,
+    normalize_flag,
+)
 from gemma_tuner.errors import ConfigError
 
 # --- errors -----------------------------------------------------------------------------------
@@ -58,15 +66,15 @@ def test_a_reader_that_left_is_no_error():
 @pytest.mark.parametrize(
     ("message", "options", "flags"),
     [
-        ("raise max_tokens, or set too_long='cut'", {"max_seq_length", "too_long"}, None),
-        ("give either max_steps=1 or epochs=2", {"iters", "epochs"}, "--iters, --epochs"),
+        ("raise max_tokens, or set too_long='cut'", {"max_tokens", "too_long"}, None),
+        ("give either max_steps=1 or epochs=2", {"max_steps", "epochs"}, "--max-steps, --epochs"),
         ("use ImageCollator", {"modality"}, "--modality"),
-        ("the model has 8 layers; its text is long", {"num_layers", "text"}, ""),
+        ("the model has 8 layers; its text is long", {"layers", "text"}, ""),
         ("raise max_tokens", {"out"}, ""),
     ],
 )
 def test_errors_name_the_flags_of_the_command_that_failed(message, options, flags, capsys):
-    flags = "--max-seq-length, --too-long" if flags is None else flags
+    flags = "--max-tokens, --too-long" if flags is None else flags
     with pytest.raises(SystemExit), errors_explained(debug=False, options=options):
         raise ConfigError(message)
     ending = f" [as flags: {flags}]" if flags else ""
@@ -78,18 +86,18 @@ def test_errors_name_the_flags_of_the_command_that_failed(message, options, flag
 
 def make_app():
     """An app whose command says what it was given."""
-    probe = typer.Typer()
+    probe = typer.Typer(context_settings={"token_normalize_func": normalize_flag})
 
     @probe.command()
     @command
     def show(context: typer.Context, data: DataSettings, run: RunSettings, config: Config = None):
-        typer.echo(json.dumps([data.data, run.iters, run.learning_rate, run.resume]))
+        typer.echo(json.dumps([data.data, run.max_steps, run.learning_rate, run.resume]))
         typer.echo(json.dumps(list_settings(context)))
 
     @probe.command()
     @command
     def look(model: ModelSettings, rows: RowSettings, run: Run = None, batch_size: int = 8):
-        typer.echo(json.dumps([model.model, rows.max_seq_length, batch_size]))
+        typer.echo(json.dumps([model.model, rows.max_tokens, batch_size]))
 
     return probe
 
@@ -111,11 +119,13 @@ def write(tmp_path):
     ("text", "flags", "given"),
     [
         ("", [], None),
-        ("iters: 5\nlearning-rate: 1e-3\n", [], [None, 5, 1e-3, False]),
+        ("max_steps: 5\nlearning-rate: 1e-3\n", [], [None, 5, 1e-3, False]),
         ("iters: 5\ndata: a.jsonl\n", ["--iters", 7], [["a.jsonl"], 7, None, False]),
         ("steps: 5\ndata: [a.jsonl, b.jsonl]", [], [["a.jsonl", "b.jsonl"], 5, None, False]),
         ('{"iters": 5, "learning_rate": "2e-4"}', ["--data", "c"], [["c"], 5, 2e-4, False]),
         ("iters:\nlearning_rate: 1.0e-5", [], [None, None, 1e-5, False]),
+        ("gradient-checkpointing: true", ["--lr", 3e-4], [None, None, 3e-4, False]),
+        ("grad_checkpoint: true", ["--no-gradient-checkpointing"], [None, None, None, False]),
     ],
 )
 def test_a_settings_file_gives_what_no_flag_gives(write, text, flags, given):
@@ -124,13 +134,22 @@ def test_a_settings_file_gives_what_no_flag_gives(write, text, flags, given):
     assert json.loads(done.stdout.splitlines()[0]) == (given or [None, None, None, False])
 
 
+def test_every_alias_is_of_an_option_and_is_none_itself():
+    train = typer.main.get_command(app).commands["train"]
+    flags = {
+        flag[2:] for option in train.params for flag in (*option.opts, *option.secondary_opts)
+    }
+    assert set(ALIASES.values()) <= flags
+    assert not ALIASES.keys() & flags
+
+
 def test_settings_that_are_saved_are_those_that_were_used(write, tmp_path):
     file = write("steps: 5\nseed: 3\nadapter_path: runs/x\n")
     done = invoke("show", "--config", file, "--seed", 4, "--resume")
     saved = json.loads(done.stdout.splitlines()[1])
-    assert saved["iters"] == 5
+    assert saved["max_steps"] == 5
     assert saved["seed"] == 4
-    assert saved["out"] == "runs/x"
+    assert saved["out"] == str(Path("runs/x").absolute())
     assert not saved.keys() & {"config", "resume", "debug", "data"}
     again = write("".join(f"{k}: {json.dumps(v)}\n" for k, v in saved.items()), "again.yaml")
     assert json.loads(invoke("show", "--config", again).stdout.splitlines()[1]) == saved
@@ -141,7 +160,7 @@ def test_settings_that_are_saved_are_those_that_were_used(write, tmp_path):
     [
         ("iters: many", "the setting 'iters' in 'settings.yaml' is 'many': "),
         ("schedule: slow", "'slow' is not one of 'constant', 'cosine', 'linear'"),
-        ("iters: 1\nsteps: 2", "has 'iters' under two names"),
+        ("iters: 1\nsteps: 2", "has 'max_steps' under two names"),
         ("learning_rat: 1", "did you mean 'learning_rate'?"),
         ("config: x", "unknown setting 'config'"),
         ("debug: true", "unknown setting 'debug'"),

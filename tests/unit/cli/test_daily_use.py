@@ -1,6 +1,7 @@
 """A run from the first command to the last, on the tiny model and the bundled samples."""
 
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -42,9 +43,10 @@ def folder(tmp_path_factory):
 def run(folder):
     """A finished run, with dropout, so that everything random matters."""
     out = folder / "runs/first"
-    flags = ["--iters", STEPS, "--steps-per-report", 1, "--dropout", 0.1, "--seed", 7, "--rank", 4]
-    flags += ["--batch-size", 2, "--gradient-accumulation", 1, "--max-seq-length", 128]
-    flags += ["--steps-per-sample", 2]
+    flags = ["--max-steps", STEPS, "--log-every-steps", 1, "--dropout", 0.1, "--seed", 7]
+    flags += ["--rank", 4]
+    flags += ["--batch-size", 2, "--gradient-accumulation", 1, "--max-tokens", 128]
+    flags += ["--sample-every-steps", 2]
     done = invoke("train", *flags, "--out", out, "--cache-dir", folder / "cache")
     assert done.exit_code == 0, done.stderr
     assert "NO REAL MODEL" in done.stderr
@@ -52,7 +54,7 @@ def run(folder):
     return out
 
 
-def test_saved_settings_start_the_same_run_again_to_the_bit(folder, run):
+def test_saved_settings_start_the_same_run_again_to_the_bit(folder, run, monkeypatch):
     again = folder / "runs/again"
     done = invoke("train", "--config", run / "settings.yaml", "--out", again)
     assert done.exit_code == 0, done.stderr
@@ -63,7 +65,8 @@ def test_saved_settings_start_the_same_run_again_to_the_bit(folder, run):
     names = ("adapter/adapter_model.safetensors", "checkpoints/step-00000003/trainer_state.json")
     for name in names:
         assert (again / name).read_bytes() == (run / name).read_bytes()
-    compared = invoke("runs", "compare", run, again)
+    monkeypatch.chdir(folder)
+    compared = invoke("runs", "compare", run.relative_to(folder), "runs/again")
     assert "first" in compared.stdout
     assert "their settings are the same" in compared.stdout
 
@@ -73,7 +76,7 @@ def test_a_run_is_not_continued_with_settings_that_it_did_not_have(folder, run):
     assert done.exit_code == 1
     told = " ".join(done.stderr.split())
     assert "has other settings" in told
-    assert "iters" in told
+    assert "max_steps" in told
     assert f"gemma-tuner train --config {run / 'settings.yaml'} --resume" in told
     done = invoke("train", "--out", folder / "runs/misspelt", "--resume")
     assert done.exit_code == 1
@@ -81,11 +84,35 @@ def test_a_run_is_not_continued_with_settings_that_it_did_not_have(folder, run):
     assert not (folder / "runs/misspelt").exists()
 
 
-def test_the_settings_of_a_recipe_are_told_from_those_of_the_command(tmp_path):
-    (tmp_path / "settings.yaml").write_text("steps: 3\nmax_tokens: 64\n")
+def test_the_settings_of_a_recipe_start_with_that_recipe_alone(tmp_path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("recipe: /my recipes/text_chat.py\nsteps: 3\nanswers: 64\n")
+    done = invoke("train", "--config", file)
+    assert done.exit_code == 1
+    assert f"start that with: python '/my recipes/text_chat.py' --config {file}" in done.stderr
     done = invoke("evaluate", tmp_path)
     assert done.exit_code == 1
-    assert "If a recipe trained" in " ".join(done.stderr.split())
+    assert "does not say what it was trained on" in " ".join(done.stderr.split())
+
+
+def test_a_run_goes_on_from_another_folder_and_tells_no_path(tmp_path, monkeypatch):
+    there, here = tmp_path / "there", tmp_path / "here"
+    for folder in (there, here):
+        folder.mkdir()
+    rows = [{"prompt": f"{i}?", "response": f"{i}"} for i in range(6)]
+    (there / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.chdir(there)
+    flags = ["--data", "rows.jsonl", "--held-out", 0, "--out", "mine", "--cache-dir", "cache"]
+    done = invoke("train", *flags, "--max-steps", 1, "--save-every", 1)
+    assert done.exit_code == 0, done.stderr
+    monkeypatch.chdir(here)
+    done = invoke("train", "--config", "../there/mine/settings.yaml", "--iters", 2, "--resume")
+    assert done.exit_code == 0, done.stderr
+    assert [step for kind, step, *_ in read_losses(there / "mine") if kind == "step"] == [1, 2]
+    assert list(here.iterdir()) == []
+    kept = [path for path in (there / "mine").rglob("*") if path.is_file()]
+    told = [path.name for path in kept if str(tmp_path).encode() in path.read_bytes()]
+    assert told == ["settings.yaml"]
 
 
 def test_a_run_of_a_script_is_not_measured_on_other_data(run, tmp_path):
@@ -203,8 +230,10 @@ def test_evaluate_plan_and_every_export(folder, run):
         *("--output", folder / "report"),
     )
     assert done.exit_code == 0, done.stderr
-    assert "| cer (lower is better) |" in done.stdout
-    assert "rows of the stream: 48" in done.stdout
+    assert "Evaluation of a Gemma 4 made in memory\n" in done.stdout
+    assert re.search(r"cer \(lower is better\) +\d\.\d{4} +\d\.\d{4} +[+-]\d\.\d{4} ", done.stdout)
+    assert "\nrows of the stream: 48\n" in done.stdout
+    assert "Writing model shards" not in done.stderr
     assert (folder / "report/report.md").is_file()
     planned = invoke("plan", "--memory-gib", 1, "--device", "cpu", "--modality", "image")
     assert "predicted peak" in planned.stdout
@@ -234,10 +263,14 @@ def test_evaluate_plan_and_every_export(folder, run):
     ],
 )
 def test_what_was_trained_has_the_same_loss_when_it_is_loaded(folder, tmp_path, kind, modality):
-    flags = ["--iters", 1, "--fine-tune-type", kind, "--modality", modality]
+    flags = ["--max-steps", 1, "--variant", kind, "--modality", modality]
     done = invoke("train", *flags, "--out", tmp_path, "--cache-dir", folder / "cache")
     assert done.exit_code == 0, done.stderr
     logged = [loss for kind, _, loss, _ in read_losses(tmp_path) if kind == "eval"]
     assert logged[0] != logged[-1]
     done = invoke("evaluate", tmp_path / "adapter", "--max-new-tokens", 1, "--no-compare-base")
-    assert f"| {logged[-1]:.4f} |" in done.stdout, done.stdout
+    told = re.search(r"held-out loss.* (\d+\.\d{4})\n", done.stdout)
+    # It is summed in batches of another size.
+    assert told is not None, done.stdout
+    assert float(told[1]) == pytest.approx(logged[-1], abs=1e-4)
+    assert abs(logged[0] - logged[-1]) > 1e-2

@@ -103,9 +103,9 @@ def test_one_table_at_a_time(tmp_path):
     ("given", "modality", "made"),
     [
         ({}, "text", {"layers": None, "variant": "lora", "targets": ["language"]}),
-        ({"num_layers": 4}, "image", {"layers": 4, "targets": ["language", "vision"]}),
-        ({"fine_tune_type": "dora"}, "multimodal", {"variant": "dora"}),
-        ({"fine_tune_type": "full"}, "text", {"variant": "full"}),
+        ({"layers": 4}, "image", {"layers": 4, "targets": ["language", "vision"]}),
+        ({"variant": "dora"}, "multimodal", {"variant": "dora"}),
+        ({"variant": "full"}, "text", {"variant": "full"}),
         ({"targets": ["projectors"]}, "audio", {"targets": ["projectors"]}),
         ({"rank": 4, "alpha": 8.0, "dropout": 0.5}, "text", {"rank": 4, "alpha": 8.0}),
     ],
@@ -127,7 +127,7 @@ def test_what_is_trained(given, modality, made):
 )
 def test_how_rows_are_made(modality, kind):
     rows = RowSettings(
-        max_seq_length=99, mask_prompt=False, too_long="cut", image_tokens=70, max_seconds=5.0
+        max_tokens=99, mask_prompt=False, too_long="cut", image_tokens=70, max_seconds=5.0
     )
     processor = tiny_processor("gemma4-e2b")
     collator = make_collator(ModelSettings(modality=modality), rows, processor)

@@ -237,5 +237,5 @@ def test_a_table_that_does_not_fit_is_skipped_with_the_reason(monkeypatch):
     assert check.result == "skipped"
     assert (
         check.reason
-        == "the table takes 4.7 GB and 2.1 GB must stay free, but 5.0 GB are available"
+        == "the table takes 4.4 GiB and 2.0 GiB must stay free, but 4.7 GiB are available"
     )
