@@ -41,7 +41,7 @@ class LoraLinear(lora.Linear):
             and self.lora_B[name].bias is None
             and not base.weight.requires_grad
             and x.dtype == base.weight.dtype
-            and not torch.is_autocast_enabled(x.device.type)
+            and not _is_autocast(x.device)
         )
         if not is_known:
             return super().forward(x, *args, **kwargs)
@@ -54,6 +54,11 @@ class LoraLinear(lora.Linear):
         )
         # Out here, as what is added in place to a function's own view is an error of autograd.
         return output.unflatten(0, x.shape[:-1])
+
+
+def _is_autocast(device: torch.device) -> bool:
+    kind = device.type  # which may be one that knows no autocast, as torch's meta device
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 class RoundedLinear(nn.Linear):

@@ -4,6 +4,7 @@ import errno
 import os
 import resource
 import subprocess
+from contextlib import contextmanager
 
 import pytest
 
@@ -41,12 +42,15 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(disk)], check=True)
 
 
-@pytest.fixture
-def limit_files():
-    """No file of this process may grow beyond so many bytes."""
+@contextmanager
+def files_limited_to(num_bytes):
+    """No file of this process may grow beyond so many bytes; pytest's own output neither."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda num_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture
@@ -132,7 +136,7 @@ def test_a_full_disk_changes_nothing(small_disk, kind):
     assert read(path) == "old" * 200_000
 
 
-def test_a_file_that_is_cut_changes_nothing(tmp_path, limit_files):
+def test_a_file_that_is_cut_changes_nothing(tmp_path):
     path = tmp_path / "it"
     path.write_text("old")
 
@@ -140,8 +144,7 @@ def test_a_file_that_is_cut_changes_nothing(tmp_path, limit_files):
         with replaced(path) as temporary:
             temporary.write_text("new" * 1000)
 
-    limit_files(1000)
-    with pytest.raises(OSError, match="File too large"):
+    with files_limited_to(1000), pytest.raises(OSError, match="File too large"):
         write_too_much()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
