@@ -477,7 +477,12 @@ def test_an_interrupt_while_a_model_answers(models, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(adapters, "load_adapter", interrupt)
-    done = invoke("generate", "-p", "Hello", "--adapter", "run")
+    # which it is not in the background of a shell without job control
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        done = invoke("generate", "-p", "Hello", "--adapter", "run")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert done.exit_code == 130
     assert done.stderr.splitlines()[-1] == "interrupted"
 
