@@ -181,10 +181,11 @@ def check_files(folder: Path, *, has_rows: bool = True, has_objects: bool = Fals
     places = Counter()
     for path in sorted((folder / "cache").rglob("*")):
         try:
-            mode = stat.S_IMODE(path.stat().st_mode)
-            content = path.read_bytes() if path.is_file() else None
+            found = path.stat().st_mode
+            content = path.read_bytes() if stat.S_ISREG(found) else None
         except FileNotFoundError:  # it was listed half-written, and has been renamed since
             continue
+        mode = stat.S_IMODE(found)
         assert mode == (0o700 if content is None else 0o600), f"{path}: {mode:o}"
         if content is None:
             continue
