@@ -258,12 +258,17 @@ def open_base(model: str | None) -> Iterator[str | None]:
     from gemma_tuner.testing.tiny import tiny_model
 
     _announce_tiny()
+    had_bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # over a megabyte, and beside bars of ours
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / TINY
-        for part in tiny_model(_FAMILY):
-            part.save_pretrained(path)
-        yield str(path)
+    try:
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / TINY
+            for part in tiny_model(_FAMILY):
+                part.save_pretrained(path)
+            yield str(path)
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
 
 
 def make_collator(settings: ModelSettings, rows: RowSettings, processor: Any) -> TextCollator:

@@ -77,7 +77,7 @@ def attend(
     two_ways = getattr(module.config, "use_bidirectional_attention", None) is not None
     looks_back = attention_mask.is_whole and module.is_causal and not (two_ways and has_pictures)
     chunk: int | None = getattr(module, "query_chunk_tokens", None)
-    part = chunk or _PART_TOKENS if looks_back else chunk or length
+    part = chunk or (_PART_TOKENS if looks_back else length)
     if looks_back and sliding_window is not None:
         block, width = choose_blocks(sliding_window)
         if -(-length // block) * block * width < _count_scores(length, part):

@@ -2,9 +2,7 @@
 
 import errno
 import os
-import resource
 import subprocess
-from contextlib import contextmanager
 
 import pytest
 
@@ -16,6 +14,7 @@ from gemma_tuner.disk import (
     sync_all,
     temporary_sibling,
 )
+from tests.limits import files_limited_to
 
 
 def write(path, text, kind):
@@ -40,17 +39,6 @@ def small_disk(tmp_path):
         pytest.skip("a full file system needs root and mount: NOT TESTED HERE")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
-
-
-@contextmanager
-def files_limited_to(num_bytes):
-    """No file of this process may grow beyond so many bytes; pytest's own output neither."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture

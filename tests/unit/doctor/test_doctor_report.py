@@ -3,7 +3,6 @@
 import getpass
 import json
 import platform
-import resource
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from gemma_tuner.doctor.memory import judge_refusal
 from gemma_tuner.doctor.parts import Part
 from gemma_tuner.doctor.report import SCHEMA, render_report
 from gemma_tuner.errors import ConfigError
+from tests.limits import files_limited_to
 
 CPU = torch.device("cpu")
 QUICK = [k for k in examination.KERNELS if "262,144" not in k.name]
@@ -156,13 +156,8 @@ def test_a_full_disk_leaves_the_report_that_was_there(examined, tmp_path):
     report, _, _ = examined
     path = tmp_path / "report.json"
     path.write_text("old")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    try:
-        with pytest.raises(ConfigError, match="File too large"):
-            report.write(path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with files_limited_to(1000), pytest.raises(ConfigError, match="File too large"):
+        report.write(path)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

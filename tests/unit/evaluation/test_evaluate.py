@@ -2,7 +2,6 @@
 
 import io
 import json
-import resource
 
 import numpy as np
 import pytest
@@ -25,6 +24,7 @@ from gemma_tuner.testing import tiny_model
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.modes import begin_training
 from gemma_tuner.training.trainer import Trainer
+from tests.limits import files_limited_to
 
 NASTY = "a|b *c* <script>alert(1)</script> [x](y)\n| `z` |"
 
@@ -227,13 +227,11 @@ def test_a_folder_that_cannot_take_a_report(setup, folder, tmp_path):
     output = tmp_path / "report"
     run(setup, stream, output=output)
     before = (output / "report.json").read_text()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # what a full disk is like
-    try:
-        with pytest.raises(CheckpointError, match="what was there is untouched") as raised:
-            run(setup, stream, output=output)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        files_limited_to(1000),
+        pytest.raises(CheckpointError, match="what was there is untouched") as raised,
+    ):
+        run(setup, stream, output=output)
     assert str(tmp_path) not in str(raised.value)
     assert (output / "report.json").read_text() == before
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -369,13 +367,11 @@ def test_answers_at_intervals_of_training(setup, folder, tmp_path):
 
     many = '{"step": 1}\n' * 10_000
     path.write_text(many)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))  # what a full disk is like
-    try:
-        with pytest.raises(CheckpointError, match=r"written \(File too large\); free disk space"):
-            again.begin(tmp_path / "run", 1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        files_limited_to(50_000),
+        pytest.raises(CheckpointError, match=r"written \(File too large\); free disk space"),
+    ):
+        again.begin(tmp_path / "run", 1)
     assert path.read_text() == many
     assert {each.name for each in path.parent.iterdir()} == {"samples", "samples.jsonl"}
     again.begin(tmp_path / "run", 0)

@@ -2,7 +2,6 @@
 
 import json
 import re
-import resource
 import shutil
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from gemma_tuner.export.gguf_names import check_runs
 from gemma_tuner.export.merged import complete_config, export_merged
 from gemma_tuner.training.adapter_files import save_adapter
 from tests.export_parts import add_trained_lora, save_base
+from tests.limits import files_limited_to
 
 DATA = Path(__file__).resolve().parents[4] / "shared" / "data"
 # Within a layer, and beside the layers: what llama.cpp's loader asks for.
@@ -376,14 +376,10 @@ def test_an_existing_file_is_left_alone(e2b, tmp_path):
 
 
 def test_a_full_disk_leaves_nothing(e2b, tmp_path, monkeypatch):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, limits[1]))
-    try:
+    with files_limited_to(10**5):
         for export in (export_gguf, export_gguf_adapter):
             with pytest.raises(CheckpointError, match=r"cannot write 'm\.gguf': File too large"):
                 export(e2b / "adapter", tmp_path / "m.gguf", base=e2b / "base")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(CheckpointError, match="MB are needed and 0 MB are free"):

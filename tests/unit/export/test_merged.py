@@ -1,7 +1,6 @@
 """A merged checkpoint has every tensor of its base and computes what the adapter does."""
 
 import json
-import resource
 import shutil
 
 import peft
@@ -24,6 +23,7 @@ from tests.export_parts import (
     save_base,
     text_inputs,
 )
+from tests.limits import files_limited_to
 from tests.stock import Float64Everywhere
 
 
@@ -262,13 +262,11 @@ def test_what_appears_while_it_is_written_is_left_alone(tmp_path):
 
 def test_a_disk_that_fills_up_leaves_nothing(e2b, tmp_path):
     folder, _ = e2b
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match="cannot write 'merged': File too large") as info:
-            export_merged(folder / "adapter", tmp_path / "merged", base=folder / "base")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with (
+        files_limited_to(10**6),
+        pytest.raises(CheckpointError, match="cannot write 'merged': File too large") as info,
+    ):
+        export_merged(folder / "adapter", tmp_path / "merged", base=folder / "base")
     assert str(tmp_path) not in str(info.value)
     assert files_beside(tmp_path) == []
 

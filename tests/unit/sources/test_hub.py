@@ -368,7 +368,6 @@ def test_the_libraries_are_quiet_and_left_as_they_were(tmp_path, capfd):
     capfd.readouterr()  # what writing printed
     datasets.logging.set_verbosity(logging.INFO)
     huggingface_hub.utils.logging.set_verbosity(logging.INFO)
-    huggingface_hub.utils.enable_progress_bars()  # which a command in this process has not left on
     try:
         rows = iter(HubSource(folder))
         next(rows)
