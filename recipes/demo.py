@@ -93,11 +93,8 @@ def main() -> None:
     torch.set_num_threads(1)  # so small a model gains nothing from more, and busy machines lose
     shutil.rmtree(out, ignore_errors=True)
 
-    logging.disable_progress_bar()  # of saving and loading what is so small
     base = out / "tiny-gemma-4-e2b"
-    model, processor = gt.testing.tiny_model("gemma4-e2b")
-    model.save_pretrained(base)
-    processor.save_pretrained(base)
+    gt.testing.save_tiny_model("gemma4-e2b", base)
 
     results = [run(name, base, out / name) for name in RECIPES]
     heads = "held-out loss       before    after  guessing   tokens/s"
@@ -120,4 +117,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable_progress_bar()  # of loading what is so small
     script.run_script(main)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import gemma_tuner as gt
 from gemma_tuner.export.merged import complete_config
-from gemma_tuner.testing import tiny_model
+from gemma_tuner.testing import save_tiny_model
 
 TARGETS = {
     "gemma4-e2b": ("language", "vision", "audio", "projectors"),
@@ -21,9 +21,7 @@ TARGETS = {
 
 def save_base(family, folder, *, seed=0):
     """A checkpoint as released: with the keys that transformers no longer writes."""
-    model, processor = tiny_model(family, seed=seed)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    model, processor = save_tiny_model(family, folder, seed=seed)
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(complete_config(config)))

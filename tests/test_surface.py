@@ -183,6 +183,12 @@ CONTRACT = {
     "ExampleStream.state_dict": {"self": REQUIRED},
     "ExampleStream.load_state_dict": {"self": REQUIRED, "state": REQUIRED},
     "testing.tiny_model": {"family": REQUIRED, "seed": 0},
+    "testing.save_tiny_model": {
+        "family": REQUIRED,
+        "folder": REQUIRED,
+        "seed": 0,
+        "max_shard_size": "10GB",
+    },
     "testing.sample_data": {"modality": REQUIRED},
 }
 

@@ -253,22 +253,13 @@ def open_base(model: str | None) -> Iterator[str | None]:
     if model != TINY:
         yield model
         return
-    from transformers.utils import logging
-
-    from gemma_tuner.testing.tiny import tiny_model
+    from gemma_tuner.testing.tiny import save_tiny_model
 
     _announce_tiny()
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # over a megabyte, and beside bars of ours
-    try:
-        with TemporaryDirectory() as folder:
-            path = Path(folder) / TINY
-            for part in tiny_model(_FAMILY):
-                part.save_pretrained(path)
-            yield str(path)
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / TINY
+        save_tiny_model(_FAMILY, path)
+        yield str(path)
 
 
 def make_collator(settings: ModelSettings, rows: RowSettings, processor: Any) -> TextCollator:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gemma_tuner.testing.pretend_device import pretend_mps as pretend_mps
     from gemma_tuner.testing.samples import sample_data as sample_data
     from gemma_tuner.testing.tiny import FAMILIES as FAMILIES
+    from gemma_tuner.testing.tiny import save_tiny_model as save_tiny_model
     from gemma_tuner.testing.tiny import tiny_model as tiny_model
 
 _HOME = {
@@ -37,6 +38,7 @@ _HOME = {
     "Truncate": "gcs_faults",
     "pretend_mps": "pretend_device",
     "sample_data": "samples",
+    "save_tiny_model": "tiny",
     "tiny_model": "tiny",
 }
 

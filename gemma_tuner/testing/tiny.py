@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers.utils import logging
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.attention import use_attention
@@ -121,6 +122,35 @@ def tiny_model(
     use_attention(model)
     use_lean_norms(model)
     return model.eval().requires_grad_(requires_grad=False), processor
+
+
+def save_tiny_model(
+    family: str, folder: str | Path, seed: int = 0, max_shard_size: str = "10GB"
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Write a tiny model and its processor as a checkpoint folder, without progress bars.
+
+    Args:
+        family: One of :data:`FAMILIES`.
+        folder: Where; ``load_model`` reads it from there.
+        seed: Decides every weight.
+        max_shard_size: Largest file of weights, as transformers takes it; ``"300KB"`` makes some.
+
+    Returns:
+        What :func:`tiny_model` returns.
+
+    Raises:
+        ConfigError: An unknown family.
+    """
+    model, processor = tiny_model(family, seed)
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # over a megabyte; huggingface_hub's go with them
+    try:
+        model.save_pretrained(folder, max_shard_size=max_shard_size)
+        processor.save_pretrained(folder)
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
+    return model, processor
 
 
 def _gemma4_config(family: str, processor: Any) -> PreTrainedConfig:

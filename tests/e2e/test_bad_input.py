@@ -20,7 +20,7 @@ import soundfile
 from safetensors.torch import load_file, save_file
 
 import gemma_tuner as gt
-from gemma_tuner.testing import sample_data, tiny_model
+from gemma_tuner.testing import sample_data, save_tiny_model, tiny_model
 
 ROWS = 6
 STEPS = 3  # of two examples each: one epoch
@@ -514,9 +514,7 @@ def test_roles_out_of_order_for_gemma_3n(tmp_path):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "my-gemma"
-    model, processor = tiny_model("gemma4-e2b")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_tiny_model("gemma4-e2b", folder)
     return folder
 
 

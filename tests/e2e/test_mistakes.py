@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gemma_tuner.cli.main import app
-from gemma_tuner.testing import tiny_model
+from gemma_tuner.testing import save_tiny_model
 from tests.unit.models.test_loading_hub import hub, server  # noqa: F401 - fixtures
 
 TRAIN = ("train", "--cache-dir", "cache", "--max-steps", "1", "--held-out", "0", "--data")
@@ -357,11 +357,6 @@ def write_files():
     Path("held/log.jsonl").write_text("")
 
 
-def save_model(name, family="gemma4-e2b", **options):
-    for part in tiny_model(family, **options):
-        part.save_pretrained(name)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistakes")
@@ -378,8 +373,8 @@ def models(files):
         patch.chdir(files)
         done = invoke(*GOOD, "--out", "run")
         assert done.exit_code == 0, done.stderr
-        save_model("other", seed=1)
-        save_model("3n", "gemma3n")
+        save_tiny_model("gemma4-e2b", "other", seed=1)
+        save_tiny_model("gemma3n", "3n")
         shutil.copytree("other", "cut")
         weights = Path("cut/model.safetensors")
         with weights.open("r+b") as file:

@@ -9,7 +9,7 @@ from gemma_tuner.evaluation.generation import generate, generate_stream
 from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.records import Audio
-from gemma_tuner.testing import FAMILIES, tiny_model
+from gemma_tuner.testing import FAMILIES, save_tiny_model, tiny_model
 from gemma_tuner.training.modes import begin_training
 from tests.examples import picture, sound
 from tests.stock import stock_parts
@@ -143,9 +143,7 @@ def test_between_two_steps_of_training_nothing_is_changed(checkpointed_layers):
 
 
 def test_a_saved_adapter_on_a_table_that_stays_on_disk_answers_the_same(tmp_path):
-    model, processor = tiny_model("gemma4-e2b")
-    model.save_pretrained(tmp_path / "base")
-    processor.save_pretrained(tmp_path / "base")
+    model, processor = save_tiny_model("gemma4-e2b", tmp_path / "base")
     model = add_lora(model, LoraConfig(rank=4))
     randomize_adapters(model)
     model.save_pretrained(tmp_path / "adapter")

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import gemma_tuner as gt
 from gemma_tuner.cli.main import app
-from gemma_tuner.testing import BigQueryServer, sample_data, tiny_model
+from gemma_tuner.testing import BigQueryServer, sample_data, save_tiny_model
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -69,10 +69,8 @@ def bigquery():
 def shelf(tmp_path_factory):
     """What the documents take as given: models, and files under the names that they use."""
     folder = tmp_path_factory.mktemp("docs")
-    model, processor = tiny_model("gemma4-e2b")
-    for name in ("model", "mlx-base"):
-        processor.save_pretrained(folder / name)
-    model.save_pretrained(folder / "model")
+    _, processor = save_tiny_model("gemma4-e2b", folder / "model")
+    processor.save_pretrained(folder / "mlx-base")
     write_as_mlx_lm(folder / "model", folder / "mlx-base")
     rows = read_samples("text")
     (folder / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

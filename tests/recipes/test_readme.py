@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from gemma_tuner.testing import BigQueryServer, sample_data, tiny_model
+from gemma_tuner.testing import BigQueryServer, sample_data, save_tiny_model
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -23,9 +23,7 @@ def read_samples(modality):
 def workplace(tmp_path_factory):
     """A folder with a model and with data under the names and columns that the README uses."""
     folder = tmp_path_factory.mktemp("readme")
-    model, processor = tiny_model("gemma4-e2b")
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    save_tiny_model("gemma4-e2b", folder / "model")
     rows = read_samples("text")
     (folder / "tickets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines = ["scan,question,json"]

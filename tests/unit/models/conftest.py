@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gemma_tuner.models.families import family_of_processor
-from gemma_tuner.testing import FAMILIES, tiny_model
+from gemma_tuner.testing import FAMILIES, save_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -19,8 +19,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for family in FAMILIES:
         folders[family] = tmp_path_factory.mktemp(family)
-        for part in tiny_model(family):
-            part.save_pretrained(folders[family])
+        save_tiny_model(family, folders[family])
     return folders
 
 

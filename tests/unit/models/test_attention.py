@@ -33,7 +33,7 @@ from gemma_tuner.models.families import family_of
 from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.masks import AttentionMask, make_mask
-from gemma_tuner.testing import FAMILIES, tiny_model
+from gemma_tuner.testing import FAMILIES, save_tiny_model, tiny_model
 from gemma_tuner.training.loss import target_loss_sum
 from gemma_tuner.training.modes import begin_training
 from tests.stock import stock_parts
@@ -317,9 +317,7 @@ def test_padding_that_sees_nothing_stays_finite(small):
 
 
 def test_loaded_models_use_it_and_saved_ones_do_not_name_it(small, tmp_path):
-    model, processor = tiny_model("gemma4-e2b")
-    model.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    save_tiny_model("gemma4-e2b", tmp_path)
     assert ATTENTION not in (tmp_path / "config.json").read_text()
     loaded, _ = load_model(tmp_path, device="cpu", modalities=("text", "image"))
     for part in (loaded.config.get_text_config(), loaded.config.vision_config):

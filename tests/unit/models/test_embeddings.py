@@ -12,7 +12,7 @@ from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.models.embeddings import KEY, MappedEmbedding, find_mapped_embedding
 from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import LoraConfig, add_lora
-from gemma_tuner.testing import tiny_model
+from gemma_tuner.testing import save_tiny_model, tiny_model
 
 WITH_TABLE = ("gemma4-e2b", "gemma3n")
 
@@ -26,9 +26,7 @@ def outputs(model, batch):
 @pytest.mark.parametrize("shard", ["10GB", "100KB"])
 @pytest.mark.parametrize("name", WITH_TABLE)
 def test_a_mapped_table_computes_the_same(name, shard, dtype, tmp_path, make_batch, capsys):
-    original, processor = tiny_model(name)
-    original.save_pretrained(tmp_path, max_shard_size=shard)
-    processor.save_pretrained(tmp_path)
+    _, processor = save_tiny_model(name, tmp_path, max_shard_size=shard)
     modalities = ("text", "image", "audio")
     options = {"modalities": modalities, "device": "cpu", "dtype": dtype}
     plain, _ = load_model(tmp_path, per_layer_embeddings="device", **options)

@@ -8,7 +8,7 @@ import transformers
 
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.models.loading import load_model
-from gemma_tuner.testing import FAMILIES, tiny_model
+from gemma_tuner.testing import FAMILIES, save_tiny_model, tiny_model
 
 UP = "model.language_model.layers.1.mlp.up_proj.weight"
 TOWER = "model.vision_tower.encoder.layers.0.mlp.up_proj.linear.weight"
@@ -42,9 +42,7 @@ def assert_same_weights(model, original):
 @pytest.mark.parametrize("shard", ["10GB", "300KB"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_weight_is_loaded(name, shard, tmp_path, modalities):
-    original, processor = tiny_model(name, seed=3)
-    original.save_pretrained(tmp_path, max_shard_size=shard)
-    processor.save_pretrained(tmp_path)
+    original, processor = save_tiny_model(name, tmp_path, seed=3, max_shard_size=shard)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1 or shard == "300KB"
     model, loaded_processor = load_model(tmp_path, modalities=modalities[name], device="cpu")
     assert not assert_same_weights(model, original)
@@ -197,9 +195,7 @@ def test_a_damaged_folder_is_explained(broken, damage, message):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    model, processor = tiny_model("gemma4-31b")
-    model.save_pretrained(tmp_path, max_shard_size="300KB")
-    processor.save_pretrained(tmp_path)
+    save_tiny_model("gemma4-31b", tmp_path, max_shard_size="300KB")
     shards = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(shards) > 2
     shards[1].unlink()

@@ -7,12 +7,14 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoProcessor
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.families import family_of_processor
+from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import LoraConfig, add_lora
-from gemma_tuner.testing import FAMILIES, tiny_model
+from gemma_tuner.testing import FAMILIES, save_tiny_model, tiny_model
 
 GEMMA4 = [family for family in FAMILIES if family.startswith("gemma4")]
 LARGE = {"gemma4-26b-a4b", "gemma4-31b"}
@@ -101,6 +103,17 @@ def test_token_types_matter_where_pictures_look_both_ways(family):
             **{**batch, "mm_token_type_ids": torch.zeros_like(batch["input_ids"])}
         ).logits
     assert torch.equal(both_ways, causal) == (family == "gemma4-e2b")
+
+
+def test_a_model_is_saved_without_bars_which_are_left_as_they_were(tmp_path, capfd):
+    assert not are_progress_bars_disabled()
+    saved, _ = save_tiny_model("gemma4-e2b", tmp_path / "new" / "folder", seed=3)
+    assert not are_progress_bars_disabled()
+    assert capfd.readouterr() == ("", "")
+    loaded, processor = load_model(tmp_path / "new" / "folder", device="cpu")
+    weights = saved.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in loaded.state_dict().items())
+    assert processor.tokenizer.get_vocab() == build("gemma4-e2b")[1].tokenizer.get_vocab()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,7 +10,7 @@ from gemma_tuner.errors import ConfigError, MemoryPlanError
 from gemma_tuner.models.embeddings import find_mapped_embedding
 from gemma_tuner.models.hollow import build_hollow_like
 from gemma_tuner.models.lora import LoraConfig, add_lora
-from gemma_tuner.testing import sample_data, tiny_model
+from gemma_tuner.testing import sample_data, save_tiny_model, tiny_model
 from gemma_tuner.training.choice import widen
 from gemma_tuner.training.footprint import HollowStep
 from gemma_tuner.training.loss import target_loss_sum
@@ -81,9 +81,7 @@ def test_predicted_bytes_are_those_of_a_real_step(family, modality):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("e2b")
-    model, processor = tiny_model("gemma4-e2b")
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_tiny_model("gemma4-e2b", folder)
     return folder
 
 

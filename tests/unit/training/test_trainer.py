@@ -15,7 +15,7 @@ from gemma_tuner.collators.image import ImageCollator
 from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.errors import ConfigError, DataError, DivergedError, ResumeError
 from gemma_tuner.models.lora import add_lora
-from gemma_tuner.testing import tiny_model
+from gemma_tuner.testing import save_tiny_model, tiny_model
 from gemma_tuner.training.checkpoint import show_folder
 from gemma_tuner.training.loss import FrozenHeadCrossEntropy
 from gemma_tuner.training.metrics import EvalRecord
@@ -388,8 +388,7 @@ def test_media_without_a_tower_is_refused_with_the_remedy(tmp_path):
     from gemma_tuner.collators.multimodal import MultimodalCollator
     from gemma_tuner.models.loading import load_model
 
-    for part in tiny_model("gemma4-e2b"):
-        part.save_pretrained(tmp_path / "base")
+    save_tiny_model("gemma4-e2b", tmp_path / "base")
     model, processor = load_model(tmp_path / "base", device="cpu")
     images = build_trainer(tmp_path, modality="image")
     trainer = Trainer(
