@@ -2,6 +2,8 @@
 
 import ipaddress
 import os
+import resource
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +80,29 @@ def network_guard(request: pytest.FixtureRequest) -> Iterator[NetworkGuard]:
     _guard.enforced = False
     if _guard.attempts:
         pytest.fail(f"the test left the machine: {_guard.attempts}", pytrace=False)
+
+
+def read_process() -> dict[str, object]:
+    """What tests have left changed before, which failed others much later."""
+    hub = sys.modules.get("huggingface_hub.utils")
+    return {
+        "folder": Path.cwd(),
+        "limit on files": resource.getrlimit(resource.RLIMIT_FSIZE),
+        "SIGINT": signal.getsignal(signal.SIGINT),
+        "SIGTERM": signal.getsignal(signal.SIGTERM),
+        "the Hub's progress bars off": hub is not None and hub.are_progress_bars_disabled(),
+    }
+
+
+@pytest.fixture(autouse=True)
+def process_guard() -> Iterator[None]:
+    """Fail a test that leaves the process other than it found it."""
+    before = read_process()
+    yield
+    after = read_process()
+    changed = {name: after[name] for name in after if after[name] != before[name]}
+    if changed:
+        pytest.fail(f"the test left the process changed: {changed}", pytrace=False)
 
 
 @pytest.fixture(scope="session")
