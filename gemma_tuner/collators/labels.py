@@ -56,7 +56,7 @@ class TurnMarkers:
             tool_call_close=one("<tool_call|>"),
             tool_response_open=one("<|tool_response>"),
             tool_response_close=one("<tool_response|>"),
-            special=frozenset(tokenizer.all_special_ids),
+            special=frozenset(tokenizer.convert_tokens_to_ids(family.control_tokens(tokenizer))),
             untrained=frozenset(
                 tokenizer.convert_tokens_to_ids(
                     [tokenizer.bos_token, tokenizer.pad_token, *family.media_tokens]
@@ -128,7 +128,7 @@ def mark_removable(
 
 
 def _model_turns(ids: Sequence[int], markers: TurnMarkers) -> Iterator[tuple[int, int]]:
-    """Yield ``(start, end)`` of each model turn, from after its header through its close."""
+    """Yield ``(start, end)`` of each model turn: after its header, through its close if any."""
     header, width = list(markers.header), len(markers.header)
     position = 0
     while position < len(ids):
@@ -140,9 +140,11 @@ def _model_turns(ids: Sequence[int], markers: TurnMarkers) -> Iterator[tuple[int
         if stub and tuple(ids[start : start + stub]) == markers.empty_thought:
             start += stub
         end = start
-        while end < len(ids) and ids[end] != markers.close:
+        # After a tool's response a template may open the next turn without closing this one.
+        while end < len(ids) and ids[end] not in (markers.header[0], markers.close):
             end += 1
-        yield start, min(end + 1, len(ids))
+        is_closed = end < len(ids) and ids[end] == markers.close
+        yield start, end + is_closed
         position = end
 
 

@@ -39,15 +39,16 @@ def render_prompt(
             template refuses or garbles, or content that it would drop.
     """
     tokenizer = processor.tokenizer
+    control_tokens = family.control_tokens(tokenizer)
     if example.document is not None:
-        _refuse_control_tokens(example, tokenizer, example.document, "the document")
+        _refuse_control_tokens(example, control_tokens, example.document, "the document")
         if not example.document.strip():
             raise DataError("the document is empty; remove the row", key=example.key)
         return f"{tokenizer.bos_token}{example.document}{tokenizer.eos_token}"
 
-    _refuse_control_tokens(example, tokenizer, example.tools, "a tool's declaration")
+    _refuse_control_tokens(example, control_tokens, example.tools, "a tool's declaration")
     for index, turn in enumerate(example.turns):
-        _check_turn(example, index, turn, tokenizer)
+        _check_turn(example, index, turn, control_tokens)
     _check_tools(example, family)
     if not any(turn.role == "assistant" for turn in example.turns):
         raise DataError(
@@ -79,7 +80,7 @@ def render_prompt(
     if answer > 0:
         prefix = apply_template(messages[:answer], for_generation=True)
         text = _follow_prefix(text, prefix, example, family)
-    _refuse_dropped_reasoning(text, example, answer)
+    _refuse_dropped_reasoning(text, example, answer, family)
     _refuse_text_between_turns(text, example, family)
     return text
 
@@ -136,10 +137,13 @@ def _reasoning(turn: Turn) -> str:
     return turn.fields.get("reasoning") or turn.fields.get("reasoning_content") or ""
 
 
-def _refuse_dropped_reasoning(text: str, example: Example, answer: int) -> None:
-    """The last answer's reasoning must reach the model; earlier turns' is history's to drop."""
-    for turn in example.turns[answer:]:
-        if _reasoning(turn) and _reasoning(turn).strip() not in text:
+def _refuse_dropped_reasoning(text: str, example: Example, answer: int, family: Family) -> None:
+    """The last answer's reasoning must be a thought; a family without them takes no reasoning."""
+    opened = text.split("<|channel>thought\n")[1:] if family.has_thinking else []
+    thoughts = [part.partition("<channel|>")[0].strip() for part in opened]
+    for turn in example.turns[answer if family.has_thinking else 0 :]:
+        reasoning = _reasoning(turn).strip()
+        if reasoning and reasoning not in thoughts:
             raise DataError(
                 "this checkpoint's chat template leaves the answer's reasoning out of the prompt; "
                 "use a newer revision of the template, or move the reasoning into the answer",
@@ -190,14 +194,14 @@ def _check_tools(example: Example, family: Family) -> None:
         waits = may_respond and not turn.fields.get("tool_responses")
 
 
-def _check_turn(example: Example, index: int, turn: Turn, tokenizer: Any) -> None:
+def _check_turn(example: Example, index: int, turn: Turn, control_tokens: Sequence[str]) -> None:
     where = f"turn {index + 1} ({turn.role})"
     if not isinstance(_reasoning(turn), str):
         raise DataError(
             f"{where} has {type(_reasoning(turn)).__name__} as reasoning; give text",
             key=example.key,
         )
-    _refuse_control_tokens(example, tokenizer, [turn.text, turn.fields], where)
+    _refuse_control_tokens(example, control_tokens, [turn.text, turn.fields], where)
     if turn.role == "assistant":
         if not turn.text.strip() and not turn.fields.get("tool_calls"):
             raise DataError(
@@ -210,12 +214,14 @@ def _check_turn(example: Example, index: int, turn: Turn, tokenizer: Any) -> Non
             )
 
 
-def _refuse_control_tokens(example: Example, tokenizer: Any, value: Any, where: str) -> None:
+def _refuse_control_tokens(
+    example: Example, control_tokens: Sequence[str], value: Any, where: str
+) -> None:
     """Text that spells a control token would open turns or claim media that are not there."""
     for text in _texts(value):
         if "<" not in text:
             continue
-        for token in tokenizer.all_special_tokens:
+        for token in control_tokens:
             if token in text:
                 raise DataError(
                     f"{where} contains the control token {token!r}, which would change the "

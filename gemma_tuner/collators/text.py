@@ -190,6 +190,7 @@ class TextCollator:
         clips = [part.source for part in example.media if isinstance(part, Audio)]
         processor: Any = self.processor  # its keyword arguments have no types
         try:
+            text.encode()  # the tokenizer would only say that the type of the text is wrong
             features = processor(
                 text=[text],
                 images=[images] if images else None,
@@ -198,6 +199,11 @@ class TextCollator:
                 return_tensors="pt",
                 **self.processor_options(),
             )
+        except UnicodeEncodeError:
+            raise DataError(
+                "its text holds half of a character (an unpaired surrogate); write it as UTF-8",
+                key=example.key,
+            ) from None
         except ValueError as error:
             raise DataError(
                 f"the checkpoint's processor refuses its media: {error}", key=example.key

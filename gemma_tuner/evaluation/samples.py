@@ -121,13 +121,13 @@ class SampleGenerations:
             ]
             kept = []
             if step and self._path.exists():
-                lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-                # A killed run leaves its last line unfinished.
-                whole = [line for line in lines if line.endswith("\n")]
+                # Not splitlines(): JSON leaves line separators of Unicode as they are. What stands
+                # after the last newline is nothing, or a line that a killed run left unfinished.
+                whole = self._path.read_text(encoding="utf-8").split("\n")[:-1]
                 kept = [line for line in whole if json.loads(line)["step"] <= step]
             self._last_step = json.loads(kept[-1])["step"] if kept else -1
             with replaced(self._path) as temporary:
-                temporary.write_text("".join(kept), encoding="utf-8")
+                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """Whether answers are wanted: before the first step, after the last, and as configured."""

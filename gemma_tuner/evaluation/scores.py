@@ -229,6 +229,8 @@ def _edits(
 
 
 def _count_word_edits(reference: str, prediction: str) -> Tally:
+    # jiwer takes a single tab or newline for a letter.
+    reference, prediction = (" ".join(text.split()) for text in (reference, prediction))
     return _tally_alignment(jiwer.process_words(reference, prediction))
 
 

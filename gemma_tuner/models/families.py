@@ -80,6 +80,10 @@ class Family:
         )
         return tokens if self.video_token is None else (*tokens, self.video_token)
 
+    def control_tokens(self, tokenizer: Any) -> list[str]:
+        """List what no text may spell: special tokens, and the turns', which 3n leaves unnamed."""
+        return [*tokenizer.all_special_tokens, self.turn_open, self.turn_close]
+
     def modalities(self, config: PreTrainedConfig) -> tuple[Modality, ...]:
         """What a checkpoint offers; 26B-A4B and 31B have no audio part."""
         parts = {"image": "vision_config", "audio": "audio_config"}
@@ -139,8 +143,8 @@ class Family:
         if "input_features_mask" not in inputs:
             return []
         mask = inputs["input_features_mask"]
-        if self.audio_fixed_tokens:
-            return [self.audio_fixed_tokens] * len(mask)
+        if self.audio_fixed_tokens:  # of a clip too short for one frame nothing is heard
+            return [self.audio_fixed_tokens if heard else 0 for heard in mask.any(-1).tolist()]
         if self.model_type == "gemma4":  # two convolutions of stride 2
             mask = mask[:, ::2][:, ::2]
         return mask.sum(-1).tolist()

@@ -35,9 +35,10 @@ _GEMMA4_TOKENS = {
     "etr_token": "<tool_response|>",
     "escape_token": '<|"|>',
 }
+# Special but without names, so that all_special_tokens lacks them. Source: transformers'
+# convert_gemma3n_weights.py, which names six media tokens.
+_GEMMA3N_TURN_TOKENS = ("<start_of_turn>", "<end_of_turn>")
 _GEMMA3N_TOKENS = {
-    "sot_token": "<start_of_turn>",
-    "eot_token": "<end_of_turn>",
     "boi_token": "<start_of_image>",
     "boa_token": "<start_of_audio>",
 }
@@ -92,6 +93,7 @@ _GEMMA4_TEMPLATE = """\
 {%- if message.role == 'tool' -%}
 <|tool_response>response:{{ message.name or state.tool or 'unknown' }}\
 {{ '{value:' }}{{ value(content(message)) }}{{ '}' }}<tool_response|>
+{%- set state.open = not loop.last and loop.nextitem.role in ['assistant', 'tool'] -%}
 {%- else -%}
 {%- if not state.open -%}
 {{- '<|turn>' + ('model' if message.role == 'assistant' else message.role) + '\n' -}}
@@ -157,7 +159,7 @@ def tiny_processor(family: str) -> ProcessorMixin:
         The processor, padding on the right.
     """
     if family == "gemma3n":
-        tokenizer = _build_tokenizer(_GEMMA3N_TOKENS, _GEMMA3N_MEDIA_TOKENS)
+        tokenizer = _build_tokenizer(_GEMMA3N_TOKENS, _GEMMA3N_MEDIA_TOKENS, _GEMMA3N_TURN_TOKENS)
         tokenizer.chat_template = _GEMMA3N_TEMPLATE
         return transformers.Gemma3nProcessor(
             feature_extractor=transformers.Gemma3nAudioFeatureExtractor(),
@@ -180,7 +182,9 @@ def tiny_processor(family: str) -> ProcessorMixin:
 
 
 def _build_tokenizer(
-    named_tokens: dict[str, str], media_blocks: tuple[dict[str, str], ...] = ()
+    named_tokens: dict[str, str],
+    media_blocks: tuple[dict[str, str], ...] = (),
+    unnamed_tokens: tuple[str, ...] = (),
 ) -> GemmaTokenizer:
     """Bytes, printable characters and a few words; unused ids fill up to a round size."""
     vocabulary: dict[str, int] = {}
@@ -192,7 +196,8 @@ def _build_tokenizer(
         while len(vocabulary) < size:
             add(f"<unused{len(vocabulary)}>")
 
-    for piece in ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *named_tokens.values()):
+    standard_tokens = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    for piece in (*standard_tokens, *unnamed_tokens, *named_tokens.values()):
         add(piece)
     for byte in range(256):
         add(f"<0x{byte:02X}>")
@@ -211,9 +216,11 @@ def _build_tokenizer(
             add(piece)
         named_tokens = {**named_tokens, **tokens}
         fill(_TEXT_VOCABULARY + block * _GEMMA3N_BLOCK)
-    return transformers.GemmaTokenizer(
+    tokenizer = transformers.GemmaTokenizer(
         vocab=vocabulary,
         merges=merges,
         extra_special_tokens=named_tokens,
         padding_side="right",
     )
+    tokenizer.add_tokens(list(unnamed_tokens), special_tokens=True)
+    return tokenizer

@@ -69,6 +69,8 @@ def conversations(draw):
             add([*draw(words), RESPONSE_END], False)
             if draw(st.booleans()):
                 add([RESPONSE, *draw(words), RESPONSE_END], False)
+            if draw(st.booleans()):
+                continue  # a template may open the next turn without closing this one
         add(draw(words), True)
         add([CLOSE], True)
         add([NEWLINE], False)

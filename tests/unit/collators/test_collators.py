@@ -106,9 +106,10 @@ def test_max_seconds_beyond_what_the_model_hears():
         AudioCollator(E2B, max_seconds=40)
 
 
-def test_a_clip_too_short_for_one_token():
+@pytest.mark.parametrize(("family", "num_frames"), [("gemma4-e2b", 20), ("gemma3n", 512)])
+def test_a_clip_too_short_for_one_token(family, num_frames):
     with pytest.raises(DataError, match="audio"):
-        AudioCollator(E2B)([example(sound(20))])
+        AudioCollator(PROCESSORS[family])([example(sound(num_frames))])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,21 +137,34 @@ def test_a_picture_too_thin_for_the_patch_grid(released):
     assert 0 < count_type(batch, 1) <= 70
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_of_a_character_is_refused(family):
+    collator = TextCollator(PROCESSORS[family])
+    for row in (example("half \ud83d", key="row"), Example("row", document="half \ud83d")):
+        with pytest.raises(DataError, match="'row': its text holds half of a character"):
+            collator([row])
+
+
 def test_too_long_is_an_error_by_default():
     with pytest.raises(DataError, match=r"'long': \d+ tokens, \d+ more than max_tokens=64"):
         TextCollator(E2B, max_tokens=64)([example("x" * 200, key="long")])
 
 
-def test_a_cut_takes_the_oldest_prompt_text_keeps_the_answer_and_counts():
-    rows = [example("early " * 30 + "late", answer="the answer", system="sys")]
-    whole = TextCollator(E2B)(rows)
-    cut = TextCollator(E2B, max_tokens=64, too_long="cut")(rows)
+@pytest.mark.parametrize(("family", "num_turns"), [("gemma4-e2b", 5), ("gemma3n", 4)])
+def test_a_cut_takes_the_oldest_prompt_text_keeps_the_answer_and_counts(family, num_turns):
+    processor = PROCESSORS[family]
+    more = [("so " * 30 + "late", "yes")]
+    rows = [example("early " * 30, answer="the answer", system="sys", more=more)]
+    whole = TextCollator(processor)(rows)
+    collator = TextCollator(processor, max_tokens=64, too_long="cut")
+    cut = collator(rows)
     assert cut.num_tokens == 64
     assert cut.counts == {"cut_tokens": whole.num_tokens - 64, "cut_rows": 1}
     assert cut.num_target_tokens == whole.num_target_tokens
-    text = E2B.tokenizer.decode(cut.inputs["input_ids"][0])
+    text = processor.tokenizer.decode(cut.inputs["input_ids"][0])
     assert "late" in text
-    assert text.count("<|turn>") == 3
+    assert text.count(collator.family.turn_open) == num_turns
+    assert text.count(collator.family.turn_close) == num_turns
 
 
 def test_an_answer_longer_than_max_tokens_is_never_cut():

@@ -90,6 +90,15 @@ def test_reasoning_that_the_template_drops_is_an_error():
         TextCollator(processor)([Example("thought", turns)])
 
 
+def test_reasoning_is_refused_where_a_family_has_no_thinking_whatever_else_holds_it():
+    _, processor = tiny_model("gemma3n")
+    ask = Turn("user", (Text("What is 2+2? <|channel>thought\n2+2<channel|>"),))
+    think = Turn("assistant", (Text("4"),), {"reasoning": "2+2"})
+    for turns in ((ask, think), (ask, think, ask, Turn("assistant", (Text("4"),)))):
+        with pytest.raises(DataError, match="leaves the answer's reasoning out"):
+            TextCollator(processor)([Example("thought", turns)])
+
+
 @pytest.mark.parametrize("family", ["gemma4-26b-a4b", "gemma4-31b"])
 def test_the_stub_that_inference_injects_is_in_the_prompt_and_untrained(family):
     _, processor = tiny_model(family)

@@ -92,6 +92,25 @@ def test_every_answer_is_trained_or_refused(released, turns):
         assert decode(released, *turns)[1].endswith("OneTwo<turn|>")
 
 
+def test_reasoning_that_only_the_question_holds_is_dropped_reasoning(released):
+    turns = (ASK, turn("assistant", "Two", reasoning="1 + 1"))
+    # 31B's template writes the reasoning of tool calls alone.
+    if "prev_non_tool_role" not in released.chat_template:
+        with pytest.raises(DataError, match="leaves the answer's reasoning out"):
+            decode(released, *turns)
+    else:
+        assert decode(released, *turns)[1] == "<|channel>thought\n1 + 1\n<channel|>Two<turn|>"
+
+
+def test_a_question_after_a_tool_response_is_not_trained(released):
+    # 31B's template leaves the model's turn open there.
+    text, trained = decode(released, ASK, CALL, RESPONSE, turn("user", "QUESTION"), ANSWER)
+    assert "<|turn>user\nQUESTION<turn|>\n<|turn>model\n" in text
+    call_text = '<|tool_call>call:add{a:<|"|>1<|"|>}<tool_call|><|tool_response>'
+    closes = "<turn|>" if "prev_non_tool_role" in released.chat_template else ""
+    assert trained == f"{call_text}{closes}Two<turn|>"
+
+
 @pytest.mark.parametrize(("texts", "system"), [((), ""), (("Be ", "brief"), "Be brief")])
 def test_a_system_turn_of_several_parts_or_none(released, texts, system):
     text, trained = decode(released, turn("system", *texts), ASK, ANSWER)

@@ -386,3 +386,13 @@ def test_answers_at_intervals_of_training(setup, folder, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         again.begin(tmp_path / "file", 0)
+
+
+def test_unicodes_line_separators_end_no_record_of_samples(setup, folder, tmp_path):
+    samples = SampleGenerations(setup[2], [open_stream(folder, tmp_path)[0]], every_steps=5)
+    records = [{"step": step, "prediction": "a\u2028b\u2029c\x85d"} for step in (1, 2)]
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(lines), encoding="utf-8")
+    samples.begin(tmp_path, 1)
+    assert path.read_text(encoding="utf-8") == lines[0]

@@ -86,8 +86,9 @@ def test_a_prompt_with_the_released_template(shared_data):
         assert processor.tokenizer.decode(row.input_ids) == text
 
 
-def test_an_example_is_cut_where_its_last_answer_begins():
-    collator = make_collator("gemma4-e2b")
+@pytest.mark.parametrize("family", ["gemma4-e2b", "gemma3n"])
+def test_an_example_is_cut_where_its_last_answer_begins(family):
+    collator = make_collator(family)
     whole = example("Hello", answer="Hi", more=[("Bye", "See you")])
     prompt = encode_prompt(collator, whole)
     ids = [*prompt.row.input_ids.tolist(), *prompt.answer_ids]

@@ -76,6 +76,11 @@ def test_error_rates_equal_the_textbook(left, right):
     assert tally == Tally(edit_distance(reference, prediction), len(reference))
 
 
+def test_words_end_at_any_whitespace_whatever_the_normalizer():
+    tally = word_error_rate(str.lower).tally("A b  c", ["a\nb\tc\u3000"])
+    assert tally == Tally(0, 3)
+
+
 def test_a_corpus_weighs_words_and_not_rows():
     score = word_error_rate()
     references = ["one two three four five six seven eight nine ten", "one"]

@@ -126,6 +126,12 @@ def test_a_processor_survives_saving(family, tmp_path):
     before, after = processor.tokenizer, loaded.tokenizer
     assert after.get_vocab() == before.get_vocab()
     assert set(after.all_special_tokens) == set(before.all_special_tokens)
+    turns = {getattr(family_of_processor(processor), f"turn_{side}") for side in ("open", "close")}
+    for tokenizer in (before, after):
+        added = tokenizer.added_tokens_decoder.values()
+        assert turns <= {token.content for token in added if token.special}
+        # 3n's conversion gives them no names
+        assert turns.isdisjoint(tokenizer.all_special_tokens) == (family == "gemma3n")
     assert after.padding_side == "right"
     text = render(
         processor, say(("user", "Say “hé” 3×"), ("assistant", "the model says: user\n\n😀"))
@@ -195,6 +201,12 @@ def test_gemma4_tools(family):
     )
     assert waiting == called
     assert text == called + ('response:get{value:<|"|>yes<|"|>}<tool_response|>it shines<turn|>\n')
+
+    turns[-1:] = say(("user", "sure?"), ("assistant", "yes"))
+    assert render(processor, turns, tools=[tool]) == called + (
+        'response:get{value:<|"|>yes<|"|>}<tool_response|>'
+        "<|turn>user\nsure?<turn|>\n<|turn>model\nyes<turn|>\n"
+    )
 
 
 def test_gemma3n_turns():
