@@ -108,6 +108,9 @@ class BigQuerySource:
         self._total_timeout_seconds = total_timeout_seconds
         self._summary: dict[str, Any] = {}
         self._check_arguments()
+        # What is named without its project is another table to another client.
+        is_named_whole = table is not None and table.count(".") > 1
+        self._given_project = None if client is None or is_named_whole else client.project
 
     def read_identity(self) -> dict[str, Any]:
         """Return what decides the examples, as JSON: the arguments, without asking BigQuery.
@@ -117,6 +120,7 @@ class BigQuerySource:
             changed since does not show in it.
         """
         snapshot = self._snapshot_time
+        given = {} if self._given_project is None else {"client_project": self._given_project}
         return {
             "source": "bigquery",
             "table": self._table,
@@ -127,6 +131,7 @@ class BigQuerySource:
             "snapshot_time": snapshot.astimezone(datetime.UTC).isoformat() if snapshot else None,
             "split": self._split,
             "keywords": dict(self._keywords),
+            **given,
         }
 
     def read_summary(self) -> dict[str, Any]:
@@ -192,7 +197,9 @@ class BigQuerySource:
                 "snapshot_time= has no time zone; give one, such as datetime.timezone.utc"
             )
         if (self._client is None) != (self._read_client is None):
-            raise ConfigError("give client= and read_client= together, or neither")
+            raise ConfigError(
+                "give bigquery_client= and bigquery_read_client= together, or neither"
+            )
         limit = self._max_bytes_billed
         if limit is not None and limit is not False and (limit is True or limit < 1):
             raise ConfigError(f"max_bytes_billed={limit!r}; give bytes from 1 up, or False")

@@ -18,7 +18,10 @@ _PERMISSION = re.compile(r"\bbigquery\.[A-Za-z]+\.[A-Za-z]+\b")
 _DENIED = re.compile(r"Access Denied: (Table|View|Dataset|Project|Routine) ([\w:.\-$]+?):? ")
 _QUOTA_REASONS = ("quotaExceeded", "rateLimitExceeded")
 _PERMISSION_REASONS = ("", "accessDenied", "forbidden")  # none over gRPC
-LOG_IN = "run `gcloud auth application-default login`, or give client= and read_client="
+LOG_IN = (
+    "run `gcloud auth application-default login`, or give bigquery_client= and "
+    "bigquery_read_client="
+)
 
 
 @contextmanager
@@ -95,8 +98,8 @@ def refuse_lasting(error: Exception) -> None:
         raise AccessDeniedError(f"the Google Cloud credentials have expired; {LOG_IN}") from None
     if "larger than max" in said:
         raise SourceError(
-            "the channel of read_client= is limited to messages smaller than BigQuery's; make it "
-            'with options=[("grpc.max_receive_message_length", -1)]'
+            "the channel of bigquery_read_client= is limited to messages smaller than BigQuery's; "
+            'make it with options=[("grpc.max_receive_message_length", -1)]'
         ) from None
 
 

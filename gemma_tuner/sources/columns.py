@@ -104,6 +104,8 @@ def recognise_columns(available: Collection[str], keywords: Keywords) -> Columns
     _check_keywords(chosen)
     recogniser = _Recogniser(available, keywords, dict(chosen))
     layout = recogniser.find_layout()
+    if layout == "document":  # with or without text=
+        _check_keywords({**chosen, "text": recogniser.names["text"]})
     unused = tuple(sorted(set(available) - set(recogniser.names.values())))
     return Columns(layout, recogniser.names, frozenset(chosen), unused)
 
@@ -122,8 +124,8 @@ def _check_keywords(chosen: Mapping[str, str]) -> None:
     beside = [f"{part}=" for part in ("system", "image", "audio") if part in chosen]
     if "text" in chosen and beside:
         raise ConfigError(
-            f"text= makes plain documents, which have no place for {' and '.join(beside)}; name "
-            "the text that goes with media by response="
+            f"the column {chosen['text']!r} makes plain documents (text=), which have no place "
+            f"for {' and '.join(beside)}; leave that out, or name the text to learn by response="
         )
 
 

@@ -98,9 +98,11 @@ class ExampleReader:
             try:
                 key = self._reader.read_key(row.values, row.origin)
                 example = self._reader.read_example(row.values, key)
-                yield row.origin, _locate_media(example, row.folder, locate)
+                outcome: Outcome = _locate_media(example, row.folder, locate)
             except DataError as error:
-                yield row.origin, error
+                outcome = error
+            self._reader.refuse_rows_before()  # of no one row: no budget passes over it
+            yield row.origin, outcome
         if num_rows == 0 and self._splits:
             raise SourceError(
                 f"there is no split {self._split!r}; the splits are: "

@@ -9,10 +9,10 @@ A folder, on this machine or in a bucket, means, in this order:
 3. else every picture and sound in it and its subfolders, each with its text in a file of the same
    name ending in ``.txt``
 
-Names that begin with a dot or an underscore are passed over. Where the files of a folder are
-named by split (``train.jsonl``, ``data/test-00000-of-00002.parquet``, ``valid/metadata.csv``) and
-none is asked for, those named test and validation are left out beside training files, and the
-summary says so.
+Names that begin with a dot or an underscore are passed over. Subfolders that are links are read
+too, each folder once. Where the files of a folder are named by split (``train.jsonl``,
+``data/test-00000-of-00002.parquet``, ``valid/metadata.csv``) and none is asked for, those named
+test and validation are left out beside training files, and the summary says so.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ _SPLITS = {
     "valid": "validation",
     "validation": "validation",
 }
-_SHARD = re.compile(r"-\d+-of-\d+$")
+# What is cut off a file's name before it is read as that of a split.
+_ENDINGS = frozenset({*_FORMATS, ".txt", ".gz", ".bz2", ".xz", ".zst"})
+_SHARD = re.compile(r"[-.]\d+-of-\d+$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,8 +272,11 @@ def name_split(name: str, file_format: Format) -> str:
             return _SPLITS[part.lower()]
     if file_format == "captions":
         return NO_SPLIT  # what a picture's name tells is what it shows
-    stem = _SHARD.sub("", last.partition(".")[0])
-    words = {_SPLITS[word] for word in re.split(r"[-_ ]", stem.lower()) if word in _SPLITS}
+    path = PurePosixPath(last)
+    while path.suffix.lower() in _ENDINGS:  # and at no other dot: snli_1.0_test.jsonl.gz
+        path = path.with_suffix("")
+    stem = _SHARD.sub("", path.name)
+    words = {_SPLITS[word] for word in re.split(r"[-_. ]", stem.lower()) if word in _SPLITS}
     return words.pop() if len(words) == 1 else stem
 
 
@@ -342,11 +347,26 @@ def _look_into(folder: Path, wanted: Format | None) -> dict[Path, Format]:
 
 
 def _list_below(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not _is_hidden(path.relative_to(folder).as_posix())
-    )
+    """List the files in a folder and its subfolders, links among them, each folder once."""
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    folders, links = [folder], list[Path]()  # links last: files keep their own names
+    while folders or links:
+        parent = folders.pop() if folders else links.pop(0)
+        status = parent.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        try:
+            paths = sorted(path for path in parent.iterdir() if not _is_hidden(path.name))
+        except PermissionError:  # such as lost+found
+            continue
+        for path in paths:
+            if path.is_dir():
+                (links if path.is_symlink() else folders).append(path)
+            elif path.is_file():
+                found.append(path)
+    return sorted(found)
 
 
 def _is_hidden(name: str) -> bool:

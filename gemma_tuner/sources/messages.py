@@ -63,6 +63,7 @@ _PART_KINDS: Mapping[str, MediaKind] = {
 }
 _PART_VALUES = ("path", "url", "bytes", "data")
 _BASE64 = ("bytes", "data")  # JSON has no bytes: text under these names is base64
+_DESCRIPTIONS = frozenset(("detail", "format", "sampling_rate"))  # of a value, and none themselves
 _TAG = re.compile(r"\n?<(image|audio)>\n?")
 
 
@@ -94,7 +95,8 @@ def read_media(value: Any, kind: MediaKind, *, key: str) -> Image | Audio | None
         key: The example that it belongs to.
 
     Returns:
-        The part, still encoded where it was encoded, or None where the value holds nothing.
+        The part, still encoded where it was encoded, or None where the value, or each field of
+        it, holds nothing.
 
     Raises:
         DataError: A value of another form, damaged base64, or samples in other than one channel.
@@ -109,7 +111,10 @@ def read_media(value: Any, kind: MediaKind, *, key: str) -> Image | Audio | None
         if value.get("uri") and "version" in value:
             return part(_read_object_ref(value, kind, key))
         found = (value.get(name) for name in ("bytes", "path", "url"))
-        value = next((item for item in found if item), None)
+        item = next((item for item in found if item), None)
+        if item is None and any(value[name] for name in value.keys() - _DESCRIPTIONS):
+            raise DataError(_describe_forms(kind), key=key)
+        value = item
     if isinstance(value, StoredObject):
         return part(value)
     if value is None or value == "" or value == b"":
@@ -332,6 +337,15 @@ def _read_tool_calls(calls: Any, key: str) -> Any:
             call = {**call, "function": {**function, "arguments": arguments}}  # noqa: PLW2901
         parsed.append(call)
     return parsed
+
+
+def _describe_forms(kind: MediaKind) -> str:
+    samples = ', {"array", "sampling_rate"}' if kind == "audio" else ""
+    return (
+        f'its {kind} is an object of another form; known are {{"bytes"}}, {{"data"}}, {{"path"}}, '
+        f'{{"url"}}, BigQuery\'s ObjectRef ({{"uri", "version"}}){samples}; rename its '
+        f"fields, or name another column by {kind}="
+    )
 
 
 def _read_samples(value: Mapping[str, Any], key: str) -> Audio:

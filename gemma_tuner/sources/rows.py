@@ -113,9 +113,21 @@ class RowReader:
                 )
             turns = (Turn("system", (Text(system),)), *turns)
         _check_turns(turns, key)
-        for part in (part for turn in turns for part in _list_media(turn)):
+        example = Example(key, turns, tools=self._read_tools(row, key))
+        for part in example.media:
             self.counts["pictures" if isinstance(part, Image) else "sounds"] += 1
-        return Example(key, turns, tools=self._read_tools(row, key))
+        if list_media_columns(self.columns.names) and not any(map(_list_media, turns)):
+            self._first_without_media = self._first_without_media or key
+        return example
+
+    def refuse_rows_before(self) -> None:
+        """Refuse the set where rows held no media until one did: they were read as text alone.
+
+        Raises:
+            DataError: They did; of the first of them.
+        """
+        if self._num_with_media and self._first_without_media is not None:
+            raise self._explain_lack(self._first_without_media)
 
     def read_notes(self) -> dict[str, int]:
         """Return what the rows read so far held, defaulted or left unused, with its count."""
@@ -216,17 +228,17 @@ class RowReader:
             return
         if has_media:
             self._num_with_media += 1
-        elif self._first_without_media is None:
-            self._first_without_media = key
-        if self._num_with_media and self._first_without_media is not None:
-            without, self._first_without_media = self._first_without_media, None  # told once
-            columns = " and ".join(map(repr, list_media_columns(self.columns.names)))
-            raise DataError(
-                f"it has nothing in {columns}, and other rows have; fill it, read rows without "
-                'media as a stream of their own, or use messages with {"type": "image"} or '
-                '{"type": "audio"} where media belong',
-                key=without,
-            )
+        elif self._num_with_media:
+            raise self._explain_lack(key)
+
+    def _explain_lack(self, key: str) -> DataError:
+        columns = " and ".join(map(repr, list_media_columns(self.columns.names)))
+        return DataError(
+            f"it has nothing in {columns}, and other rows have; fill it, read rows without media "
+            'as a stream of their own, or use messages with {"type": "image"} or '
+            '{"type": "audio"} where media belong',
+            key=key,
+        )
 
     def _read_tools(self, row: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], ...]:
         column = self.columns.names.get("tools")

@@ -8,6 +8,7 @@ its writer no longer locks it.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import threading
@@ -18,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_tuner.display import show_bytes
 from gemma_tuner.errors import SourceError
 from gemma_tuner.records import StoredObject
 from gemma_tuner.streaming.cache_folder import (
@@ -27,6 +29,8 @@ from gemma_tuner.streaming.cache_folder import (
     read_entry,
     write_entry,
 )
+
+logger = logging.getLogger(__name__)
 
 _TOUCH_SECONDS = 60.0  # An entry used again within this time is not marked again.
 _SLACK = 16  # Eviction frees a 16th of the budget beyond need, so that scans stay rare.
@@ -96,6 +100,7 @@ class MediaCache:
         self._clock = clock
         self._counts: Counter[str] = Counter()
         self._counting = threading.Lock()
+        self._has_warned = False
         if self._max_bytes:
             try:
                 with self._files.locked() as lock:
@@ -264,9 +269,20 @@ class MediaCache:
         if LOCK_BYTES + num_bytes > self._max_bytes:
             return False
         if shutil.disk_usage(self._files.path).free - num_bytes < self._min_free_bytes:
+            self._warn_of_full_disk()
             return False
         fits = self._files.read_total(lock) + num_bytes <= self._max_bytes
         return fits or self._evict(lock, num_bytes)
+
+    def _warn_of_full_disk(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "the disk of the media cache has no more than %s free: nothing new is kept, "
+                "but downloaded again each epoch; free some space, choose another disk by "
+                "cache_dir=, or set FetchConfig(min_free_disk_bytes=...)",
+                show_bytes(self._min_free_bytes),
+            )
 
     def _evict(self, lock: int, num_bytes: int) -> bool:
         """Delete what was not used for longest, until a file of ``num_bytes`` fits the budget."""

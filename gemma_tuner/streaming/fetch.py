@@ -53,6 +53,7 @@ class FetchCounts:
         requests: Attempts that were begun, hedges among them.
         bytes_downloaded: Bytes that arrived, those of damaged and abandoned attempts included.
         hits: Objects that came from the cache.
+        not_kept: Objects that the cache had no room for.
         retries: Attempts after a failed one.
         hedges: Second attempts begun because the first took long.
         hedges_won: Those that answered first.
@@ -63,6 +64,7 @@ class FetchCounts:
     requests: int
     bytes_downloaded: int
     hits: int
+    not_kept: int
     retries: int
     hedges: int
     hedges_won: int
@@ -216,11 +218,13 @@ class Fetcher:
     @property
     def counts(self) -> FetchCounts:
         """What was done so far."""
+        cache = self._cache
         with self._state:
             return FetchCounts(
                 requests=self._counts["requests"],
                 bytes_downloaded=self._counts["bytes_downloaded"],
                 hits=self._counts["hits"],
+                not_kept=cache.counts.not_stored if cache else 0,
                 retries=self._counts["retries"],
                 hedges=self._racer.hedges,
                 hedges_won=self._racer.hedges_won,

@@ -39,7 +39,7 @@ from gemma_tuner.records import Example, StoredObject
 from gemma_tuner.sources.examples import Outcome
 from gemma_tuner.streaming.packing import pack, unpack
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Raise it whenever the same source would make other rows: old manifests are then written anew."""
 
 _SCHEMA = pyarrow.schema(

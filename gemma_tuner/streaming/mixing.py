@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from itertools import combinations
+
+import numpy as np
 
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.streaming.manifest import hash_keys
+from gemma_tuner.streaming.portion import Portion
 from gemma_tuner.streaming.stream import ExampleStream
 
 _FINEST = 1_000_000  # Weights are fractions with denominators up to it.
@@ -26,8 +31,8 @@ def mix(streams: Mapping[ExampleStream, float]) -> ExampleStream:
         The mix, at its beginning; where the streams themselves stand does not matter.
 
     Raises:
-        ConfigError: No streams, a mix or a shard among them, or a weight that is not a number
-            above 0.
+        ConfigError: No streams, a mix or a shard among them, a weight that is not a number above
+            0, or a key that stands for two examples.
 
     Example:
         >>> import gemma_tuner as gt
@@ -53,4 +58,24 @@ def mix(streams: Mapping[ExampleStream, float]) -> ExampleStream:
             )
         weights.append(Fraction(weight).limit_denominator(_FINEST))
     portions = [portion for stream in streams for portion in stream.portions]
+    _refuse_shared_keys(portions)
     return ExampleStream(portions, weights, fetch=next(iter(streams)).fetch)
+
+
+def _refuse_shared_keys(portions: Sequence[Portion]) -> None:
+    """Refuse examples of different data under one key; parts of the same data may overlap."""
+    if len({portion.manifest.fingerprint for portion in portions}) < 2:
+        return
+    hashes = [hash_keys(part.manifest.read_keys())[np.asarray(part.rows)] for part in portions]
+    for (one, its), (other, others) in combinations(zip(portions, hashes, strict=True), 2):
+        if one.manifest.fingerprint == other.manifest.fingerprint:
+            continue
+        _, places, other_places = np.intersect1d(its, others, return_indices=True)
+        for place, other_place in zip(places, other_places, strict=True):
+            key = one.manifest.read_key(int(one.rows[place]))
+            if key == other.manifest.read_key(int(other.rows[other_place])):
+                raise ConfigError(
+                    f"mix() was given two streams with an example {key!r} each, and a key is of "
+                    "one example alone; name a column of unique keys by id=, or number the rows "
+                    "(id=False) of files or tables with different names"
+                )

@@ -100,6 +100,12 @@ class StreamOptions:
                 raise ConfigError(
                     f"{part}={column!r}; give a column's name, False for none, or None"
                 )
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ConfigError(f"seed={self.seed!r}; give a whole number")
+        if not isinstance(self.shuffle, bool):
+            raise ConfigError(f"shuffle={self.shuffle!r}; give True or False")
+        if self.locality not in (None, "shard"):
+            raise ConfigError(f"locality={self.locality!r}; give 'shard' or None")
         if not isinstance(self.fetch, FetchConfig):
             raise ConfigError(f"fetch={self.fetch!r}; give a FetchConfig")
         if self.cache_dir is not None and not isinstance(self.cache_dir, str | Path):

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 import numpy as np
 
-from gemma_tuner.errors import ConfigError, DataError, SourceError
+from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.media.load import load_media
 from gemma_tuner.records import Audio, Example, Image, StoredObject
 from gemma_tuner.sources.objects import CorruptReadError, ObjectChangedError, TransientReadError
@@ -37,7 +37,6 @@ class Portion:
         num_splits: How many times :meth:`split` led here; each divides by hashes of its own.
 
     Raises:
-        ConfigError: ``seed``, ``shuffle`` or ``locality`` of another type.
         SourceError: No rows.
     """
 
@@ -54,12 +53,6 @@ class Portion:
         subset: str = "all",
         num_splits: int = 0,
     ) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ConfigError(f"seed={seed!r}; give a whole number")
-        if not isinstance(shuffle, bool):
-            raise ConfigError(f"shuffle={shuffle!r}; give True or False")
-        if locality not in (None, "shard"):
-            raise ConfigError(f"locality={locality!r}; give 'shard' or None")
         self.manifest = manifest
         self.fetcher = fetcher
         self.quarantine = quarantine

@@ -172,8 +172,9 @@ class Quarantine:
     def inspect(self) -> list[BadExample]:
         """Read what is in the file; a last line that was cut off by a kill is passed over."""
         try:
-            # Not splitlines(): JSON leaves line separators of Unicode as they are.
-            lines = self.path.read_text(encoding="utf-8").split("\n")
+            # Not splitlines(): JSON leaves line separators of Unicode as they are. The cut may be
+            # within a character.
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")
         except (FileNotFoundError, NotADirectoryError):
             return []
         except OSError as error:

@@ -223,10 +223,12 @@ def _show_fetched(counts: FetchCounts) -> str:
     failures = ", ".join(
         f"{number:,} {kind}" for kind, number in counts.failures.items() if number
     )
+    room = "; {:,} not kept: no room in the cache or on its disk (see FetchConfig)"
+    lacking = room.format(counts.not_kept) if counts.not_kept else ""
     return (
         f"{show_bytes(counts.bytes_downloaded)} in {counts.requests:,} requests, "
         f"{counts.hits:,} from the cache; {counts.retries:,} retries, {counts.hedges:,} hedges "
-        f"({counts.hedges_won:,} answered first), failures: {failures or 'none'}"
+        f"({counts.hedges_won:,} answered first), failures: {failures or 'none'}{lacking}"
     )
 
 

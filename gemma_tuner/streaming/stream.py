@@ -404,6 +404,7 @@ class ExampleStream:
         self._num_passed_over += 1
 
     def _remember(self, slot: Slot, example: Example) -> None:
+        self._recent.pop(example.key, None)  # an old key would keep its old place
         self._recent[example.key] = slot
         if len(self._recent) > _REMEMBERED_EXAMPLES:
             del self._recent[next(iter(self._recent))]

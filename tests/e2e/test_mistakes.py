@@ -158,6 +158,12 @@ QUICK = [
         r"give either.*--max-steps, --epochs",
     ),
     Mistake(
+        "a rate of nothing",
+        ("train", "--learning-rate", "0"),
+        "learning_rate must be a finite number above 0; got 0.0",
+        "as flags: --learning-rate",
+    ),
+    Mistake(
         "a folder that holds a run",
         (*GOOD, "--out", "held"),
         "output_dir 'held' already holds a run",

@@ -5,6 +5,7 @@ After runs with every kind of error it may be in the manifest (rows), in the par
 is being read (rows) and in the media cache (objects), and nowhere else.
 """
 
+import base64
 import datetime
 import io
 import json
@@ -400,7 +401,10 @@ SELECT = f"SELECT * FROM `{TABLE}`"
 
 
 def fill_table(tables: BigQueryServer) -> None:
-    rows = [make_row(n, image=None, unused=ROW) for n in range(NUM_GOOD)]
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (9, 9)).save(file, "PNG")
+    picture = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    rows = [make_row(n, image=picture, unused=ROW) for n in range(NUM_GOOD)]
     rows += [make_row("https", image=f"https://host/a.png{SIGNED}", unused=ROW)]
     rows += [make_row("gs", image=f"gs://{SIGNED}", unused=ROW)]
     rows += [make_row("empty", image=None, unused=ROW) | {"response": ""}]

@@ -157,6 +157,23 @@ def test_the_identity_is_the_arguments_and_asks_nothing(server, make, tmp_path):
     assert server.calls == []
 
 
+def test_the_identity_tells_apart_what_clients_of_two_projects_name_alike(server, tmp_path):
+    read_client = server.read_client()
+
+    def identify(project: str, **named) -> dict:
+        client = server.client(project)
+        source = BigQuerySource(folder=tmp_path, client=client, read_client=read_client, **named)
+        return source.read_identity()
+
+    for named in ({"table": "d.t"}, {"query": SELECT}):
+        assert identify("dev", **named) != identify("prod", **named)
+        assert identify("dev", **named) == identify("dev", **named)
+    assert identify("dev", table=TABLE) == identify("prod", table=TABLE)
+    alone = BigQuerySource(TABLE, folder=tmp_path).read_identity()
+    assert identify("dev", table=TABLE) == alone
+    assert server.calls == []
+
+
 def test_other_arguments_do_not_take_the_rows_of_these(make):
     assert len(list(make())) == NUM_ROWS
     assert len(list(make(row_restriction="id < 5"))) == 5
@@ -850,7 +867,10 @@ def serialize(batch: pyarrow.RecordBatch) -> bytes:
         ({"table": "t", "snapshot_time": NAIVE}, "no time zone"),
         ({"query": "q", "max_bytes_billed": True}, "max_bytes_billed=True"),
         ({"query": "q", "max_bytes_billed": 0}, "max_bytes_billed=0"),
-        ({"table": "t", "client": object()}, "client= and read_client= together"),
+        (
+            {"table": "t", "client": object()},
+            "bigquery_client= and bigquery_read_client= together",
+        ),
         ({"table": "t", "max_streams": 0}, "max_streams=0"),
     ],
 )

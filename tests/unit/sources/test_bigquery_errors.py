@@ -48,7 +48,12 @@ def explain(error: Exception, **options) -> SourceError:
         ),
         (forbid("billingNotEnabled"), AccessDeniedError, "(billingNotEnabled)"),
         (forbid("quotaExceeded"), SourceError, "quota for p.d.t is used up (quotaExceeded); wait"),
-        (api.Unauthenticated(SECRET), AccessDeniedError, "gcloud auth application-default login"),
+        (
+            api.Unauthenticated(SECRET),
+            AccessDeniedError,
+            "gcloud auth application-default login`, or give bigquery_client= and "
+            "bigquery_read_client=",
+        ),
         (auth.RefreshError(SECRET), AccessDeniedError, "gcloud auth application-default login"),
         (api.NotFound(SECRET), SourceError, "p.d.t does not exist; check its name"),
         (api.InvalidArgument(SECRET), SourceError, "reading p.d.t was refused (InvalidArgument)"),
@@ -73,5 +78,5 @@ def test_what_never_passes_is_not_repeated():
     refuse_lasting(api.ServiceUnavailable("connection reset"))
     with pytest.raises(AccessDeniedError, match="credentials have expired"):
         refuse_lasting(api.ServiceUnavailable("plugin failed with error: RefreshError(...)"))
-    with pytest.raises(SourceError, match="max_receive_message_length"):
+    with pytest.raises(SourceError, match=r"bigquery_read_client=.*max_receive_message_length"):
         refuse_lasting(api.ResourceExhausted("CLIENT: Received message larger than max"))

@@ -193,3 +193,9 @@ def test_documents_beside_media_are_an_error_that_offers_both_ways_out():
     assert recognise_columns(["image", "text"], {"text": "text", "image": False}).names == {
         "text": "text"
     }
+
+
+def test_documents_have_no_place_for_a_system_column_whoever_named_theirs():
+    for keywords in ({"system": "sys"}, {"system": "sys", "text": "text"}):
+        with pytest.raises(ConfigError, match=r"'text' makes plain documents.*system="):
+            recognise_columns(["text", "sys"], keywords)

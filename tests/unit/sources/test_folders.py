@@ -60,6 +60,17 @@ def test_links_keep_their_names(tmp_path):
     assert names_of(find_files(tmp_path / "train.jsonl")) == ["train.jsonl"]
 
 
+def test_folders_that_are_links_are_read_once(tmp_path):
+    plant(tmp_path, "big/deep/1.jsonl", "data/valid/2.jsonl")
+    data = tmp_path / "data"
+    (data / "train").symlink_to(tmp_path / "big")
+    (data / "again").symlink_to(data / "valid")
+    (data / "loop").symlink_to(data)
+    (data / "itself").symlink_to(data / "itself")
+    (data / "gone").symlink_to(tmp_path / "none")
+    assert names_of(find_files(data)) == ["train/deep/1.jsonl", "valid/2.jsonl"]
+
+
 def test_two_formats_are_an_error_that_names_both_until_one_is_chosen(tmp_path):
     plant(tmp_path, "a.jsonl", "b.csv")
     with pytest.raises(SourceError, match=r"'a\.jsonl' and 'b\.csv'.*format="):
@@ -131,6 +142,12 @@ def test_two_media_with_one_caption_are_refused(tmp_path):
         ("holdout-00000-of-00002.jsonl", "holdout"),
         ("train_test_mix.jsonl", "train_test_mix"),
         ("training.jsonl.gz", "train"),
+        ("snli_1.0_train.jsonl", "train"),
+        ("snli_1.0_test.JSONL.gz", "test"),
+        ("corpus.train.jsonl", "train"),
+        ("corpus_1.0.csv", "corpus_1.0"),
+        ("c4.00000-of-00010.json.gz", "c4"),
+        ("holdout.txt", "holdout"),
     ],
 )
 def test_the_split_of_a_file_is_in_its_name(name, split):

@@ -149,8 +149,9 @@ def test_a_column_that_comes_late_and_matters_is_refused(tmp_path):
     assert len(list(LocalSource(path))) == PEEKED_ROWS + 1
     path = write_lines(tmp_path / "a.jsonl", [pair(), late])
     (tmp_path / "a.png").write_bytes(b"x")
-    (error,) = errors_of(LocalSource(path))
-    assert "other rows have" in str(error)
+    with pytest.raises(DataError, match="other rows have") as caught:
+        list(LocalSource(path))
+    assert caught.value.key == "a.jsonl:1"
 
 
 def test_files_with_other_columns_are_told_by_the_row(tmp_path):

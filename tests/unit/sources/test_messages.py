@@ -193,7 +193,34 @@ def test_media_values_that_cannot_be_read_are_told(value, words):
         read_media(value, "audio", key="k")
 
 
-@pytest.mark.parametrize("value", [None, "", b"", {}, {"bytes": None, "path": None}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"src": "https://host/a.png", "height": 64},
+        {"path": None, "src": "a.png"},
+        {"uri": "gs://bucket/a.png"},
+        {"array": [0.0]},
+    ],
+)
+def test_objects_of_another_form_are_refused(value):
+    with pytest.raises(DataError, match=r'another form; known .*{"bytes"}.*image=') as caught:
+        read_media(value, "image", key="k")
+    assert "a.png" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        "",
+        b"",
+        {},
+        {"bytes": None, "path": None},
+        {"src": None},
+        {"url": "", "detail": "low"},
+        {"bytes": None, "sampling_rate": 16_000},
+    ],
+)
 def test_values_that_hold_nothing_are_none(value):
     assert read_media(value, "image", key="k") is None
     assert read_media_list(value, "image", key="k") == []

@@ -168,15 +168,28 @@ def test_each_fault_of_a_chat_is_told(messages, words):
 def test_a_row_without_media_among_rows_with_media_is_refused_whichever_comes_first():
     with_image = {"image": "a.png", "prompt": "Q", "response": "A"}
     without = {"image": None, "prompt": "Q", "response": "A"}
-    for first, second in (
-        (("a", with_image), ("b", without)),
-        (("b", without), ("a", with_image)),
-    ):
-        reader = RowReader(recognise_columns(["image", "prompt", "response"], {}))
-        reader.read_example(first[1], first[0])
-        with pytest.raises(DataError, match="nothing in 'image', and other rows have") as caught:
-            reader.read_example(second[1], second[0])
-        assert caught.value.key == "b"
+    words = "nothing in 'image', and other rows have"
+    reader = RowReader(recognise_columns(["image", "prompt", "response"], {}))
+    reader.read_example(with_image, "a")
+    with pytest.raises(DataError, match=words) as caught:
+        reader.read_example(without, "b")
+    assert caught.value.key == "b"
+    reader.refuse_rows_before()
+    reader = RowReader(recognise_columns(["image", "prompt", "response"], {}))
+    reader.read_example(without, "b")
+    reader.refuse_rows_before()
+    reader.read_example(with_image, "a")
+    with pytest.raises(DataError, match=words) as caught:
+        reader.refuse_rows_before()
+    assert caught.value.key == "b"
+
+
+def test_a_row_that_makes_no_example_says_nothing_of_the_set():
+    reader = RowReader(recognise_columns(["image", "caption"], {}))
+    with pytest.raises(DataError, match="empty prompt"):
+        reader.read_example({"image": None, "caption": "A"}, "a")
+    reader.read_example({"image": "a.png", "caption": "A"}, "b")
+    reader.refuse_rows_before()
 
 
 def test_rows_may_differ_in_which_media_they_hold():

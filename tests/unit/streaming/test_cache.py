@@ -258,10 +258,14 @@ def test_a_smaller_budget_holds_from_the_beginning(tmp_path):
     assert 10_000 < sum_sizes(tmp_path) <= 20_000
 
 
-def test_the_disk_keeps_its_free_space(tmp_path):
+def test_the_disk_keeps_its_free_space_and_that_is_told_once(tmp_path, caplog):
     cache = open_cache(tmp_path, min_free_bytes=1 << 60)
-    assert not cache.write(make_object(1), b"abc")
-    assert cache.counts.not_stored == 1
+    for number in range(2):
+        assert not cache.write(make_object(number), b"abc")
+    assert cache.counts.not_stored == 2
+    (told,) = caplog.messages
+    assert "min_free_disk_bytes" in told
+    assert str(tmp_path) not in told
     assert list_entries(tmp_path) == []
 
 

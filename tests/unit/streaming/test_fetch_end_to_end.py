@@ -1,9 +1,11 @@
 """Reads through the official client from a local server that fails in every way it knows."""
 
 import gzip
+import io
 import random
 from concurrent.futures import ThreadPoolExecutor
 
+import PIL.Image
 import pytest
 
 from gemma_tuner.sources.objects import (
@@ -15,6 +17,7 @@ from gemma_tuner.sources.objects import (
 from gemma_tuner.streaming.cache import MediaCache
 from gemma_tuner.streaming.config import FetchConfig
 from gemma_tuner.streaming.fetch import Fetcher
+from gemma_tuner.streaming.opening import stream_gcs
 from gemma_tuner.testing.gcs_faults import (
     Fault,
     FlipBit,
@@ -148,3 +151,23 @@ def test_files_over_ranges_survive_faults(server, tmp_path):
         assert b"".join(file) == lines
     assert fetcher.counts.requests == 3 + 2
     fetcher.close()
+
+
+def test_what_the_cache_has_no_room_for_is_reported(server, tmp_path):
+    server.put("media", "s/0.jpg", draw_picture())
+    server.put("media", "s/0.txt", b"Red.")
+    fetch = FetchConfig(min_free_disk_bytes=1 << 60)
+    stream = stream_gcs(
+        "gs://media/s/", cache_dir=tmp_path, fetch=fetch, gcs_client=server.client()
+    )
+    assert "not kept" not in str(stream.report())
+    for _ in range(2):
+        assert len(list(stream)) == 1
+    assert stream.report().fetched.not_kept == 2
+    assert "2 not kept" in str(stream.report())
+
+
+def draw_picture():
+    file = io.BytesIO()
+    PIL.Image.new("RGB", (4, 4), "red").save(file, "JPEG")
+    return file.getvalue()

@@ -90,6 +90,21 @@ def test_mixes_that_cannot_be(tmp_path):
         both.take(1)
 
 
+def test_one_key_for_examples_of_two_data_sets_is_refused(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    one, other = (open_stream(tmp_path / name, "t", 25) for name in "ab")
+    assert one.report().fingerprint == other.report().fingerprint
+    assert len(mix({one: 1, other: 1, one.take(3): 1})) == 53  # the same examples
+    other = open_stream(tmp_path / "b", "t", 7)
+    with pytest.raises(ConfigError, match=r"an example 't\d' each.*id="):
+        mix({one: 1, other: 1})
+    rest, held_out = one.split(0.5)
+    assert len(mix({rest: 1, held_out: 1})) == len(one)
+    numbered = open_stream(tmp_path / "b", "u", 7, id=False)
+    assert len(mix({one: 1, numbered: 1})) == 32
+
+
 def test_a_state_of_another_mix_is_refused_by_what_differs(tmp_path):
     streams = [open_stream(tmp_path, name, 20) for name in "ab"]
     state = mix({streams[0]: 0.5, streams[1]: 0.5}).state_dict()

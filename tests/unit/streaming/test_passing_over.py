@@ -172,6 +172,26 @@ def test_what_a_collator_refuses_is_noted_against_the_same_budget(folder):
     assert {r.key for r in stream.inspect_quarantine() if r.stage == "collate"} >= set(keys[:2])
 
 
+def test_an_example_that_came_again_is_remembered_as_the_latest(folder, monkeypatch):
+    monkeypatch.setattr("gemma_tuner.streaming.stream._REMEMBERED_EXAMPLES", 2)
+    stream = open_stream(folder)
+    list(stream.read_rows([0, 1, 0, 2]))
+    stream.pass_over(DataError("too long", key="k0"))
+    with pytest.raises(DataError, match="too long"):
+        stream.pass_over(DataError("too long", key="k1"))
+
+
+def test_no_budget_passes_over_rows_without_media_before_the_first_with(folder):
+    rows = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    for row in rows[:5]:
+        row["image"] = None
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match="nothing in 'image', and other rows have") as caught:
+        open_stream(folder, max_bad_fraction=0.5)
+    assert caught.value.key == "k0"
+    assert not list((folder / "cache" / "manifests").iterdir())
+
+
 def test_misspelt_keywords_are_named(folder):
     wrong: Any
     for wrong, hint in (({"answer": "x"}, "it takes"), ({"promt": "x"}, "did you mean prompt=")):

@@ -63,6 +63,16 @@ def test_a_line_cut_off_by_a_kill_is_passed_over(tmp_path):
     assert again.inspect() == [bad(), bad(3)]
 
 
+def test_a_line_cut_off_within_a_character_is_passed_over(tmp_path):
+    path = tmp_path / "q.jsonl"
+    Quarantine(path, Budget()).add(bad())
+    with path.open("ab") as file:
+        file.write('\n{"key": "é'.encode()[:-1])
+    again = Quarantine(path, Budget())
+    again.add(bad(2))
+    assert again.inspect() == [bad(), bad(2)]
+
+
 def test_mended_examples_are_taken_out(tmp_path):
     quarantine = Quarantine(tmp_path / "q.jsonl", Budget())
     for number in range(4):

@@ -295,9 +295,11 @@ def test_splits_that_cannot_be(tmp_path):
 def test_settings_that_cannot_work(tmp_path):
     path = write_pairs(tmp_path / "a.jsonl", 2)
     settings: dict[str, Any]
-    for settings in ({"seed": 1.5}, {"seed": True}, {"shuffle": 1}, {"prompt": 3}, {"id": True}):
-        with pytest.raises(ConfigError, match=next(iter(settings))):
-            stream_local(path, **settings)
+    wrong = ({"seed": 1.5}, {"seed": True}, {"shuffle": 1}, {"locality": "file"})
+    for settings in (*wrong, {"prompt": 3}, {"id": True}):
+        for place in (path, tmp_path / "absent.jsonl"):  # told before anything is looked for
+            with pytest.raises(ConfigError, match=next(iter(settings))):
+                stream_local(place, **settings)
 
 
 def test_the_manifest_is_reused_until_the_data_change(tmp_path, home, monkeypatch):
