@@ -44,7 +44,7 @@ clean: ## remove caches and build folders; keeps .venv and your runs
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; say where: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@test -x .venv/bin/python || { echo "making .venv with $(PYTHON): a few minutes, once"; "$(PYTHON)" -m venv .venv; }
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || { echo "making .venv with $(PYTHON): a few minutes, once"; "$(PYTHON)" -m venv .venv; }
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
 		--constraint constraints.txt --editable '.[dev]'
 	@touch $@

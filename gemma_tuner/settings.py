@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ RECIPE = "recipe"
 
 TINY = "tiny"
 """The name of the model that is made up on the spot."""
+
+_PATHS = {"cache_dir", "data", "model", "out"}
 
 
 def read_settings(path: str | Path, known: Collection[str]) -> dict[str, Setting]:
@@ -74,7 +77,9 @@ def _read_mapping(path: Path) -> Mapping[Any, Any]:
     import yaml  # noqa: PLC0415 - only where there is a file
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        nodes = yaml.compose(text, yaml.SafeLoader)
     except OSError as error:
         raise ConfigError(
             f"the settings file {path.name!r} cannot be read ({error.strerror}); give the path of "
@@ -94,6 +99,10 @@ def _read_mapping(path: Path) -> Mapping[Any, Any]:
             f"the settings file {path.name!r} holds {_name_type(content)}; it must be a mapping, "
             "a line for each setting, such as `learning_rate: 2e-4`"
         )
+    written = [key.value for key, _ in nodes.value]  # of one name twice, content has the last
+    for name in content:
+        if written.count(name) > 1:
+            raise ConfigError(f"the settings file {path.name!r} has {name!r} twice; keep one")
     return content
 
 
@@ -137,7 +146,27 @@ def pin_paths(settings: Mapping[str, Setting]) -> dict[str, Setting]:
         The same, where ``data`` and ``model`` are absolute if they are here, and so are ``out``
         and ``cache_dir``.
     """
-    return {name: _pin(name, value) for name, value in settings.items()}
+    return {name: _pin(name, value) for name, value in expand_home(settings).items()}
+
+
+def expand_home(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the user's folder for ``~``, which shells do not in a file or after ``--out=``.
+
+    Args:
+        settings: Names and values, of a file or of flags.
+
+    Returns:
+        The same, where ``cache_dir``, ``data``, ``model`` and ``out`` have no leading ``~``.
+    """
+    return {name: _expand(value) if name in _PATHS else value for name, value in settings.items()}
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_expand(item) for item in value]
+    if isinstance(value, str | Path):
+        return type(value)(os.path.expanduser(value))  # noqa: PTH111 - a URI is no path
+    return value
 
 
 def _pin(name: str, value: Setting) -> Setting:

@@ -89,11 +89,11 @@ def run(name: str, base: Path, out: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    out = parser.parse_args().out
+    out = parser.parse_args().out.expanduser()
     torch.set_num_threads(1)  # so small a model gains nothing from more, and busy machines lose
-    shutil.rmtree(out, ignore_errors=True)
-
     base = out / "tiny-gemma-4-e2b"
+    for folder in (base, *(out / name for name in RECIPES)):  # what else is in out stays
+        shutil.rmtree(folder, ignore_errors=True)
     gt.testing.save_tiny_model("gemma4-e2b", base)
 
     results = [run(name, base, out / name) for name in RECIPES]

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from gemma_tuner.errors import GemmaTunerError
+from gemma_tuner.settings import expand_home
 
 _INTERRUPTED = 130  # 128 and SIGINT's number, as shells expect
 
@@ -64,6 +65,7 @@ def command(function: Callable[..., object]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*, debug: bool, **values: Any) -> None:
+        values = expand_home(values)
         for name, kind in groups.items():
             fields = inspect.signature(kind).parameters
             values[name] = kind(**{field: values.pop(field) for field in fields})

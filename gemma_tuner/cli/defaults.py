@@ -96,11 +96,13 @@ def find_settings(run: Path) -> Path | None:
         The file; None where a script made the run, or a recipe, whose settings say other things.
     """
     folder = run.resolve()
-    for parent in (folder, *folder.parents[:2]):
-        file = parent / FILE_NAME
-        if file.is_file():
-            return None if is_of_recipe(file) else file
-    return None
+    # What lies above any other folder is not the run's: it may be another's.
+    if folder.name == "adapter" and not (folder / FILE_NAME).is_file():
+        folder = folder.parent
+    elif folder.parent.name == "checkpoints":
+        folder = folder.parent.parent
+    file = folder / FILE_NAME
+    return None if not file.is_file() or is_of_recipe(file) else file
 
 
 def list_settings(context: typer.Context) -> dict[str, Setting]:
@@ -150,12 +152,8 @@ def _use_as_defaults(
     context: typer.Context, file: Path, groups: tuple[type[Any], ...] = _GROUPS
 ) -> None:
     """Make a settings file the defaults of a command, or of some groups of its options."""
-    names = {name: name for group in _GROUPS for name in group.__annotations__}
+    names = _list_names()
     options = {option.name: option for option in context.command.params if option.name in names}
-    for name, option in options.items():
-        names |= {flag.lstrip("-").replace("-", "_"): name for flag in option.opts}
-    aliases = {alias.replace("-", "_"): name.replace("-", "_") for alias, name in ALIASES.items()}
-    names |= {alias: names[name] for alias, name in aliases.items() if name in names}
     wanted = {name for group in groups for name in group.__annotations__}
     defaults: dict[str, Any] = {}
     for given, value in read_settings(file, names).items():
@@ -170,6 +168,17 @@ def _use_as_defaults(
             defaults[name] = [value] if option.multiple and not isinstance(value, list) else value
             _check(context, option, given, defaults[name], file)
     context.default_map = {name: value for name, value in defaults.items() if name in wanted}
+
+
+def _list_names() -> dict[str, str]:
+    """Every name that a settings file may use, those of options that a command lacks too."""
+    hints = {name: hint for group in _GROUPS for name, hint in group.__annotations__.items()}
+    names = {name: name for name in hints}
+    for name, hint in hints.items():
+        for flag in hint.__metadata__[0].param_decls:  # --grad-checkpoint/--no-grad-checkpoint
+            names[flag.partition("/")[0].lstrip("-").replace("-", "_")] = name
+    aliases = {alias.replace("-", "_"): name.replace("-", "_") for alias, name in ALIASES.items()}
+    return names | {alias: names[name] for alias, name in aliases.items() if name in names}
 
 
 def _check(context: typer.Context, option: Any, name: str, value: object, file: Path) -> None:

@@ -70,8 +70,9 @@ def merged(run: _Run, target: _Target, model: _Model = None, revision: _Revision
     """Write the whole model with the adapter merged in, for any program."""
     from gemma_tuner.export.merged import export_merged
 
-    with open_base(_base_of(run, model)) as base:
-        _say_merged(export_merged(_adapter_of(run), target, base=base, revision=revision))
+    folder = _adapter_of(run)
+    with open_base(_base_of(folder, model)) as base:
+        _say_merged(export_merged(folder, target, base=base, revision=revision))
 
 
 @app.command()
@@ -90,8 +91,9 @@ def mlx(
     """Write an adapter for MLX: mlx_lm.generate --adapter-path TARGET."""
     from gemma_tuner.export.mlx import export_mlx
 
-    with open_base(_base_of(run, model)) as base:
-        say(export_mlx(_adapter_of(run), target, program=program, base=base, revision=revision))
+    folder = _adapter_of(run)
+    with open_base(_base_of(folder, model)) as base:
+        say(export_mlx(folder, target, program=program, base=base, revision=revision))
 
 
 @app.command()
@@ -119,12 +121,13 @@ def gguf(
     """
     from gemma_tuner.export.gguf import export_gguf, export_gguf_adapter
 
-    with open_base(_base_of(run, model)) as base:
+    folder = _adapter_of(run)
+    with open_base(_base_of(folder, model)) as base:
         source = {"base": base, "revision": revision}
         if adapter_only:
-            say(export_gguf_adapter(_adapter_of(run), target, **source))
+            say(export_gguf_adapter(folder, target, **source))
         else:
-            _say_merged(export_gguf(_adapter_of(run), target, file_type=file_type, **source))
+            _say_merged(export_gguf(folder, target, file_type=file_type, **source))
 
 
 def _say_merged(report: MergeReport) -> None:
@@ -142,8 +145,8 @@ def _adapter_of(run: Path) -> Path:
     return find_adapter(run)
 
 
-def _base_of(run: Path, model: str | None) -> str | None:
+def _base_of(adapter: Path, model: str | None) -> str | None:
     """The base that was given, or the run's, or what the adapter names."""
     from gemma_tuner.training.adapters import read_adapter_base
 
-    return model or read_adapter_base(_adapter_of(run))
+    return model or read_adapter_base(adapter)

@@ -9,7 +9,7 @@ import typer
 
 from gemma_tuner.cli.commands import command
 from gemma_tuner.cli.defaults import Run
-from gemma_tuner.cli.opening import open_stream, say
+from gemma_tuner.cli.opening import open_streams, say
 from gemma_tuner.cli.settings import DataSettings, ModelSettings
 
 
@@ -31,14 +31,17 @@ def quarantine(
     RUN is the folder of a run, whose settings say which data; or give
     --data, as for train.
     """
-    stream = open_stream(data, model.modality, data.split)
+    from gemma_tuner.streaming.passing_over import list_bad, retry_bad
+
+    streams = [stream for stream in open_streams(data, model.modality) if stream is not None]
+    portions = [portion for stream in streams for portion in stream.portions]
     if retry:
-        released, remaining = stream.retry_quarantine()
+        released, remaining = retry_bad(portions)
         say(f"released: {released:,}; in quarantine: {remaining:,}")
-    records = stream.inspect_quarantine()
+    records = list_bad(portions)
     for record in records:
         say(f"{record.key}\n  {record.stage}: {record.reason}")
     counts = Counter(record.stage for record in records).most_common()
-    say(f"in quarantine: {len(records):,}; usable: {len(stream):,}")
+    say(f"in quarantine: {len(records):,}; usable: {sum(map(len, portions)):,}")
     for stage, count in counts:
         say(f"  {stage}: {count:,}")

@@ -40,7 +40,8 @@ def normalize_flag(name: str) -> str:
 
 
 def _option(*flags: str, panel: str, help: str, **more: Any) -> Any:  # noqa: A002 - Typer's name
-    return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
+    # Without the dots, Typer would take the first flag for a default until it reads the group.
+    return typer.Option(..., *flags, help=help, rich_help_panel=panel, **more)
 
 
 def _column(help: str) -> Any:  # noqa: A002

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import signal
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +14,14 @@ import typer
 
 from gemma_tuner.cli.commands import command
 from gemma_tuner.cli.defaults import Config, list_forgotten, list_settings
-from gemma_tuner.cli.opening import load, make_collator, make_lora, open_streams, say
+from gemma_tuner.cli.opening import (
+    load,
+    make_collator,
+    make_lora,
+    open_streams,
+    say,
+    was_given,
+)
 from gemma_tuner.cli.settings import (
     TINY,
     AdapterSettings,
@@ -56,6 +65,7 @@ def train(
     from gemma_tuner.training.trainer import Trainer
 
     settings = list_settings(context)
+    run = _choose_length(context, run, settings)
     train_config = _make_config(run, seed=data.seed, is_tiny=model.model == TINY)
     settings["learning_rate"] = train_config.learning_rate
     if not run.resume:
@@ -74,16 +84,29 @@ def train(
     collator = make_collator(model, rows, processor)
     samples = _make_samples(run, collator, held_out)
     trainer = Trainer(gemma, stream, collator, train_config, held_out, samples)
-    if not run.resume:
+    is_main = trainer.processes.is_main
+    if is_main and not run.resume:
         save_settings(run.out, settings)
     result = trainer.fit(resume=run.resume)
-    save_settings(run.out, settings)  # those of a resumed run have not been refused
+    if is_main:  # the settings of a resumed run have not been refused
+        save_settings(run.out, settings)
     _exit_if_stopped(result, run.out)
     path = trainer.save(run.out / "adapter")
     if result.held_out:
         losses = (f"{record.loss:.4f} (step {record.step})" for record in result.held_out)
         say(f"held-out loss: {' → '.join(losses)}")
     say(f"adapter: {path}\nnext: {shlex.join(['gemma-tuner', 'evaluate', str(run.out)])}")
+
+
+def _choose_length(
+    context: typer.Context, run: RunSettings, settings: dict[str, Setting]
+) -> RunSettings:
+    """Let a flag win over a file that says the run's length in the other way."""
+    for name, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
+        if was_given(context, name) and not was_given(context, other):
+            settings.pop(other, None)
+            return dataclasses.replace(run, **{other: None})
+    return run
 
 
 def _check_remembered(context: typer.Context, out: Path, settings: dict[str, Setting]) -> None:
@@ -106,19 +129,23 @@ def _make_samples(
         return None
     if held_out is None:
         raise ConfigError("there is nothing held out to take samples of; leave held_out at 0.1")
-    rows = range(min(_NUM_SAMPLES, len(held_out)))
-    return SampleGenerations(collator, [held_out[row] for row in rows], run.sample_every_steps)
+    read = held_out.read_rows(range(len(held_out)))  # None for one that cannot be used
+    examples = islice((example for example in read if example is not None), _NUM_SAMPLES)
+    return SampleGenerations(collator, list(examples), run.sample_every_steps)
 
 
 def _make_config(run: RunSettings, *, seed: int, is_tiny: bool) -> TrainConfig:
     from gemma_tuner.training.config import TrainConfig
 
+    learning_rate = run.learning_rate
+    if learning_rate is None:
+        learning_rate = 5e-3 if is_tiny else 2e-4
     return TrainConfig(
         max_steps=run.max_steps,
         epochs=1 if run.max_steps is None and run.epochs is None else run.epochs,
         batch_size=run.batch_size,
         gradient_accumulation=run.gradient_accumulation,
-        learning_rate=run.learning_rate or (5e-3 if is_tiny else 2e-4),
+        learning_rate=learning_rate,
         schedule=run.schedule,
         warmup_steps=run.warmup_steps,
         weight_decay=run.weight_decay,

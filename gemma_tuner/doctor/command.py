@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -37,16 +38,20 @@ def doctor(
     """
     from rich.console import Console  # noqa: PLC0415 - so that help is quick
 
-    from gemma_tuner.doctor.examination import examine  # noqa: PLC0415 - loads torch
-    from gemma_tuner.doctor.report import render_report  # noqa: PLC0415
-
     try:
+        from gemma_tuner.doctor.examination import examine  # noqa: PLC0415 - loads torch
+        from gemma_tuner.doctor.report import render_report  # noqa: PLC0415
+
         with Console(stderr=True).status("") as status:
             report = examine(output, device, only or list(Part), announce=status.update)
+        rendered = render_report(report)
     except GemmaTunerError as error:
         sys.stderr.write(f"{type(error).__name__}: {' '.join(str(error).split())}\n")
         sys.exit(2)
+    except Exception:  # noqa: BLE001 - whatever it was, 1 would say that the machine is at fault
+        traceback.print_exc()
+        sys.exit(2)
     console = Console()
-    console.print(render_report(report), highlight=False)
+    console.print(rendered, highlight=False)
     console.print(f"the report is in {output}", highlight=False)
     sys.exit(report.exit_status)

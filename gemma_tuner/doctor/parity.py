@@ -73,7 +73,7 @@ def check_family(family: str, device: torch.device) -> list[Check]:
     }
     checks = []
     for dtype in _DTYPES:
-        model = make_model(family, dtype).to(device)
+        model = make_model(family, dtype)
         for modality, batch in batches.items():
             exact = on_cpu[torch.float32][modality]
             rounding = find_distance(on_cpu[dtype][modality], exact)
@@ -83,7 +83,7 @@ def check_family(family: str, device: torch.device) -> list[Check]:
                     f"{'with' if checkpointing else 'without'} checkpointing"
                 )
                 measure = partial(
-                    _measure, model, batch, exact, rounding, checkpointing=checkpointing
+                    _measure, model, batch, device, exact, rounding, checkpointing=checkpointing
                 )
                 checks.append(run_check("parity", name, measure))
     return checks
@@ -145,9 +145,15 @@ def take_step(model: Any, batch: Batch, *, checkpointing: bool) -> Step:
 
 
 def _measure(
-    model: Any, batch: Batch, exact: Step, rounding: Distance, *, checkpointing: bool
+    model: Any,
+    batch: Batch,
+    device: torch.device,
+    exact: Step,
+    rounding: Distance,
+    *,
+    checkpointing: bool,
 ) -> Finding:
-    step = take_step(model, batch, checkpointing=checkpointing)
+    step = take_step(model.to(device), batch, checkpointing=checkpointing)
     return judge_step(find_distance(step, exact), rounding)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import httpx, validate_repo_id
 from peft import PeftModel
 
 from gemma_tuner.device import announce
@@ -136,10 +136,11 @@ def push_to_hub(
             allow_patterns=list(files),
             commit_message="Upload with gemma_tuner",
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, httpx.HTTPError) as error:
         raise CheckpointError(
             f"{name} could not be uploaded to {repository} ({type(error).__name__}); log in with "
-            "`hf auth login` with a token that may write, unset HF_HUB_OFFLINE, and try again"
+            "`hf auth login` with a token that may write, check the network, unset "
+            "HF_HUB_OFFLINE, and try again"
         ) from error
     announce(f"uploaded {len(files)} files of {name} to https://huggingface.co/{repository}")
     return files

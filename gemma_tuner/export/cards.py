@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.training.identity import portable_name
 
 if TYPE_CHECKING:
     from gemma_tuner.export.deltas import Adapter
@@ -80,13 +81,14 @@ def write_merged_card(folder: Path, adapter: Adapter, lost: float, dtypes: Seque
         lost: The share of it that rounding took away.
         dtypes: Of the merged weights.
     """
+    base = portable_name(adapter.base)
     lines = [
-        *_front_matter(adapter.base, "transformers", "finetune", []),
-        f"# {adapter.base or 'A Gemma model'} with a LoRA adapter merged in",
+        *_front_matter(base, "transformers", "finetune", []),
+        f"# {base or 'A Gemma model'} with a LoRA adapter merged in",
         "",
         *_facts(
             {
-                "Base model": adapter.base,
+                "Base model": base,
                 "Base revision": adapter.revision,
                 "Adapter": _describe_lora(adapter.config),
                 "Merged weights": f"{len(adapter.deltas)}, in {', '.join(dtypes)}",

@@ -322,8 +322,7 @@ def _encode(
         if delta is None and stored.dtype == DTYPES.get(kind):
             yield from stored.copy()
             continue
-        blocks = stored.blocks() if len(stored.shape) > 1 else [(0, slice(None), stored.read())]
-        for index, rows, block in blocks:
+        for index, rows, block in stored.blocks():
             if delta is None:
                 yield encode(name, block.float(), kind).tobytes()
                 continue

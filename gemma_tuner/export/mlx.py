@@ -37,6 +37,7 @@ from gemma_tuner.export.deltas import (
 from gemma_tuner.export.folders import new_folder
 from gemma_tuner.export.mlx_names import Program, check_program, mlx_name, transformers_name
 from gemma_tuner.export.weights import list_file, list_tensors, read_json
+from gemma_tuner.training.identity import portable_name
 
 _MLX_WEIGHTS = "adapters.safetensors"
 _GATE, _UP = "experts.switch_glu.gate_proj", "experts.switch_glu.up_proj"
@@ -90,8 +91,8 @@ def export_mlx(
             "dropout": read.config.get("lora_dropout", 0.0),
             "keys": keys,
         },
-        "model": read.base,
-        "peft_config": read.config,
+        "model": portable_name(read.base),
+        "peft_config": {**read.config, "base_model_name_or_path": portable_name(read.base)},
     }
     with new_folder(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         save_file(tensors, temporary / _MLX_WEIGHTS, metadata={"format": "mlx"})
@@ -201,7 +202,7 @@ def import_mlx(
     modules = _group(name, stored, model_type)
     if config is None:
         config = _make_config(mlx_config, modules)
-        config["base_model_name_or_path"] = mlx_config.get("model")
+    config["base_model_name_or_path"] = portable_name(named.base)
     tensors: dict[str, Tensor] = {}
     for module, parts in modules.items():
         tensors |= _from_mlx(config, module, parts, parameters["scale"])

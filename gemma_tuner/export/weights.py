@@ -80,9 +80,14 @@ class StoredTensor:
     def blocks(self) -> Iterator[tuple[int, slice, Tensor]]:
         """Read a matrix, or a pile of them, in blocks of rows that take little memory.
 
+        A vector, such as a norm's weight, is one block.
+
         Yields:
             For each block the matrix's number, its rows, and the block ``[rows, in]``.
         """
+        if len(self.shape) < 2:
+            yield 0, slice(None), self.read()
+            return
         *piles, num_rows, num_columns = self.shape
         step = max(1, _BLOCK_ELEMENTS // num_columns)
         with safe_open(self.path, "pt") as file:

@@ -24,10 +24,11 @@ from gemma_tuner.training.identity import hash_decoder_norms, portable_name
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FINGERPRINT = "gemma_tuner.json"
-"""Beside an adapter: ``base_norms_sha256`` says which release it was trained on."""
+"""Beside an adapter: ``base_norms_sha256`` says which release it was trained on, and ``step`` how
+far a run was that has saved it."""
 
 
-def save_adapter(model: PeftModel, path: str | Path) -> Path:
+def save_adapter(model: PeftModel, path: str | Path, step: int | None = None) -> Path:
     """Write the adapter as a standard PEFT folder.
 
     An existing folder keeps its other files; its adapter is replaced once the new one is
@@ -36,6 +37,7 @@ def save_adapter(model: PeftModel, path: str | Path) -> Path:
     Args:
         model: From ``add_lora``.
         path: The folder; made if it is missing.
+        step: Of the run that saves it; None where it is no run of a trainer.
 
     Returns:
         The folder.
@@ -49,7 +51,7 @@ def save_adapter(model: PeftModel, path: str | Path) -> Path:
         check_room(folder, sum(tensor.nbytes for tensor in adapter_tensors(model).values()))
         with temporary_sibling(folder / "adapter") as temporary:
             temporary.mkdir()
-            write_adapter(model, temporary)
+            write_adapter(model, temporary, step=step)
             sync_all(temporary)
             for name in (FINGERPRINT, WEIGHTS, CONFIG):
                 (temporary / name).replace(folder / name)
@@ -57,12 +59,13 @@ def save_adapter(model: PeftModel, path: str | Path) -> Path:
     return folder
 
 
-def write_adapter(model: PeftModel, folder: Path) -> None:
+def write_adapter(model: PeftModel, folder: Path, *, step: int | None = None) -> None:
     """Write an adapter's files into a folder that is empty.
 
     Args:
         model: From ``add_lora``.
         folder: Where.
+        step: As in :func:`save_adapter`.
     """
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     # The model card that PEFT adds names the base by its local path.
@@ -73,9 +76,8 @@ def write_adapter(model: PeftModel, folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     base: Any = model.get_base_model()
     norms_sha256 = hash_decoder_norms(dict(base.named_parameters()), base.get_parameter)
-    (folder / FINGERPRINT).write_text(
-        json.dumps({"base_norms_sha256": norms_sha256}, indent=2) + "\n", encoding="utf-8"
-    )
+    fingerprint = {"base_norms_sha256": norms_sha256} | ({} if step is None else {"step": step})
+    (folder / FINGERPRINT).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gemma_tuner.device import announce
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.models.families import Modality
 from gemma_tuner.models.lora import wrap_peft
@@ -35,8 +36,8 @@ def find_adapter(path: str | Path) -> Path:
     """Find the adapter that a folder means.
 
     Args:
-        path: An adapter's folder (PEFT), or a run's: its saved adapter, else its newest
-            checkpoint.
+        path: An adapter's folder (PEFT), or a run's: its saved adapter, or its newest checkpoint
+            where there is no adapter or the run went on after it was saved.
 
     Returns:
         The adapter's folder.
@@ -45,15 +46,33 @@ def find_adapter(path: str | Path) -> Path:
         CheckpointError: There is none.
     """
     folder = Path(path)
-    for candidate in (folder, folder / "adapter", latest_checkpoint(folder)):
-        if candidate is not None and (candidate / CONFIG).is_file():
-            return candidate
+    adapter, checkpoint = folder / "adapter", latest_checkpoint(folder)
+    found = [
+        candidate
+        for candidate in (folder, adapter, checkpoint)
+        if candidate is not None and (candidate / CONFIG).is_file()
+    ]
+    if found == [adapter, checkpoint] and _is_behind(adapter, found[1]):
+        announce(
+            f"{folder.resolve().name} went on after its adapter was saved; its newest checkpoint "
+            f"is used, {found[1].name}"
+        )
+        return found[1]
+    if found:
+        return found[0]
     raise CheckpointError(
         f"{folder.resolve().name!r} holds no adapter ({CONFIG}) and no checkpoint; give the "
         "folder of a run or of an adapter"
         if folder.is_dir()
         else f"there is no folder {folder.name!r}; give the folder of a run or of an adapter"
     )
+
+
+def _is_behind(adapter: Path, checkpoint: Path) -> bool:
+    """Whether an adapter says its step, and a checkpoint of its run is of a later one."""
+    fingerprint = adapter / FINGERPRINT
+    step = _read_json(fingerprint).get("step") if fingerprint.is_file() else None
+    return step is not None and step < int(checkpoint.name.removeprefix("step-"))
 
 
 def read_adapter_base(folder: Path) -> str | None:

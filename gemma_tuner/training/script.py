@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 
 from gemma_tuner.errors import ConfigError, GemmaTunerError
 from gemma_tuner.records import Example
-from gemma_tuner.settings import RECIPE, Setting, pin_paths, read_settings, save_settings
+from gemma_tuner.settings import (
+    RECIPE,
+    Setting,
+    expand_home,
+    pin_paths,
+    read_settings,
+    save_settings,
+)
 from gemma_tuner.training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -81,6 +88,7 @@ def parse_arguments(
         args = parser.parse_args([*_read_flags(parser, args.config), *given])
     if args.learning_rate is None:
         args.learning_rate = 2e-4 if args.model else 5e-3
+    vars(args).update(expand_home(vars(args)))
     return args
 
 
@@ -213,11 +221,13 @@ def fit(
         name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS
     }
     settings = pin_paths(settings) | {RECIPE: str(Path(script).absolute())}
+    is_main = trainer.processes.is_main
     # A run that is there already may refuse these settings, and keeps its own until it has not.
-    if latest_checkpoint(args.out) is None:
+    if is_main and latest_checkpoint(args.out) is None:
         save_settings(args.out, settings)
     result = trainer.fit(resume=args.resume)
-    save_settings(args.out, settings)
+    if is_main:
+        save_settings(args.out, settings)
     exit_if_stopped(result, script, arguments)
     return result
 

@@ -242,6 +242,21 @@ def test_a_signal_ends_the_demo(interrupted, tmp_path, monkeypatch, capsys):
     assert "=== image_caption" not in said.out
 
 
+def test_the_demo_deletes_only_what_is_its_own(tmp_path, monkeypatch):
+    for name in ("text_chat", "tiny-gemma-4-e2b", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes.txt").write_text("mine")
+
+    def stop(family, folder):
+        raise gt.ConfigError("far enough")
+
+    monkeypatch.setattr(gt.testing, "save_tiny_model", stop)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path)])
+    with pytest.raises(gt.ConfigError, match="far enough"):
+        load_recipe("demo").main()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
 def run_in_new_process(name, *arguments):
     return subprocess.run(
         [sys.executable, RECIPES / f"{name}.py", *map(str, arguments)],

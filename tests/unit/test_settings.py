@@ -1,11 +1,19 @@
 """One file holds a run's settings, and starts the same run again."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.settings import is_of_recipe, pin_paths, read_settings, save_settings
+from gemma_tuner.settings import (
+    expand_home,
+    is_of_recipe,
+    pin_paths,
+    read_settings,
+    save_settings,
+)
 
 KNOWN = ("data", "learning_rate", "max_tokens", "resume")
 
@@ -30,6 +38,8 @@ def test_json_and_dashes_are_read(tmp_path):
     [
         ("learning_rat: 1", "unknown setting 'learning_rat'; did you mean 'learning_rate'"),
         ("max-tokens: 1\nmax_tokens: 2", "has 'max_tokens' twice"),
+        ("max_tokens: 1\nmax_tokens: 2", "has 'max_tokens' twice; keep one"),
+        ('{"data": "a", "data": "b"}', "has 'data' twice; keep one"),
         ("data: {a: b}", "must be a value or a list of values; got a dict"),
         ("data: [[a]]", "must be a value or a list of values; got a list"),
         ("- a", "holds a list; it must be a mapping"),
@@ -71,6 +81,23 @@ def test_paths_become_absolute_and_names_stay(tmp_path, monkeypatch):
     }
     assert pin_paths(pinned) == pinned
     assert pin_paths({"model": "tiny", "data": None}) == {"model": "tiny", "data": None}
+
+
+def test_the_home_folder_stands_for_its_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "gemma").mkdir()
+    home: dict[str, Any] = {"cache_dir": "~/big", "model": "~/gemma", "out": Path("~/runs/x")}
+    home |= {"data": ["~/*.csv"], "system": "~/no path", "revision": None}
+    expected = {
+        "cache_dir": f"{tmp_path}/big",
+        "model": f"{tmp_path}/gemma",
+        "out": tmp_path / "runs/x",
+        "data": [f"{tmp_path}/*.csv"],
+        "system": "~/no path",
+        "revision": None,
+    }
+    assert expand_home(home) == expected
+    assert pin_paths(home) == expected
 
 
 def test_a_recipe_is_named_to_who_cannot_take_its_settings(tmp_path):

@@ -158,6 +158,16 @@ def test_what_keeps_it_from_running_is_one_line_and_status_2(arguments, words):
     assert done.stdout == ""
 
 
+def test_a_fault_of_the_doctor_is_no_finding(monkeypatch):
+    def fail(*arguments, **more):
+        raise ZeroDivisionError("odd")
+
+    monkeypatch.setattr("gemma_tuner.doctor.examination.examine", fail)
+    done = CliRunner().invoke(app, ["doctor", "--device", "cpu"])
+    assert done.exit_code == 2
+    assert done.stderr.endswith("ZeroDivisionError: odd\n")
+
+
 def test_an_unknown_part_is_refused_with_those_there_are():
     done = CliRunner().invoke(app, ["doctor", "--only", "everything"])
     assert done.exit_code == 2

@@ -99,6 +99,11 @@ def make_app():
     def look(model: ModelSettings, rows: RowSettings, run: Run = None, batch_size: int = 8):
         typer.echo(json.dumps([model.model, rows.max_tokens, batch_size]))
 
+    @probe.command()
+    @command
+    def gauge(model: ModelSettings, rows: RowSettings, config: Config = None):
+        typer.echo(json.dumps([model.model, rows.max_tokens]))
+
     return probe
 
 
@@ -132,6 +137,22 @@ def test_a_settings_file_gives_what_no_flag_gives(write, text, flags, given):
     done = invoke("show", "--config", write(text or "{}\n"), *flags)
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[0]) == (given or [None, None, None, False])
+
+
+def test_a_command_takes_the_spellings_of_options_that_it_lacks(write):
+    text = "grad_checkpoint: true\nadapter_path: runs/x\nlr: 1e-3\nmax_seq_length: 64\n"
+    done = invoke("gauge", "--config", write(text))
+    assert done.exit_code == 0, done.stderr
+    assert json.loads(done.stdout) == ["tiny", 64]
+
+
+def test_a_home_folder_is_meant_in_a_file_and_after_an_equals_sign(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = write("cache_dir: ~/big\ndata: [~/d/*.jsonl, gs://b/~/c.jsonl]\n")
+    done = invoke("show", "--config", file, "--out=~/x")
+    given, saved = map(json.loads, done.stdout.splitlines())
+    assert given[0] == saved["data"] == [f"{tmp_path}/d/*.jsonl", "gs://b/~/c.jsonl"]
+    assert (saved["cache_dir"], saved["out"]) == (f"{tmp_path}/big", f"{tmp_path}/x")
 
 
 def test_every_alias_is_of_an_option_and_is_none_itself():
@@ -182,6 +203,13 @@ def test_a_run_gives_its_settings_to_later_commands(write, tmp_path, place):
     assert json.loads(invoke("look", tmp_path / place).stdout) == ["base", 64, 8]
     done = invoke("look", tmp_path / place, "--model", "other")
     assert json.loads(done.stdout) == ["other", 64, 8]
+
+
+@pytest.mark.parametrize("place", ["runs", "runs/scripted", "runs/scripted/adapter"])
+def test_settings_of_another_above_a_run_are_not_its_own(write, tmp_path, place):
+    write("model: stranger\n")
+    (tmp_path / place).mkdir(parents=True)
+    assert json.loads(invoke("look", tmp_path / place).stdout)[0] == "tiny"
 
 
 def test_only_the_groups_that_were_asked_for_come_from_a_run(tmp_path, write):

@@ -12,10 +12,12 @@ from peft import PeftModel
 from typer.testing import CliRunner
 
 from gemma_tuner.cli.main import app
+from gemma_tuner.cli.opening import open_streams
+from gemma_tuner.cli.settings import DataSettings
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.testing import tiny_model
+from gemma_tuner.testing import sample_data, tiny_model
 from gemma_tuner.training.adapters import find_adapter, load_adapter
-from gemma_tuner.training.trainer import Trainer
+from gemma_tuner.training.trainer import FitResult, Trainer
 
 STEPS = 3
 
@@ -199,6 +201,91 @@ def test_a_run_goes_on_where_it_was_stopped(folder, run, monkeypatch):
     assert not (out / "adapter").exists()
     assert invoke(*command.split()[1:]).exit_code == 0
     assert read_losses(out) == read_losses(run)
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """Trainers of runs that a signal stops before they begin."""
+    trainers = []
+
+    class StoppedTrainer(Trainer):
+        def fit(self, *, resume=False):
+            trainers.append(self)
+            return FitResult(0, "SIGTERM", ())
+
+    monkeypatch.setattr("gemma_tuner.training.trainer.Trainer", StoppedTrainer)
+    return trainers
+
+
+@pytest.mark.parametrize(
+    ("saved", "flag", "epochs", "max_steps"),
+    [("max_steps: 5", "--epochs", 3, None), ("epochs: 5", "--max-steps", None, 3)],
+)
+def test_a_flag_wins_over_a_length_of_the_other_kind(
+    folder, tmp_path, begun, saved, flag, epochs, max_steps
+):
+    (tmp_path / "mine.yaml").write_text(f"{saved}\ncache_dir: {folder / 'cache'}\n")
+    done = invoke("train", "--config", tmp_path / "mine.yaml", flag, 3, "--out", tmp_path / "run")
+    assert done.exit_code == 143, done.stderr
+    assert (begun[0].config.epochs, begun[0].config.max_steps) == (epochs, max_steps)
+    settings = (tmp_path / "run/settings.yaml").read_text()
+    assert f"{flag[2:].replace('-', '_')}: 3\n" in settings
+    assert saved.partition(":")[0] not in settings
+
+
+def test_one_process_alone_writes_the_settings(folder, tmp_path, begun, monkeypatch):
+    another = property(lambda accelerator: False)
+    monkeypatch.setattr("accelerate.Accelerator.is_main_process", another)
+    done = invoke("train", "--out", tmp_path / "run", "--cache-dir", folder / "cache")
+    assert done.exit_code == 143, done.stderr
+    assert len(begun) == 1
+    assert not (tmp_path / "run/settings.yaml").exists()
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """Flags of data of two splits, in each of which the third picture is damaged."""
+    sample = next((sample_data("image")).glob("*.png"))
+    for split in ("train", "valid"):
+        pictures = [tmp_path / f"{split} {i}.png" for i in range(20)]
+        for picture in pictures:
+            shutil.copy(sample, picture)
+        pictures[2].write_bytes(b"no picture")
+        rows = [{"prompt": "?", "response": "yes", "image": str(path)} for path in pictures]
+        (tmp_path / "data").mkdir(exist_ok=True)
+        lines = [json.dumps(row) + "\n" for row in rows]
+        (tmp_path / f"data/{split}.jsonl").write_text("".join(lines))
+    flags = ["--data", tmp_path / "data", "--modality", "image", "--cache-dir", tmp_path / "cache"]
+    return [*flags, "--max-bad-fraction", 0.5]
+
+
+def test_samples_pass_over_what_cannot_be_used(damaged, tmp_path, begun):
+    flags = ["--held-out", "valid", "--sample-every-steps", 1, "--out", tmp_path / "run"]
+    done = invoke("train", *damaged, *flags)
+    assert done.exit_code == 143, done.stderr
+    begun[0].samples.begin(tmp_path, 0)
+    assert len(list((tmp_path / "samples").iterdir())) == 4
+
+
+def test_quarantines_of_what_is_trained_on_and_held_out_are_listed(damaged, tmp_path):
+    settings = DataSettings(
+        data=[str(tmp_path / "data")],
+        held_out="valid",
+        max_bad_fraction=0.5,
+        cache_dir=tmp_path / "cache",
+    )
+    for stream in open_streams(settings, "image"):
+        assert stream is not None
+        assert len(list(stream)) == 19
+    listed = invoke("quarantine", *damaged, "--held-out", "valid").stdout
+    assert "train.jsonl:3\n  decode: " in listed
+    assert "valid.jsonl:3\n  decode: " in listed
+    assert "in quarantine: 2; usable: 40" in listed
+    tried = invoke("quarantine", *damaged, "--held-out", "valid", "--retry").stdout
+    assert tried.startswith("released: 0; in quarantine: 2\n")
+    # Both parts of a fraction have one quarantine.
+    one = ["--split", "train", "--held-out", 0.3]
+    assert "in quarantine: 1; usable: 20" in invoke("quarantine", *damaged, *one).stdout
 
 
 @pytest.mark.slow

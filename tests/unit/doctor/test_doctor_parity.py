@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from gemma_tuner.doctor import parity
 from gemma_tuner.doctor.parity import (
     MODALITIES,
     find_distance,
@@ -104,3 +105,19 @@ def test_bfloat16_may_round_as_the_cpu_does_and_not_much_more():
         {"whole_cosine": float("nan")},
     ):
         assert judge_step(replace(ROUNDING, **wrong), ROUNDING)[0] == "wrong", wrong
+
+
+def test_a_device_that_refuses_the_model_is_a_result(monkeypatch):
+    def refuse(device):
+        raise RuntimeError("no such dtype here")
+
+    def make_refused(family, dtype):
+        model = make_model(family, dtype)
+        monkeypatch.setattr(model, "to", refuse)
+        return model
+
+    monkeypatch.setattr(parity, "MODALITIES", {"gemma4-31b": ("text",)})
+    monkeypatch.setattr(parity, "make_model", make_refused)
+    checks = parity.check_family("gemma4-31b", torch.device("cpu"))
+    assert [check.result for check in checks] == ["wrong"] * 4
+    assert checks[0].reason == "the device refuses it: RuntimeError: no such dtype here"

@@ -1,11 +1,14 @@
 """The exported adapter opens in stock transformers and PEFT, and its card tells no secrets."""
 
 import json
+import socket
 
+import huggingface_hub
 import peft
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
 
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.adapter import export_adapter, push_to_hub
@@ -112,6 +115,17 @@ def test_nothing_is_uploaded_without_confirmation(exported, tmp_path):
         push_to_hub(folder / "adapter", "ada/tic kets", dry_run=True)
     with pytest.raises(CheckpointError, match="holds no exported weights"):
         push_to_hub(tmp_path, "ada/tickets", dry_run=True)
+
+
+def test_a_hub_that_cannot_be_reached_is_explained(exported, monkeypatch):
+    folder, _ = exported
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))  # and does not listen
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        with pytest.raises(CheckpointError, match=r"\(ConnectError\).*check the network"):
+            push_to_hub(folder / "adapter", "ada/tickets", confirm=True)
+    huggingface_hub.close_session()
 
 
 @pytest.mark.slow

@@ -312,6 +312,38 @@ def test_an_adapter_that_diverged_is_refused(e2b, tmp_path, value):
     assert files_beside(tmp_path) == ["adapter", "base"]
 
 
+def test_a_base_that_is_named_by_its_path_is_named_without_it(e2b, tmp_path):
+    folder, _ = e2b
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"  # as PEFT itself writes it
+    named = {"base_model_name_or_path": str(folder / "base")}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    export_merged(tmp_path / "adapter", tmp_path / "merged")
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| Base model | base |" in card
+    assert str(folder) not in card
+
+
+def test_a_norm_that_was_trained_itself_is_merged(e2b, tmp_path):
+    folder, _ = e2b
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder / "base")
+    lora = peft.LoraConfig(
+        r=2,
+        target_modules=r".*language_model\.layers\.0\.self_attn\.q_proj",
+        modules_to_save=["language_model.norm"],
+    )
+    wrapped = peft.get_peft_model(model, lora)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    wrapped.save_pretrained(tmp_path / "adapter")
+    export_merged(tmp_path / "adapter", tmp_path / "merged", base=folder / "base")
+    name = "model.language_model.norm.weight"
+    before, after = read_all(folder / "base"), read_all(tmp_path / "merged")
+    assert torch.equal(after[name], 1.5 * before[name])
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("modules_to_save", ["lm_head"]), ("bias", "all"), ("init_lora_weights", "pissa")],

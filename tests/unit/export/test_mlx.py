@@ -1,6 +1,7 @@
 """Adapters to MLX and back without MLX; tests/parity/test_export_mlx.py runs them in it."""
 
 import json
+import shutil
 
 import peft
 import pytest
@@ -113,3 +114,25 @@ def test_an_mlx_adapter_that_peft_does_not_have_is_refused(moe, tmp_path, change
     with pytest.raises(CheckpointError, match=message):
         import_mlx(tmp_path / "mlx", tmp_path / "back", base=moe / "base")
     assert not (tmp_path / "back").exists()
+
+
+def change(folder, **settings):
+    """Change an adapter's settings; return what they were."""
+    path = folder / "adapter_config.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps(before | settings))
+    return before
+
+
+def test_a_base_that_is_named_by_its_path_is_named_without_it(moe, tmp_path):
+    """As PEFT itself does, and mlx-lm."""
+    shutil.copytree(moe / "adapter", tmp_path / "adapter")
+    change(tmp_path / "adapter", base_model_name_or_path=str(moe / "base"))
+    export_mlx(tmp_path / "adapter", tmp_path / "mlx")
+    exported = change(tmp_path / "mlx", model=str(moe / "base"), peft_config=None)
+    assert exported["model"] == exported["peft_config"]["base_model_name_or_path"] == "base"
+    import_mlx(tmp_path / "mlx", tmp_path / "trained")
+    change(tmp_path / "mlx", peft_config=change(tmp_path / "adapter"))
+    import_mlx(tmp_path / "mlx", tmp_path / "back")
+    for folder in ("trained", "back"):
+        assert change(tmp_path / folder)["base_model_name_or_path"] == "base"

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -9,9 +10,10 @@ from hypothesis import strategies as st
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.records import Example, Text, Turn
-from gemma_tuner.settings import read_settings, save_settings
+from gemma_tuner.settings import expand_home, read_settings, save_settings
 from gemma_tuner.training.script import (
     add_answer_flags,
+    fit,
     make_config,
     open_splits,
     parse_arguments,
@@ -92,6 +94,23 @@ def test_values_of_a_file_are_checked_as_those_of_flags(text, message, tmp_path,
     assert message in capsys.readouterr().err
 
 
+def test_a_home_folder_is_meant_in_a_file_and_after_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = parse("--config", write(tmp_path, "data: ~/d.jsonl\nmodel: ~/m\n"), "--out=~/x")
+    assert (args.data, args.model) == (f"{tmp_path}/d.jsonl", f"{tmp_path}/m")
+    assert args.out == f"{tmp_path}/x"
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_one_process_alone_writes_the_settings(tmp_path, is_main):
+    trainer = SimpleNamespace(
+        processes=SimpleNamespace(is_main=is_main),
+        fit=lambda *, resume: SimpleNamespace(stopped_by=None),
+    )
+    fit(trainer, parse("--out", str(tmp_path / "run")), "recipe.py", [])
+    assert (tmp_path / "run/settings.yaml").exists() == is_main
+
+
 texts = st.text(
     st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\u2028\u2029"), min_size=1
 )
@@ -104,7 +123,7 @@ def test_saved_settings_are_read_back(data, out, steps, rate, tmp_path_factory):
     settings = {name: value for name, value in vars(args).items() if name != "resume"}
     path = save_settings(tmp_path_factory.getbasetemp() / "saved", settings)
     assert parse("--config", str(path)) == argparse.Namespace(**vars(args) | {"config": str(path)})
-    assert read_settings(path, vars(args))["data"] == data
+    assert read_settings(path, vars(args))["data"] == expand_home({"data": data})["data"]
 
 
 def test_flags_make_the_settings_of_training():
