@@ -91,6 +91,11 @@ class Browser:
             self._process.kill()
             self._process.wait()
 
+    @property
+    def pid(self):
+        """The browser's process, whose children draw the page."""
+        return self._process.pid
+
     def call(self, method, **parameters):
         """Call a method of the protocol and return its result."""
         self._next_id += 1
