@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
 from pathlib import Path
 
@@ -61,12 +61,14 @@ def choose_device(device: str | torch.device | None = None) -> tuple[torch.devic
         device: The user's choice (``mps``, ``cuda``, ``cuda:1``, ``cpu``), or None.
 
     Returns:
-        The device and the reason for it. An accelerator has passed a real allocation.
+        The device and the reason for it. An accelerator has passed a real allocation, before
+        which :func:`prepare_environment` was called.
 
     Raises:
         ConfigError: An unknown device, one that is absent or does not work, or MPS with a torch
             that computes wrong results on it.
     """
+    prepare_environment()
     if device is not None:
         chosen = parse_device(device)
         _check_device(chosen)
@@ -76,7 +78,7 @@ def choose_device(device: str | torch.device | None = None) -> tuple[torch.devic
         _check_device(chosen)
         return chosen, "a Metal GPU is there"
     if torch.cuda.is_available():
-        chosen = torch.device("cuda")
+        chosen = parse_device("cuda")
         _check_device(chosen)
         return chosen, f"a CUDA GPU is there ({torch.cuda.get_device_name(chosen)})"
     return torch.device("cpu"), "no Metal or CUDA GPU is there"
@@ -89,7 +91,7 @@ def parse_device(device: str | torch.device) -> torch.device:
         device: ``mps``, ``cuda``, ``cuda:1`` or ``cpu``.
 
     Returns:
-        The device.
+        The device; ``cuda`` is the process's own where ``accelerate launch`` has started several.
 
     Raises:
         ConfigError: Another name.
@@ -104,6 +106,8 @@ def parse_device(device: str | torch.device) -> torch.device:
         raise ConfigError(
             f"device is {str(device)!r}; it may be one of {', '.join(_DEVICE_TYPES)} or cuda:N"
         )
+    if chosen == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     return chosen
 
 
@@ -333,6 +337,34 @@ def random_generators(device: torch.device) -> dict[str, torch.Generator]:
         # torch.mps.set_rng_state does no more, but only with the state itself
         generators["mps"] = torch.mps._get_default_mps_generator()  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
     return generators
+
+
+def replayed(
+    generator: torch.Generator,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Let a checkpointed layer draw in its recomputation what it drew in its forward pass.
+
+    ``torch.utils.checkpoint`` does so for the CPU's generator and for those of devices that say
+    whether they are initialized; torch.mps does not, and dropout there would drop others: the
+    gradient would be wrong without a word (pytorch#127676).
+
+    Args:
+        generator: What the layer draws from.
+
+    Returns:
+        What checkpointing takes from its ``context_fn``: a context for each of the two.
+    """
+    return nullcontext(), _drawing_from(generator, generator.get_state())
+
+
+@contextmanager
+def _drawing_from(generator: torch.Generator, state: torch.Tensor) -> Iterator[None]:
+    before = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gemma_tuner.device import choose_device, prepare_environment
+from gemma_tuner.device import choose_device
 from gemma_tuner.doctor.calibration import calibrate
 from gemma_tuner.doctor.checks import Check
 from gemma_tuner.doctor.kernels import check_kernel
@@ -55,7 +55,6 @@ def examine(
     Raises:
         ConfigError: A device that is absent or that training refuses, or no place for the report.
     """
-    prepare_environment()
     chosen, reason = choose_device(device)
     machine = describe_machine()
     report = Report(

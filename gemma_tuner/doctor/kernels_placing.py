@@ -7,8 +7,10 @@ import math
 import torch
 import torch.nn.functional as F
 from torch.nn import Parameter
+from torch.utils.checkpoint import checkpoint
 
 from gemma_tuner.doctor.kernels import Kernel, Tensors
+from gemma_tuner.training.modes import checkpointing_options
 from gemma_tuner.training.optim import guarded_step
 
 _VOCABULARY = 262_144
@@ -181,6 +183,20 @@ def take_steps_by_hand(t: Tensors) -> Tensors:
     }
 
 
+def _make_hidden(generator: torch.Generator) -> Tensors:
+    return {"hidden": torch.randn(64, 64, generator=generator)}
+
+
+def drop_twice(t: Tensors) -> Tensors:
+    """Whether dropout in a checkpointed layer drops in backward what it dropped before."""
+    hidden = t["hidden"].detach().requires_grad_()
+    options = checkpointing_options(hidden.device)
+    out = checkpoint(lambda x: F.dropout(x.square(), 0.5), hidden, **options)
+    F.dropout(hidden, 0.5)  # another layer draws before the first is computed again
+    (gradient,) = torch.autograd.grad(out.sum(), hidden)
+    return {"same": ((gradient == 0) == (out == 0)).to(hidden.dtype)}
+
+
 PLACING = (
     Kernel(
         name="embedding and index_put, backward too",
@@ -239,6 +255,14 @@ PLACING = (
         compute=take_steps,
         reference=take_steps_by_hand,
         avoided="it is tried before a run, and the plain one used instead",
+    ),
+    Kernel(
+        name="dropout that is computed twice",
+        source="pytorch#127676",
+        make=_make_hidden,
+        compute=drop_twice,
+        reference=lambda t: {"same": torch.ones_like(t["hidden"])},
+        tolerance=0.0,
     ),
 )
 """What reads or writes at places."""

@@ -20,7 +20,7 @@ from huggingface_hub.errors import (
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from gemma_tuner.device import announce, choose_device, choose_dtype, prepare_environment
+from gemma_tuner.device import announce, choose_device, choose_dtype
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.models import embeddings
 from gemma_tuner.models.attention import use_attention
@@ -103,7 +103,8 @@ def load_model(
     """
     if plan is not None:
         given = (device, dtype, per_layer_embeddings)
-        if any(choice is not None for choice in given) or set(modalities) != set(plan.modalities):
+        planned = set(plan.modalities)
+        if any(choice is not None for choice in given) or {"text", *modalities} != planned:
             raise ConfigError(
                 f"plan was made for {', '.join(plan.modalities)} on {plan.device} in "
                 f"{plan.dtype}; give the same modalities, and leave device, dtype and "
@@ -112,7 +113,6 @@ def load_model(
         device, dtype, per_layer_embeddings = plan.device, plan.dtype, plan.per_layer_embeddings
     source = str(name_or_path)
     name = name_without_path(source)
-    prepare_environment()
     device, device_reason = choose_device(device)
     config = read_config(source, revision)
     with _explained(source):

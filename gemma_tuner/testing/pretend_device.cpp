@@ -197,7 +197,7 @@ struct PretendGuard final : public c10::impl::NoOpDeviceGuardImpl<DeviceType::MP
   static c10::Stream stream() { return c10::Stream(c10::Stream::DEFAULT, kPretend); }
 };
 
-// Its state is saved and restored like any other; kernels draw from the CPU's generator.
+// A generator of its own, which to save and replay the CPU's does not replay: as on a Mac.
 struct PretendGenerator final : public c10::GeneratorImpl {
   explicit PretendGenerator(uint64_t seed)
       : GeneratorImpl(kPretend, DispatchKeySet(DispatchKey::MPS)), inner(seed) {}
@@ -339,6 +339,32 @@ Tensor& set_storage(
 
 // --- operators --------------------------------------------------------------------------------
 
+// CPU kernels draw from the CPU's generator: for a while, its numbers are those of the device's.
+class DrawsFromDevice {
+ public:
+  DrawsFromDevice() : cpu_engine(cpu().engine()) { cpu().set_engine(device().engine()); }
+  ~DrawsFromDevice() {
+    device().set_engine(cpu().engine());
+    cpu().set_engine(cpu_engine);
+  }
+
+ private:
+  static at::CPUGeneratorImpl& cpu() {
+    return *at::check_generator<at::CPUGeneratorImpl>(at::detail::getDefaultCPUGenerator());
+  }
+  static at::CPUGeneratorImpl& device() {
+    const auto& generator = at::detail::getMPSHooks().getDefaultGenerator(0);
+    return static_cast<PretendGenerator*>(generator.unsafeGetGeneratorImpl())->inner;
+  }
+  at::mt19937 cpu_engine;
+};
+
+bool is_random(const std::string& name) {
+  static const std::unordered_set<std::string> bases = {
+      "bernoulli_", "native_dropout", "normal_", "random_", "uniform_"};
+  return bases.count(name.substr(0, name.find('.'))) > 0;
+}
+
 std::string name_of(const c10::OperatorHandle& op) {
   std::string name = op.schema().name().substr(6);  // without "aten::"
   if (!op.schema().overload_name().empty()) name += "." + op.schema().overload_name();
@@ -403,6 +429,8 @@ void run_on_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const size_t below = stack->size() - num_arguments;
   {
     Inside inside;
+    std::optional<DrawsFromDevice> draws;
+    if (is_random(name)) draws.emplace();
     at::native::cpu_fallback(op, stack);
   }
   if (is_noted) {

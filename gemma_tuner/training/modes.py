@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
+import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gemma_tuner.device import random_generators, replayed
 from gemma_tuner.models.lora import unwrap_peft
 
 
@@ -20,8 +23,10 @@ def begin_training(model: Any, *, checkpointed_layers: int | None = None) -> Non
         checkpointed_layers: As in :func:`checkpoint_layers`; None means all.
     """
     gemma = unwrap_peft(model)
-    # Reentrant checkpointing loses the gradients of shared keys and values, silently.
-    gemma.activation_checkpointing_enable({"use_reentrant": False})
+    gemma.activation_checkpointing_enable(checkpointing_options(gemma.device))
+    # transformers lets embeddings and patches ask for gradients, as reentrant checkpointing needs:
+    # frozen towers, and layers below the first adapter, would be differentiated for nothing.
+    gemma.disable_input_require_grads()
     if checkpointed_layers is not None:
         checkpoint_layers(model, checkpointed_layers)
     model.eval()
@@ -29,6 +34,22 @@ def begin_training(model: Any, *, checkpointed_layers: int | None = None) -> Non
         # Each module's own flag: a layer checkpoints itself only while it trains.
         if "lora_dropout" in name or isinstance(module, GradientCheckpointingLayer):
             module.training = True
+
+
+def checkpointing_options(device: torch.device) -> dict[str, Any]:
+    """What ``torch.utils.checkpoint`` has to be told so that gradients are right.
+
+    Args:
+        device: Where training runs.
+
+    Returns:
+        Its keyword arguments.
+    """
+    # Reentrant checkpointing loses the gradients of shared keys and values, silently.
+    options: dict[str, Any] = {"use_reentrant": False}
+    if device.type == "mps":
+        options["context_fn"] = partial(replayed, random_generators(device)["mps"])
+    return options
 
 
 def checkpoint_layers(model: Any, count: int) -> None:

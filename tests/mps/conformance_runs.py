@@ -96,11 +96,13 @@ def build_trainer(
     device="mps",
     rows=4,
     targets=("language",),
+    dropout=0.0,
     **settings,
 ):
     kind = RecordingTrainer if device == "mps" else Trainer
     model, processor = tiny_model(family)
-    model = add_lora(model.to(device, getattr(torch, dtype)), LoraConfig(rank=4, targets=targets))
+    lora = LoraConfig(rank=4, targets=targets, dropout=dropout)
+    model = add_lora(model.to(device, getattr(torch, dtype)), lora)
     stream = stream_local(sample_data(modality), cache_dir=Path(folder) / "cache").take(rows)
     settings = {
         "max_steps": 2,
@@ -177,6 +179,23 @@ def describe_mix(call):
     floats = [o for o in call.inputs if o.place == "device" and "loat" in o.dtype]
     names = sorted({o.dtype + ("" if o.shape else "[]") for o in floats})
     return f"{call.operator.partition('.')[0].rstrip('_')} {'+'.join(names)}"
+
+
+def run_dropout(folder):
+    """A first step with dropout, in which layers are computed once or twice."""
+    steps = []
+    for is_twice in (False, True):
+        trainer = build_trainer(
+            folder / str(is_twice),
+            "gemma4-e2b",
+            "text",
+            dropout=0.5,
+            max_steps=1,
+            gradient_checkpointing=is_twice,
+        )
+        trainer.fit()
+        steps.append(read_first_step(trainer))
+    return steps
 
 
 def run_lengths(folder):
@@ -518,6 +537,7 @@ def main():
         if part == "fast":
             results["too small"] = run_too_small(Path(folder) / "small")
             results["lengths"] = run_lengths(Path(folder) / "lengths")
+            results["dropout"] = run_dropout(Path(folder) / "dropout")
         for case in CASES.get(part, []):
             name = " ".join(case)
             try:

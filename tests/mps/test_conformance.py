@@ -148,6 +148,12 @@ def test_examples_of_many_lengths_make_few_graphs(fast):
     assert result["graphs"] <= 1_500
 
 
+def test_layers_that_are_computed_twice_drop_the_same_both_times(fast):
+    """It draws from a generator of its own, which torch's checkpointing does not replay."""
+    once, twice = fast["dropout"]
+    assert twice == pytest.approx(once, rel=1e-6)
+
+
 def check_out_of_memory(result, failed):
     """Where the update ran out, the step is bit for bit the same; where a micro-batch did, it is
     that of a run which took half as many examples from the start."""

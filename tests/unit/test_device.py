@@ -1,8 +1,10 @@
 import os
+from functools import partial
 
 import psutil
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from gemma_tuner import device
 from gemma_tuner.errors import ConfigError
@@ -165,3 +167,46 @@ def test_cuda_is_chosen_and_measured():
     drawn = torch.rand(5, device=chosen)
     generators["cuda"].set_state(state)
     assert torch.equal(torch.rand(5, device=chosen), drawn)
+
+
+def test_each_process_of_a_launch_has_a_gpu_of_its_own(monkeypatch):
+    assert device.parse_device("cuda") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert device.parse_device("cuda") == torch.device("cuda:1")
+    assert device.parse_device("cuda:0") == torch.device("cuda:0")
+    assert device.parse_device("mps") == torch.device("mps")
+
+
+def test_the_environment_is_prepared_before_a_device_is_tried(monkeypatch):
+    monkeypatch.setenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO", "to be restored")
+    monkeypatch.delenv("PYTORCH_MPS_HIGH_WATERMARK_RATIO")
+    device.choose_device("cpu")
+    assert os.environ["PYTORCH_MPS_HIGH_WATERMARK_RATIO"] == "1.0"
+
+
+@pytest.mark.parametrize("is_replayed", [True, False])
+def test_a_recomputation_draws_what_the_forward_pass_drew(is_replayed):
+    """With a generator that torch's checkpointing does not know of, as that of MPS."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drop(x):
+        kept = torch.bernoulli(torch.full_like(x, 0.5), generator=generator)
+        return (x * x) * kept
+
+    def differentiate(function):
+        generator.manual_seed(0)
+        x = torch.ones(64, requires_grad=True)
+        output = function(x)
+        torch.rand(5, generator=generator)  # another layer draws
+        after = generator.get_state()
+        output.sum().backward()
+        return output.detach(), x.grad, torch.equal(generator.get_state(), after)
+
+    options = {"context_fn": partial(device.replayed, generator)} if is_replayed else {}
+    output, gradient, is_as_before = differentiate(
+        lambda x: checkpoint(drop, x, use_reentrant=False, **options)
+    )
+    expected_output, expected_gradient, _ = differentiate(drop)
+    assert torch.equal(output, expected_output)
+    assert torch.equal(gradient, expected_gradient) == is_replayed
+    assert is_as_before == is_replayed

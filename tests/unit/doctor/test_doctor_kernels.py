@@ -1,11 +1,12 @@
 """Each kernel's check passes on the CPU and finds a fault that is planted."""
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 
-from gemma_tuner.doctor import large_table
+from gemma_tuner.doctor import kernels_placing, large_table
 from gemma_tuner.doctor.checks import find_difference, judge
 from gemma_tuner.doctor.examination import KERNELS
 from gemma_tuner.doctor.kernels import answer, check_kernel, expect
@@ -101,6 +102,13 @@ def step_anyway(kernel, inputs):
     return {"parameter": parameter.data, **optimizer.state[parameter]}
 
 
+def draw_anew(kernel, inputs):
+    """The second time, dropout drops others."""
+    options = {"use_reentrant": False, "preserve_rng_state": False}
+    with patch.object(kernels_placing, "checkpointing_options", lambda _: options):
+        return kernel.compute(inputs)
+
+
 def forget_adapter(kernel, inputs):
     """What is added to a product in place is lost."""
     return kernel.compute({**inputs, "b": torch.zeros_like(inputs["b"])})
@@ -121,6 +129,7 @@ FAULTS = {
     "bfloat16 with float32, elementwise": [take_bytes_for_floats, change("add in place")],
     "gather and scatter_add in rows of 262,144": [change("gather"), change("scatter_add")],
     "fused AdamW that skips a step": [step_anyway],
+    "dropout that is computed twice": [draw_anew],
     "tanh, logsumexp and softmax over 262,144": [stop_at_a_quarter],
     "clip_grad_norm_": [clip_each],
     **{
