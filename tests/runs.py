@@ -32,6 +32,7 @@ def build_trainer(
     *,
     modality="text",
     family="gemma4-e2b",
+    targets=("language",),
     dropout=0.0,
     rows=10,
     stream=None,
@@ -40,7 +41,7 @@ def build_trainer(
 ):
     """A trainer on the first bundled samples: 4 examples a step, an epoch of 2.5 steps."""
     model, processor = tiny_model(family)
-    model = add_lora(model, LoraConfig(rank=4, dropout=dropout))
+    model = add_lora(model, LoraConfig(rank=4, targets=targets, dropout=dropout))
     if stream is None:
         stream = stream_local(sample_data(modality), cache_dir=Path(folder) / "cache").take(rows)
     settings = {

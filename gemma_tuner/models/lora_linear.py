@@ -34,6 +34,7 @@ class LoraLinear(lora.Linear):
         base = self.base_layer
         is_known = (
             name in self.lora_A
+            and name not in self.lora_variant
             and not (args or kwargs or self.disable_adapters or self.merged)
             and isinstance(self.lora_dropout[name], nn.Identity)
             and type(base) is nn.Linear

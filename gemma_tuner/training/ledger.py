@@ -24,12 +24,13 @@ from gemma_tuner.training.checkpoint import (
     show_folder,
 )
 from gemma_tuner.training.config import TrainConfig
+from gemma_tuner.training.cuts import Cuts
 from gemma_tuner.training.feed import StepInput, Stream
 from gemma_tuner.training.metrics import DeviceRecord, StepRecord
 from gemma_tuner.training.optim import NonfiniteGuard
 from gemma_tuner.training.processes import Processes
 from gemma_tuner.training.reports import Reports
-from gemma_tuner.training.stepper import StepOutcome
+from gemma_tuner.training.stepper import StepOutcome, Stepper
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,6 +45,7 @@ class Ledger:
         optimizer: Its moments are saved and read back.
         stream: Where examples come from; its length is an epoch's.
         processes: The processes of the run.
+        stepper: How it cuts micro-batches is saved and read back.
 
     Attributes:
         step: Optimizer steps done.
@@ -63,12 +65,14 @@ class Ledger:
         optimizer: torch.optim.Optimizer,
         stream: Stream,
         processes: Processes,
+        stepper: Stepper,
     ) -> None:
         self._config = config
         self._model = model
         self._optimizer = optimizer
         self._stream = stream
         self._processes = processes
+        self._stepper = stepper
         self.step = 0
         self.num_slots = 0
         self.num_tokens = 0
@@ -272,6 +276,8 @@ class Ledger:
         self.num_target_tokens = state.totals["target_tokens"]
         self.counts = Counter(state.totals["counts"])
         self.held_out_step = state.totals["held_out_step"]
+        if (cuts := state.totals.get("cuts")) is not None:
+            self._stepper.cut_as_before(Cuts.from_dict(cuts))
         self._saved = (self.step, self.held_out_step)
         self.guard = NonfiniteGuard(
             self._processes.device,
@@ -292,6 +298,7 @@ class Ledger:
             return
         if self._processes.is_main:
             skipped, consecutive = torch.stack([self.guard.total, self.guard.consecutive]).tolist()
+            cuts = self._stepper.cuts
             state = TrainerState(
                 step=self.step,
                 stream=self.stream_state,
@@ -304,6 +311,7 @@ class Ledger:
                     "skipped_steps": int(skipped),
                     "consecutive_skipped_steps": int(consecutive),
                     "held_out_step": self.held_out_step,
+                    "cuts": None if cuts is None else cuts.to_dict(),
                 },
             )
             path = save_checkpoint(

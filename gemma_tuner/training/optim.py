@@ -151,13 +151,15 @@ def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
     A norm that is not finite makes every gradient undefined; :func:`guarded_step` then skips.
 
     Args:
-        parameters: Those with a gradient count.
+        parameters: At least one; those with a gradient count.
         max_norm: The largest norm to let through.
 
     Returns:
-        The norm before clipping, ``[]`` float32 on the gradients' device, not waited for.
+        The norm before clipping, ``[]`` float32 on the parameters' device, not waited for.
     """
-    return torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False)
+    parameters = list(parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False)
+    return norm.to(parameters[0].device)  # of no gradients at all, torch's is on the CPU
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:

@@ -155,6 +155,6 @@ def _bound_bytes(gemma: Any, rows: Sequence[Batch], wanted: Wanted) -> int:
     heads = getattr(vision, "num_attention_heads", 16) * getattr(vision, "num_hidden_layers", 32)
     scores = wanted.batch_size * (text_heads * wanted.max_tokens**2 + heads * media**2)
     positions = wanted.batch_size * (wanted.max_tokens + media)
-    chunk = LOSS_CHUNKS[0] * text.vocab_size * 20
+    chunk = (wanted.loss_chunk_tokens or LOSS_CHUNKS[0]) * text.vocab_size * 20
     weights = sum(p.nbytes * (4 if p.requires_grad else 1) for p in gemma.parameters())
     return weights + 12 * positions * widths + 16 * scores + chunk

@@ -105,6 +105,17 @@ def describe_misfit(
 
     tokens, share = wanted.max_tokens, wanted.target_share
     needed = hold(tokens, share)
+    if needed <= usable:
+        settings = {
+            "gradient_checkpointing": wanted.checkpointing,
+            "loss_chunk_tokens": wanted.loss_chunk_tokens,
+        }
+        asked = [f"{setting}={value}" for setting, value in settings.items() if value is not None]
+        return (
+            f"{name} does not fit with {' and '.join(asked)}: one row of {tokens} tokens then "
+            f"needs more than the {usable / GIB:.2f} GiB that may be used. What would fit: None "
+            f"for these, which leaves them to the plan and needs {needed / GIB:.2f} GiB"
+        )
     text = (
         f"{name} does not fit: one row of {tokens} tokens needs {needed / GIB:.2f} GiB, and "
         f"{usable / GIB:.2f} GiB may be used"

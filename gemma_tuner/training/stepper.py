@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from gemma_tuner.collators.batch import COUNTS, Batch
-from gemma_tuner.device import announce
+from gemma_tuner.device import announce, random_generators
 from gemma_tuner.models.attention import set_query_chunk
 from gemma_tuner.models.features import FeatureCache
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.training.choice import ANY_SIZE, LOSS_CHUNKS
 from gemma_tuner.training.config import TrainConfig
+from gemma_tuner.training.cuts import Cuts, cut_as_before, read_cuts
 from gemma_tuner.training.feed import StepInput
 from gemma_tuner.training.governor import Governor
 from gemma_tuner.training.loss import target_loss_sum
@@ -89,8 +90,10 @@ class Stepper:
         self._processes = processes
         self._device = processes.device
         self._loss_chunk_tokens = config.loss_chunk_tokens or LOSS_CHUNKS[0]
+        self._num_unreached = 0  # of the micro-batches of the newest step
         self.features = FeatureCache(model, round(config.feature_cache_gib * 2**30))
         self.governor = Governor(self._device)
+        self._cuts_before: Cuts | None = None
         self.plan: Plan | None = None
         self.micro_batches: MicroBatches | None = None
 
@@ -116,6 +119,7 @@ class Stepper:
         grad_norm, skipped = self._update(learning_rate)
         self._optimizer.zero_grad(set_to_none=True)
         counts["out_of_memory"] = micro.num_retries - retries_before
+        counts["reached_no_adapter"] = self._num_unreached
         return StepOutcome(loss, grad_norm, skipped, num_tokens, num_target_tokens, counts)
 
     def _accumulate(
@@ -123,12 +127,16 @@ class Stepper:
     ) -> Tensor:
         """Sum a step's gradient anew, and return its mean loss, ``[]`` float32."""
         self._optimizer.zero_grad(set_to_none=True)
+        self._num_unreached = 0
         self._seed_dropout(step)
         loss = torch.zeros((), device=self._device)
         for batch, checkpointed_layers in micro_batches:
             checkpoint_layers(self._model, checkpointed_layers)
             micro_loss = self.loss_sum(batch) / num_target_tokens
-            micro_loss.backward()
+            if micro_loss.requires_grad:
+                micro_loss.backward()
+            else:  # as text, where only towers have adapters: its gradient is 0
+                self._num_unreached += 1
             loss += micro_loss.detach()
         return loss
 
@@ -165,7 +173,8 @@ class Stepper:
         """Make a step's dropout a function of its number, however often it is tried."""
         name = f"{self._config.seed} {step} {self._processes.index}"
         digest = hashlib.sha256(name.encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        for generator in random_generators(self._device).values():
+            generator.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def _count(self, step_input: StepInput) -> tuple[int, int, Counter[str]]:
         """Sum a step's tokens, its targets, and what was cut or passed over."""
@@ -199,6 +208,23 @@ class Stepper:
         self._follow(plan)
         return plan
 
+    @property
+    def cuts(self) -> Cuts | None:
+        """How micro-batches are cut; None until it is known."""
+        if self.plan is None or self.micro_batches is None:
+            return self._cuts_before
+        return read_cuts(self.plan, self.micro_batches.levels, self._config)
+
+    def cut_as_before(self, cuts: Cuts) -> None:
+        """Cut as the run did that is resumed, where that still fits.
+
+        Args:
+            cuts: As it was saved.
+        """
+        self._cuts_before = cuts
+        if self.plan is not None:
+            self._follow(self.plan)
+
     def _cut_to_fit(self, step_input: StepInput) -> MicroBatches:
         """What cuts micro-batches, planned with the first step that has any."""
         batches = step_input.micro_batches
@@ -209,16 +235,18 @@ class Stepper:
         examples = {example.key: example for example in step_input.examples}
         rows = [self._collator([examples[batch.longest_key]]) for batch in batches]
         plan = plan_without_trial(self._model, rows, self._config, self._collator.max_tokens)
-        if plan is None:
-            plan = self._try_steps(rows)
-            if self._processes.is_main:
-                announce(str(plan))
-        return self._follow(plan)
+        is_sure = plan is not None
+        micro = self._follow(plan or self._try_steps(rows))
+        if self._processes.is_main and not is_sure:
+            announce(str(self.plan))
+        return micro
 
     def _try_steps(self, rows: Sequence[Batch]) -> Plan:
         return plan_training(self._model, rows, self._config, self._collator.max_tokens)
 
     def _follow(self, plan: Plan) -> MicroBatches:
+        if self._cuts_before is not None:
+            plan = cut_as_before(plan, self._cuts_before, self._config)
         self.plan = plan
         self.micro_batches = MicroBatches(
             plan.levels, plan.target_share, self._device, self._collator

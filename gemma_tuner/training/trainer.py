@@ -120,7 +120,7 @@ class Trainer:
         self.processes = Processes(self.device)
         self.optimizer = build_optimizer(model.named_parameters(), config, self.device)
         self.stepper = Stepper(model, self.optimizer, collator, config, self.processes)
-        self.ledger = Ledger(config, model, self.optimizer, stream, self.processes)
+        self.ledger = Ledger(config, model, self.optimizer, stream, self.processes, self.stepper)
 
     @property
     def step(self) -> int:
@@ -182,7 +182,8 @@ class Trainer:
 
         Args:
             resume: Continue from the newest checkpoint in ``output_dir``, exactly; begin if there
-                is none, and say so.
+                is none, and say so. What is not exact is said: micro-batches that are cut anew
+                because there is less memory now (equal within rounding).
 
         Returns:
             The number of steps done and what stopped them.
@@ -296,7 +297,7 @@ class Trainer:
             CheckpointError: No room or no permission.
         """
         if self.processes.is_main:
-            save_adapter(self.model, path)
+            save_adapter(self.model, path, step=self.step)
         self.processes.wait()
         return Path(path)
 

@@ -133,3 +133,20 @@ def test_dora_is_left_to_peft():
     model = make_layer(use_dora=True)
     use_lean_adapters(model)
     assert type(model.base_model.model.layer) is lora.Linear
+
+
+def test_a_dora_adapter_that_is_added_later_is_as_peft_has_it():
+    model = make_layer()
+    use_lean_adapters(model)
+    torch.manual_seed(3)
+    settings = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["layer"], use_dora=True)
+    model.add_adapter("dora", settings)
+    model.to(torch.float64).set_adapter("dora")
+    layer = model.base_model.model.layer
+    nn.init.normal_(layer.lora_B["dora"].weight)
+    layer.lora_magnitude_vector["dora"].weight.data.mul_(1.5)
+    found = run(model)
+    assert type(layer) is LoraLinear
+    layer.__class__ = lora.Linear
+    expected = run(model)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -248,3 +248,8 @@ def test_the_guard_counts():
     resumed = NonfiniteGuard(CPU, total=3, consecutive=1)
     resumed.count(torch.tensor(1.0))
     assert (resumed.total.item(), resumed.consecutive.item()) == (4, 2)
+
+
+def test_no_gradient_at_all_has_a_norm_on_the_device_of_the_rest():
+    parameter = nn.Parameter(torch.zeros(2, device="meta"))
+    assert clip_gradients([parameter], 1.0).device.type == "meta"

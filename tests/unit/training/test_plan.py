@@ -16,6 +16,8 @@ from gemma_tuner.training.footprint import HollowStep
 from gemma_tuner.training.loss import target_loss_sum
 from gemma_tuner.training.modes import begin_training
 from gemma_tuner.training.plan import plan
+from gemma_tuner.training.plan_loaded import plan_without_trial
+from tests.runs import build_trainer
 
 GIB = 2**30
 CPU = torch.device("cpu")
@@ -170,3 +172,37 @@ def test_a_trainer_plans_for_its_own_data_and_trains_by_it(checkpoint, tmp_path)
     assert tight.stepper.micro_batches.levels == list(found.levels)
     tight.fit()
     assert tight.stepper.micro_batches.num_retries == 0
+
+
+def test_a_plan_for_media_is_taken_with_the_modalities_it_was_made_for(checkpoint):
+    found = plan(checkpoint, memory_gib=4, device="cpu", modalities=("image",))
+    model, _ = gt.load_model(checkpoint, modalities=("image",), plan=found)
+    assert model.model.vision_tower is not None
+
+
+def test_what_was_asked_for_and_does_not_fit_is_named(tmp_path):
+    def tell(memory_gib):
+        trainer = build_trainer(tmp_path, gradient_checkpointing=False, memory_gib=memory_gib)
+        trainer.collator.max_tokens = 2048
+        return trainer.plan()
+
+    least = tell(64)
+    resident = least.footprint.resident_bytes
+    budget = (resident + 0.2 * least.footprint.step_bytes) / 0.9 / GIB  # the CPU's margin
+    says = (
+        r"does not fit with gradient_checkpointing=False: .* None for these, .* needs 0\.\d\d GiB"
+    )
+    with pytest.raises(MemoryPlanError, match=says):
+        tell(budget)
+
+
+def test_a_large_loss_chunk_counts_in_what_no_step_needs(tmp_path):
+    trainer = build_trainer(tmp_path)
+    rows = [trainer.collator([trainer.stream[0]])]
+    told = [
+        plan_without_trial(
+            trainer.model, rows, replace(trainer.config, loss_chunk_tokens=chunk), 64
+        ).reasons["computed twice"]
+        for chunk in (256, 1_000_000)
+    ]
+    assert float(told[0].split()[2]) + 9 < float(told[1].split()[2])
