@@ -132,8 +132,7 @@ class HollowStep:
             fake = self._fake(batch, trace)
             loss_sum = target_loss_sum(model, fake, chunk_tokens=loss_chunk_tokens)
             trace.region = "backward pass"
-            if loss_sum.requires_grad:
-                (loss_sum / batch.num_target_tokens).backward()
+            (loss_sum / batch.num_target_tokens).backward()
             model.zero_grad(set_to_none=True)
         return Footprint(self.resident, trace.peak)
 

@@ -61,9 +61,8 @@ class StepRecord:
         skipped_steps: Steps skipped since the run began because of a non-finite gradient.
         epoch: Passes over the data, fractions included.
         counts: What collating cut or split since the run began, by name (``cut_rows``,
-            ``cut_tokens``, ``split_clips``), examples that were ``passed_over``, how often
-            micro-batches were halved because they were ``out_of_memory``, and how many
-            ``reached_no_adapter``, such as text where only towers have them; only what is above 0.
+            ``cut_tokens``, ``split_clips``), examples that were ``passed_over``, and how often
+            micro-batches were halved because they were ``out_of_memory``; only what is above 0.
         device: More on the device's memory.
     """
 

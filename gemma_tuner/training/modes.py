@@ -24,9 +24,6 @@ def begin_training(model: Any, *, checkpointed_layers: int | None = None) -> Non
     """
     gemma = unwrap_peft(model)
     gemma.activation_checkpointing_enable(checkpointing_options(gemma.device))
-    # transformers lets embeddings and patches ask for gradients, as reentrant checkpointing needs:
-    # frozen towers, and layers below the first adapter, would be differentiated for nothing.
-    gemma.disable_input_require_grads()
     if checkpointed_layers is not None:
         checkpoint_layers(model, checkpointed_layers)
     model.eval()

@@ -90,7 +90,6 @@ class Stepper:
         self._processes = processes
         self._device = processes.device
         self._loss_chunk_tokens = config.loss_chunk_tokens or LOSS_CHUNKS[0]
-        self._num_unreached = 0  # of the micro-batches of the newest step
         self.features = FeatureCache(model, round(config.feature_cache_gib * 2**30))
         self.governor = Governor(self._device)
         self._cuts_before: Cuts | None = None
@@ -119,7 +118,6 @@ class Stepper:
         grad_norm, skipped = self._update(learning_rate)
         self._optimizer.zero_grad(set_to_none=True)
         counts["out_of_memory"] = micro.num_retries - retries_before
-        counts["reached_no_adapter"] = self._num_unreached
         return StepOutcome(loss, grad_norm, skipped, num_tokens, num_target_tokens, counts)
 
     def _accumulate(
@@ -127,16 +125,12 @@ class Stepper:
     ) -> Tensor:
         """Sum a step's gradient anew, and return its mean loss, ``[]`` float32."""
         self._optimizer.zero_grad(set_to_none=True)
-        self._num_unreached = 0
         self._seed_dropout(step)
         loss = torch.zeros((), device=self._device)
         for batch, checkpointed_layers in micro_batches:
             checkpoint_layers(self._model, checkpointed_layers)
             micro_loss = self.loss_sum(batch) / num_target_tokens
-            if micro_loss.requires_grad:
-                micro_loss.backward()
-            else:  # as text, where only towers have adapters: its gradient is 0
-                self._num_unreached += 1
+            micro_loss.backward()
             loss += micro_loss.detach()
         return loss
 

@@ -19,7 +19,6 @@ from gemma_tuner.testing import save_tiny_model, tiny_model
 from gemma_tuner.training.checkpoint import show_folder
 from gemma_tuner.training.loss import FrozenHeadCrossEntropy
 from gemma_tuner.training.metrics import EvalRecord
-from gemma_tuner.training.modes import begin_training
 from gemma_tuner.training.optim import clip_gradients, guarded_step
 from gemma_tuner.training.trainer import FitResult, Trainer
 from tests.runs import build_trainer, read_trace
@@ -421,33 +420,12 @@ def test_training_leaves_every_frozen_weight_as_it_was(tmp_path, family):
     assert not any(module.training for module in trainer.model.modules())
 
 
-def test_text_in_a_run_that_adapts_a_tower_is_counted_and_changes_nothing(tmp_path):
+def test_text_in_a_run_that_adapts_a_tower_changes_nothing(tmp_path):
     trainer = build_trainer(tmp_path, targets=("vision",), max_steps=2)
     before = [p.detach().clone() for p in trainer.trainable]
     trainer.fit()
-    assert trainer.counts["reached_no_adapter"] == 2 * 2  # two micro-batches a step
     for one, other in zip(trainer.trainable, before, strict=True):
         assert torch.equal(one, other)
     lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    steps = [record for record in records if record["kind"] == "step"]
-    assert [(r["grad_norm"], r["counts"]["reached_no_adapter"]) for r in steps] == [(0, 2), (0, 4)]
-
-
-def test_nothing_below_the_first_adapter_is_differentiated(tmp_path):
-    trainer = build_trainer(
-        tmp_path, targets=(r"model\.language_model\.layers\.6\.mlp\.down_proj",), modality="image"
-    )
-    decoder = trainer.model.get_base_model().model.language_model
-    flags = []
-    for layer in decoder.layers:
-        layer.register_forward_hook(lambda _, __, output: flags.append(output.requires_grad))
-    hooks = [module for module in trainer.model.modules() if module._forward_hooks]
-    for _ in range(2):  # as after each evaluation
-        begin_training(trainer.model)
-    assert [module for module in trainer.model.modules() if module._forward_hooks] == hooks
-    step_input = next(iter(trainer._read_steps()))
-    trainer.train_step(step_input)  # the decoder's own check, once a model
-    flags.clear()
-    assert trainer.stepper.loss_sum(step_input.micro_batches[0]).requires_grad
-    assert flags == [False] * 6 + [True] * 2
+    steps = [record for record in map(json.loads, lines) if record["kind"] == "step"]
+    assert [record["grad_norm"] for record in steps] == [0, 0]
