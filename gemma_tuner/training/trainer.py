@@ -183,7 +183,7 @@ class Trainer:
         Args:
             resume: Continue from the newest checkpoint in ``output_dir``, exactly; begin if there
                 is none, and say so. What is not exact is said: micro-batches that are cut anew
-                because there is less memory now (equal within rounding).
+                because there is less memory now (the same but for rounding and dropout's draws).
 
         Returns:
             The number of steps done and what stopped them.
