@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration
 
 from benchmarks.live_bytes import LiveBytes
-from gemma_tuner.collators.batch import Batch, Row, pad_rows
-from gemma_tuner.training.loss import target_loss_sum
+from gemma_tuner.batch import Batch, Row, pad_rows
+from gemma_tuner.models.loss import target_loss_sum
 
 VOCABULARY = 262_144
 SHRUNKEN = {

@@ -17,14 +17,14 @@ import torch
 import transformers
 
 from benchmarks.compare_steps.models import build_random
-from gemma_tuner.collators.batch import Batch, Row, pad_rows
+from gemma_tuner.batch import Batch, Row, pad_rows
 from gemma_tuner.models.attention import use_attention
-from gemma_tuner.models.hollow import build_hollow_like
 from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.loss import target_loss_sum
+from gemma_tuner.models.meta import build_hollow_like
+from gemma_tuner.models.modes import begin_training
 from gemma_tuner.models.norms import use_lean_norms
-from gemma_tuner.training.footprint import HollowStep
-from gemma_tuner.training.loss import target_loss_sum
-from gemma_tuner.training.modes import begin_training
+from gemma_tuner.planning.trace import HollowStep
 
 SHAPES = ("1x2048x512", "4x850x80", "2x1024x1023", "8x400x40")
 CHUNK = 256

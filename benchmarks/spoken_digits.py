@@ -31,8 +31,8 @@ import torch
 import transformers
 
 import gemma_tuner as gt
-from gemma_tuner.collators.batch import Batch, Row, pad_rows
-from gemma_tuner.testing.tiny_processor import tiny_processor
+from gemma_tuner.batch import Batch, Row, pad_rows
+from gemma_tuner.testing.models.processor import tiny_processor
 
 # Of both tasks: a small base has read no other.
 PROMPT = "Transcribe."

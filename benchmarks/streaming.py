@@ -35,12 +35,12 @@ from google.cloud import storage
 from requests.adapters import HTTPAdapter
 
 from gemma_tuner.records import StoredObject
-from gemma_tuner.streaming.config import FetchConfig
+from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.streaming.manifest import list_stored
 from gemma_tuner.streaming.opening import stream_gcs, stream_local
 from gemma_tuner.streaming.stream import ExampleStream
-from gemma_tuner.testing.gcs_faults import Fault, Stall
-from gemma_tuner.testing.gcs_server import GcsServer
+from gemma_tuner.testing.cloud.gcs.faults import Fault, Stall
+from gemma_tuner.testing.cloud.gcs.server import GcsServer
 
 BUCKET, ROWS_NAME = "benchmark", "rows.jsonl"
 SPAWN = multiprocessing.get_context("spawn")

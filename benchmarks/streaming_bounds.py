@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.streaming import SPAWN, describe_machine, open_ours, serve_objects
-from gemma_tuner.streaming.config import FetchConfig
+from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.streaming.opening import stream_local
 from gemma_tuner.streaming.stream import ExampleStream
 

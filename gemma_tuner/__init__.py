@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemma_tuner import testing as testing
+    from gemma_tuner.batch import Batch as Batch
     from gemma_tuner.collators.audio import AudioCollator as AudioCollator
-    from gemma_tuner.collators.batch import Batch as Batch
     from gemma_tuner.collators.image import ImageCollator as ImageCollator
     from gemma_tuner.collators.multimodal import MultimodalCollator as MultimodalCollator
     from gemma_tuner.collators.text import TextCollator as TextCollator
@@ -43,12 +43,14 @@ if TYPE_CHECKING:
     from gemma_tuner.models.loading import load_model as load_model
     from gemma_tuner.models.lora import LoraConfig as LoraConfig
     from gemma_tuner.models.lora import add_lora as add_lora
+    from gemma_tuner.planning.plan import Plan as Plan
+    from gemma_tuner.planning.plan import plan as plan
     from gemma_tuner.records import Audio as Audio
     from gemma_tuner.records import Example as Example
     from gemma_tuner.records import Image as Image
     from gemma_tuner.records import Text as Text
     from gemma_tuner.records import Turn as Turn
-    from gemma_tuner.streaming.config import FetchConfig as FetchConfig
+    from gemma_tuner.storage.config import FetchConfig as FetchConfig
     from gemma_tuner.streaming.mixing import mix as mix
     from gemma_tuner.streaming.opening import stream_bigquery as stream_bigquery
     from gemma_tuner.streaming.opening import stream_gcs as stream_gcs
@@ -56,8 +58,6 @@ if TYPE_CHECKING:
     from gemma_tuner.streaming.opening import stream_local as stream_local
     from gemma_tuner.streaming.stream import ExampleStream as ExampleStream
     from gemma_tuner.training.config import TrainConfig as TrainConfig
-    from gemma_tuner.training.plan import Plan as Plan
-    from gemma_tuner.training.plan import plan as plan
     from gemma_tuner.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -65,14 +65,14 @@ __version__ = "0.1.0"
 _HOME = {
     "Audio": "records",
     "AudioCollator": "collators.audio",
-    "Batch": "collators.batch",
+    "Batch": "batch",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "DataError": "errors",
     "DivergedError": "errors",
     "Example": "records",
     "ExampleStream": "streaming.stream",
-    "FetchConfig": "streaming.config",
+    "FetchConfig": "storage.config",
     "GemmaTunerError": "errors",
     "Generation": "evaluation.answers",
     "Image": "records",
@@ -80,7 +80,7 @@ _HOME = {
     "LoraConfig": "models.lora",
     "MemoryPlanError": "errors",
     "MultimodalCollator": "collators.multimodal",
-    "Plan": "training.plan",
+    "Plan": "planning.plan",
     "Report": "evaluation.report",
     "ResumeError": "errors",
     "SampleGenerations": "evaluation.samples",
@@ -104,7 +104,7 @@ _HOME = {
     "import_mlx": "export.mlx",
     "load_model": "models.loading",
     "mix": "streaming.mixing",
-    "plan": "training.plan",
+    "plan": "planning.plan",
     "push_to_hub": "export.adapter",
     "stream_bigquery": "streaming.opening",
     "stream_gcs": "streaming.opening",

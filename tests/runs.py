@@ -7,7 +7,7 @@ from pathlib import Path
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.evaluation.samples import SampleGenerations
 from gemma_tuner.models.lora import LoraConfig, add_lora
-from gemma_tuner.streaming.config import FetchConfig
+from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.streaming.opening import stream_bigquery, stream_local
 from gemma_tuner.testing import Fault, LocalCloud, Refuse, Truncate, sample_data, tiny_model
 from gemma_tuner.training.config import TrainConfig

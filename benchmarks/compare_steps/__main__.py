@@ -33,8 +33,8 @@ from benchmarks.compare_steps.measure import Record, measure_shape
 from gemma_tuner.device import choose_device, choose_dtype
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.target_only import target_only_of
-from gemma_tuner.testing.tiny import tiny_model
-from gemma_tuner.testing.tiny_processor import tiny_processor
+from gemma_tuner.testing.models.processor import tiny_processor
+from gemma_tuner.testing.models.tiny import tiny_model
 
 # Rows, tokens a row, targets a row: short answers on long prompts; all text; one short example.
 SHAPES = ("16x850x80", "4x2048x2047", "1x1024x64")

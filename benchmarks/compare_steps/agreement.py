@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.compare_steps.models import share_weights
 from benchmarks.compare_steps.modes import PLAIN_ROUNDED, Mode, make_plain
-from gemma_tuner.collators.batch import Batch
+from gemma_tuner.batch import Batch
 from gemma_tuner.device import empty_cache, is_out_of_memory
 from gemma_tuner.models.lora import unwrap_peft
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.compare_steps.models import Load, count_resident
 from benchmarks.compare_steps.modes import PLAIN, PLAIN_ROUNDED, Mode
 from benchmarks.live_bytes import LiveBytes
-from gemma_tuner.collators.batch import Batch
+from gemma_tuner.batch import Batch
 from gemma_tuner.device import empty_cache, is_out_of_memory, synchronize
 
 TERA = 10**12

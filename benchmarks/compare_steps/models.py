@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from benchmarks.live_bytes import storages
-from gemma_tuner.collators.batch import Batch, Row, pad_rows
+from gemma_tuner.batch import Batch, Row, pad_rows
 from gemma_tuner.device import empty_cache, synchronize
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.loading import load_model

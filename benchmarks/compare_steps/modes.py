@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.compare_steps.models import Placement, share_weights
-from gemma_tuner.collators.batch import Batch
+from gemma_tuner.batch import Batch
 from gemma_tuner.models.embeddings import map_per_layer_embeddings
 from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
+from gemma_tuner.models.loss import target_loss_sum
+from gemma_tuner.models.modes import begin_training
 from gemma_tuner.models.norms import use_stock_norms
 from gemma_tuner.models.target_only import target_only_of
-from gemma_tuner.training.loss import target_loss_sum
-from gemma_tuner.training.modes import begin_training
 
 PLAIN = "plain"
 PLAIN_KEPT = "plain, no checkpointing"

@@ -171,7 +171,7 @@ def load(settings: ModelSettings) -> tuple[PreTrainedModel, ProcessorMixin]:
         CheckpointError: Likewise.
     """
     if settings.model == TINY:
-        from gemma_tuner.testing.tiny import tiny_model
+        from gemma_tuner.testing.models.tiny import tiny_model
 
         _announce_tiny()
         model, processor = tiny_model(_FAMILY)
@@ -238,7 +238,7 @@ def load_with_adapter(settings: ModelSettings, run: Path | None) -> tuple[Any, A
 def read_processor(settings: ModelSettings) -> ProcessorMixin:
     """Read a model's processor, and nothing else of it."""
     if settings.model == TINY:
-        from gemma_tuner.testing.tiny_processor import tiny_processor
+        from gemma_tuner.testing.models.processor import tiny_processor
 
         _announce_tiny()
         return tiny_processor(_FAMILY)
@@ -253,7 +253,7 @@ def open_base(model: str | None) -> Iterator[str | None]:
     if model != TINY:
         yield model
         return
-    from gemma_tuner.testing.tiny import save_tiny_model
+    from gemma_tuner.testing.models.tiny import save_tiny_model
 
     _announce_tiny()
     with TemporaryDirectory() as folder:

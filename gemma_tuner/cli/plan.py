@@ -40,7 +40,7 @@ def plan(
     A step is tried on the model's configuration without its weights. With
     --memory-gib and --device the machine need not be here.
     """
-    from gemma_tuner.training.plan import plan as plan_run
+    from gemma_tuner.planning.plan import plan as plan_run
 
     with open_base(model.model) as base:
         say(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from gemma_tuner.collators.batch import IGNORED, Batch
+from gemma_tuner.batch import IGNORED, Batch
 from gemma_tuner.display import ACCENT, QUIET, element, escape, make_card
 
 _TRAINED = f"background:{ACCENT}44;border-bottom:2px solid {ACCENT};color:inherit"

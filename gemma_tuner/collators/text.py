@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from gemma_tuner.collators.batch import Batch, Row, pad_rows
+from gemma_tuner.batch import Batch, Row, pad_rows
 from gemma_tuner.collators.labels import (
     TRAIN_ON,
     TrainOn,

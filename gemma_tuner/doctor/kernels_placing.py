@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from gemma_tuner.doctor.kernels import Kernel, Tensors
-from gemma_tuner.training.modes import checkpointing_options
+from gemma_tuner.models.modes import checkpointing_options
 from gemma_tuner.training.optim import guarded_step
 
 _VOCABULARY = 262_144

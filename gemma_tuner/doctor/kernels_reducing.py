@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
-from gemma_tuner.collators.batch import IGNORED
+from gemma_tuner.batch import IGNORED
 from gemma_tuner.doctor.kernels import Kernel, Tensors, surround
 from gemma_tuner.models.lora_linear import AdaptedLinear
+from gemma_tuner.models.loss import MAX_REDUCTION, FrozenHeadCrossEntropy
 from gemma_tuner.models.norms import NormKeepingInput
-from gemma_tuner.training.loss import MAX_REDUCTION, FrozenHeadCrossEntropy
 from gemma_tuner.training.optim import clip_gradients
 
 VOCABULARY = 262_144

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_tuner.collators.batch import Batch
+from gemma_tuner.batch import Batch
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.doctor.checks import Check, Finding, run_check
 from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.loss import target_loss_sum
+from gemma_tuner.models.modes import begin_training
 from gemma_tuner.streaming.opening import stream_local
 from gemma_tuner.testing import FAMILIES, sample_data, tiny_model
 from gemma_tuner.testing.samples import Modality
-from gemma_tuner.training.loss import target_loss_sum
-from gemma_tuner.training.modes import begin_training
 
 MODALITIES: Mapping[str, tuple[Modality, ...]] = {
     family: ("text", "image")

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
-from gemma_tuner.collators.batch import Row, pad_rows
+from gemma_tuner.batch import Row, pad_rows
+from gemma_tuner.checks import is_number, is_whole_number, name_nearest
 from gemma_tuner.device import seeded
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.models.lora import unwrap_peft
-from gemma_tuner.models.settings import is_number, is_whole_number, name_nearest
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig

@@ -16,7 +16,8 @@ from peft import PeftModel
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
-from gemma_tuner.collators.batch import Batch
+from gemma_tuner.batch import Batch
+from gemma_tuner.checks import is_whole_number
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.evaluation.answers import Generation
 from gemma_tuner.evaluation.decoding import Decoding, in_eval_mode
@@ -28,14 +29,13 @@ from gemma_tuner.evaluation.results import Answered, compare
 from gemma_tuner.evaluation.scores import Score, UserScore, find_scores
 from gemma_tuner.evaluation.subset import Subset
 from gemma_tuner.models.families import family_of
+from gemma_tuner.models.identity import portable_name
 from gemma_tuner.models.lora import unwrap_peft
-from gemma_tuner.models.settings import is_whole_number
+from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.records import Example
 from gemma_tuner.training.checks import check_collator
 from gemma_tuner.training.feed import Stream, collate_good
 from gemma_tuner.training.held_out import measure_held_out
-from gemma_tuner.training.identity import portable_name
-from gemma_tuner.training.loss import target_loss_sum
 from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.processes import Processes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
+from gemma_tuner.checks import is_whole_number
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.evaluation.answers import Generation
@@ -12,7 +13,6 @@ from gemma_tuner.evaluation.decoding import Decoding, DecodingOptions
 from gemma_tuner.evaluation.generator import Generator, check_modalities
 from gemma_tuner.evaluation.prompts import Messages, Prompt, add_placeholder, read_prompts
 from gemma_tuner.evaluation.text_stream import TextStream
-from gemma_tuner.models.settings import is_whole_number
 from gemma_tuner.records import Example
 
 if TYPE_CHECKING:

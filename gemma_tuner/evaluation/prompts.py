@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import torch
 
-from gemma_tuner.collators.batch import Row
+from gemma_tuner.batch import Row
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.records import Audio, Example, Image, Text, Turn
 from gemma_tuner.sources.messages import MediaKind, read_media, read_turns

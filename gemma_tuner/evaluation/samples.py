@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_tuner.checks import is_whole_number
 from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError
 from gemma_tuner.evaluation.decoding import Decoding, in_eval_mode
@@ -25,12 +26,11 @@ from gemma_tuner.evaluation.prompts import end_with_answer, show_prompt
 from gemma_tuner.evaluation.report_files import write_media
 from gemma_tuner.media.load import load_media
 from gemma_tuner.models.lora import unwrap_peft
-from gemma_tuner.models.settings import is_whole_number
+from gemma_tuner.models.loss import predicting_hidden_states
 from gemma_tuner.records import Example
-from gemma_tuner.training.loss import predicting_hidden_states
 
 if TYPE_CHECKING:
-    from gemma_tuner.collators.batch import Batch
+    from gemma_tuner.batch import Batch
     from gemma_tuner.collators.text import TextCollator
 
 FILE, FOLDER = "samples.jsonl", "samples"

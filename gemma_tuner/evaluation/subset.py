@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from gemma_tuner.checks import is_whole_number
 from gemma_tuner.errors import ConfigError, DataError
-from gemma_tuner.models.settings import is_whole_number
 from gemma_tuner.records import Example
 from gemma_tuner.training.feed import Stream
 

@@ -18,7 +18,7 @@ from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.cards import Scores, write_adapter_card
 from gemma_tuner.export.deltas import CONFIG
 from gemma_tuner.export.folders import new_folder
-from gemma_tuner.training.adapter_files import save_adapter
+from gemma_tuner.models.adapter_files import save_adapter
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Nothing else of an export is meant for others; a training folder's log and states never are.

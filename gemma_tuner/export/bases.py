@@ -6,11 +6,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from gemma_tuner.differences import shorten_differences
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.deltas import Adapter, Delta, Replacement
 from gemma_tuner.export.weights import StoredTensor, find_checkpoint
-from gemma_tuner.streaming.differences import shorten_differences
-from gemma_tuner.training.identity import hash_decoder_norms, portable_name
+from gemma_tuner.models.identity import hash_decoder_norms, portable_name
 
 
 def find_base(adapter: Adapter, base: str | Path | None, revision: str | None) -> Path:

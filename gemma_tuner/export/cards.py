@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.training.identity import portable_name
+from gemma_tuner.models.identity import portable_name
 
 if TYPE_CHECKING:
     from gemma_tuner.export.deltas import Adapter

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.weights import list_file, read_json
-from gemma_tuner.training.adapter_files import FINGERPRINT
+from gemma_tuner.models.adapter_files import FINGERPRINT
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -39,7 +39,7 @@ from gemma_tuner.export.weights import (
     read_json,
     tensor_bytes,
 )
-from gemma_tuner.training.identity import portable_name
+from gemma_tuner.models.identity import portable_name
 
 _EMBEDDING = "model.language_model.embed_tokens.weight"
 _PER_LAYER_EMBEDDING = "model.language_model.embed_tokens_per_layer.weight"

@@ -37,7 +37,7 @@ from gemma_tuner.export.deltas import (
 from gemma_tuner.export.folders import new_folder
 from gemma_tuner.export.mlx_names import Program, check_program, mlx_name, transformers_name
 from gemma_tuner.export.weights import list_file, list_tensors, read_json
-from gemma_tuner.training.identity import portable_name
+from gemma_tuner.models.identity import portable_name
 
 _MLX_WEIGHTS = "adapters.safetensors"
 _GATE, _UP = "experts.switch_glu.gate_proj", "experts.switch_glu.up_proj"

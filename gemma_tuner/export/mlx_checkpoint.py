@@ -33,7 +33,7 @@ from gemma_tuner.export.weights import (
     tensor_bytes,
     write_weights,
 )
-from gemma_tuner.training.identity import portable_name
+from gemma_tuner.models.identity import portable_name
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUP_SIZES = (32, 64, 128)

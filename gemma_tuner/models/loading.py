@@ -25,8 +25,8 @@ from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.models import embeddings
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.families import Family, Modality, family_of
+from gemma_tuner.models.modalities import choose_left_out, without_parts
 from gemma_tuner.models.norms import use_lean_norms
-from gemma_tuner.models.parts import choose_left_out, without_parts
 
 if TYPE_CHECKING:
     import torch

@@ -20,10 +20,10 @@ import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from gemma_tuner.checks import is_number, is_whole_number, name_nearest
 from gemma_tuner.device import announce, seeded
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.lora_linear import use_lean_adapters
-from gemma_tuner.models.settings import is_number, is_whole_number, name_nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

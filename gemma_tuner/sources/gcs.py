@@ -21,8 +21,8 @@ from gemma_tuner.sources.folders import (
     choose_one_format,
     name_format,
 )
-from gemma_tuner.sources.gcs_store import GLOB, GcsStore, name_folder, split_uri
-from gemma_tuner.sources.objects import ObjectChangedError, ObjectStore
+from gemma_tuner.storage.gcs import GLOB, GcsStore, name_folder, split_uri
+from gemma_tuner.storage.objects import ObjectChangedError, ObjectStore
 
 __all__ = ["GcsSource", "GcsStore", "ObjectFile"]
 

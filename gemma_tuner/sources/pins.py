@@ -8,7 +8,7 @@ from dataclasses import replace
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import Audio, Example, Image, StoredObject
 from gemma_tuner.sources.examples import Outcome
-from gemma_tuner.sources.objects import ObjectStore
+from gemma_tuner.storage.objects import ObjectStore
 
 _BATCH_EXAMPLES = 1000  # as many as a page of a listing holds
 

@@ -7,14 +7,14 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
-from gemma_tuner.sources.bigquery import BigQuerySource
+from gemma_tuner.sources.bigquery.source import BigQuerySource
 from gemma_tuner.sources.examples import Source
 from gemma_tuner.sources.folders import Paths
 from gemma_tuner.sources.gcs import GcsSource, GcsStore
 from gemma_tuner.sources.hub import HubSource
 from gemma_tuner.sources.local import LocalSource
-from gemma_tuner.streaming.cache import MediaCache
-from gemma_tuner.streaming.fetch import Fetcher
+from gemma_tuner.storage.cache import MediaCache
+from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.streaming.options import StreamKeywords, StreamOptions, spell_out
 from gemma_tuner.streaming.portion import Portion
 from gemma_tuner.streaming.quarantine import Budget
@@ -22,8 +22,8 @@ from gemma_tuner.streaming.spool import name_source, open_manifest
 from gemma_tuner.streaming.stream import ExampleStream
 
 if TYPE_CHECKING:
-    from gemma_tuner.sources.bigquery import BigQueryReadClient
-    from gemma_tuner.sources.bigquery import Client as BigQueryClient
+    from gemma_tuner.sources.bigquery.source import BigQueryReadClient
+    from gemma_tuner.sources.bigquery.source import Client as BigQueryClient
 
 
 @spell_out(max_bad_fraction=0.0)

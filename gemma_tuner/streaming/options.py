@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.sources.columns import KEYWORDS, Keywords
-from gemma_tuner.streaming.config import FetchConfig
+from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.streaming.portion import Locality
 
 if TYPE_CHECKING:
-    from gemma_tuner.sources.gcs_store import storage
+    from gemma_tuner.storage.gcs import storage
 
 Column = str | Literal[False] | None
 F = TypeVar("F", bound=Callable[..., Any])

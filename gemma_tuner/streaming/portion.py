@@ -13,8 +13,8 @@ import numpy as np
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.media.load import load_media
 from gemma_tuner.records import Audio, Example, Image, StoredObject
-from gemma_tuner.sources.objects import CorruptReadError, ObjectChangedError, TransientReadError
-from gemma_tuner.streaming.fetch import Fetcher
+from gemma_tuner.storage.fetch import Fetcher
+from gemma_tuner.storage.objects import CorruptReadError, ObjectChangedError, TransientReadError
 from gemma_tuner.streaming.manifest import Manifest, hash_keys
 from gemma_tuner.streaming.order import Order, ShardOrder
 from gemma_tuner.streaming.quarantine import Quarantine

@@ -11,7 +11,7 @@ from gemma_tuner.display import ACCENT, element, escape, make_bar, make_card, sh
 from gemma_tuner.records import Audio, Example, Part, StoredObject, Text, write_html
 
 if TYPE_CHECKING:
-    from gemma_tuner.streaming.fetch import FetchCounts
+    from gemma_tuner.storage.fetch import FetchCounts
     from gemma_tuner.streaming.portion import Portion
 
 _SHOWN_CHARACTERS = 200

@@ -16,8 +16,8 @@ from typing import Any
 
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.sources.examples import Outcome, Source
-from gemma_tuner.sources.objects import ObjectStore
 from gemma_tuner.sources.pins import pin_media
+from gemma_tuner.storage.objects import ObjectStore
 from gemma_tuner.streaming.manifest import FORMAT_VERSION, Manifest, write_manifest
 from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine, read_reason
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from gemma_tuner.differences import list_differences, shorten_differences
 from gemma_tuner.errors import ResumeError
-from gemma_tuner.streaming.differences import list_differences, shorten_differences
 
 STATE_VERSION = 2
 """Raise it whenever a saved state would mean another order."""

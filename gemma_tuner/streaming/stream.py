@@ -14,7 +14,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from gemma_tuner.errors import ConfigError, DataError, GemmaTunerError
 from gemma_tuner.records import Example
-from gemma_tuner.streaming.config import FetchConfig
+from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.streaming.passing_over import list_bad, note_bad, retry_bad
 from gemma_tuner.streaming.portion import Portion
 from gemma_tuner.streaming.quarantine import BadExample, Stage

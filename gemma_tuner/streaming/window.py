@@ -22,9 +22,9 @@ import numpy as np
 
 from gemma_tuner.errors import DataError
 from gemma_tuner.records import Example, Image, StoredObject, Text
-from gemma_tuner.streaming.config import FetchConfig
+from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.streaming.quarantine import Stage
-from gemma_tuner.streaming.threads import DaemonPool
+from gemma_tuner.threads import DaemonPool
 
 
 class Loading(Protocol):

@@ -15,13 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gemma_tuner.device import announce
+from gemma_tuner.differences import list_differences, shorten_differences
 from gemma_tuner.errors import CheckpointError
+from gemma_tuner.models.adapter_files import CONFIG, FINGERPRINT, WEIGHTS
 from gemma_tuner.models.families import Modality
+from gemma_tuner.models.identity import hash_decoder_norms, portable_name
 from gemma_tuner.models.lora import wrap_peft
-from gemma_tuner.streaming.differences import list_differences, shorten_differences
-from gemma_tuner.training.adapter_files import CONFIG, FINGERPRINT, WEIGHTS
 from gemma_tuner.training.checkpoint import latest_checkpoint
-from gemma_tuner.training.identity import hash_decoder_norms, portable_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

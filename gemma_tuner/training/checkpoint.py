@@ -36,16 +36,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
+from gemma_tuner.differences import list_differences, shorten_differences
 from gemma_tuner.disk import check_room, remove_folder, replaced
 from gemma_tuner.errors import CheckpointError, ConfigError, ResumeError
-from gemma_tuner.streaming.differences import list_differences, shorten_differences
-from gemma_tuner.training.adapter_files import (
+from gemma_tuner.models.adapter_files import (
     WEIGHTS,
     adapter_tensors,
     saving_explained,
     write_adapter,
 )
-from gemma_tuner.training.identity import describe_model
+from gemma_tuner.models.identity import describe_model
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "trainer_state.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from gemma_tuner.collators.batch import Batch
+from gemma_tuner.batch import Batch
 from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.models.families import Modality, family_of, loaded_modalities

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from gemma_tuner.checks import is_number, is_whole_number, name_nearest
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.models.settings import is_number, is_whole_number, name_nearest
 
 Schedule = Literal["constant", "cosine", "linear"]
 SCHEDULES: tuple[Schedule, ...] = ("constant", "cosine", "linear")

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gemma_tuner.device import announce
-from gemma_tuner.training.choice import Level
+from gemma_tuner.planning.choice import Level
+from gemma_tuner.planning.plan import Plan
 from gemma_tuner.training.config import TrainConfig
-from gemma_tuner.training.plan import Plan
 
 
 @dataclass(frozen=True, slots=True)

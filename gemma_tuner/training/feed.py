@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from gemma_tuner.collators.batch import Batch
+from gemma_tuner.batch import Batch
 from gemma_tuner.errors import DataError
 from gemma_tuner.records import Example
 from gemma_tuner.streaming.quarantine import BadExample

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gemma_tuner.collators.batch import COUNTS, Batch
+from gemma_tuner.batch import COUNTS, Batch
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.planning.choice import ANY_SIZE
 from gemma_tuner.records import Example
-from gemma_tuner.training.choice import ANY_SIZE
 from gemma_tuner.training.feed import StepInput, Stream
-from gemma_tuner.training.memory import MicroBatch, MicroBatches, retry_once
 from gemma_tuner.training.metrics import EvalRecord
+from gemma_tuner.training.micro_batches import MicroBatch, MicroBatches, retry_once
 from gemma_tuner.training.processes import Processes
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from gemma_tuner.training.metrics import EvalRecord, JsonlLog, Progress, StepRec
 from gemma_tuner.training.trackers import Trackers
 
 if TYPE_CHECKING:
-    from gemma_tuner.training.plan import Plan
+    from gemma_tuner.planning.plan import Plan
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from gemma_tuner.device import is_out_of_memory
-from gemma_tuner.training.memory import free
+from gemma_tuner.training.micro_batches import free
 from gemma_tuner.training.reports import Reports
 
 

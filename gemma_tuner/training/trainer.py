@@ -10,31 +10,31 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from gemma_tuner.collators.batch import Batch
+from gemma_tuner.batch import Batch
 from gemma_tuner.collators.preview import Preview, preview_row
 from gemma_tuner.errors import CheckpointError, ConfigError
+from gemma_tuner.models.adapter_files import save_adapter
 from gemma_tuner.models.embeddings import find_mapped_embedding
 from gemma_tuner.models.families import loaded_modalities
 from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.models.modes import begin_training, end_training
 from gemma_tuner.models.target_only import target_only_of
+from gemma_tuner.planning.plan import Plan
 from gemma_tuner.records import Example
-from gemma_tuner.training.adapter_files import save_adapter
 from gemma_tuner.training.checks import check_collator, check_kinds, check_media
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.feed import Prefetch, StepInput, Stream, collate_good, read_steps
 from gemma_tuner.training.held_out import measure_held_out
 from gemma_tuner.training.interrupt import StopRequest
-from gemma_tuner.training.ledger import Ledger
 from gemma_tuner.training.metrics import EvalRecord
-from gemma_tuner.training.modes import begin_training, end_training
 from gemma_tuner.training.notebooks import write_result
 from gemma_tuner.training.optim import build_optimizer, learning_rate_at
 from gemma_tuner.training.page import open_page
-from gemma_tuner.training.plan import Plan
 from gemma_tuner.training.processes import Processes
 from gemma_tuner.training.reports import Reports
+from gemma_tuner.training.run_state import Ledger
 from gemma_tuner.training.samples import Samples, take_samples
-from gemma_tuner.training.stepper import Stepper
+from gemma_tuner.training.step import Stepper
 from gemma_tuner.training.trackers import Trackers
 
 if TYPE_CHECKING:

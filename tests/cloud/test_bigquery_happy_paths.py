@@ -34,7 +34,7 @@ from google.cloud.bigquery_storage_v1.services.big_query_read.transports import 
     BigQueryReadGrpcTransport,
 )
 
-from gemma_tuner.testing.bigquery_server import BigQueryServer
+from gemma_tuner.testing.cloud.bigquery.server import BigQueryServer
 
 PYTHON = "GEMMA_TUNER_BQEMULATOR_PYTHON"
 MISSING = (

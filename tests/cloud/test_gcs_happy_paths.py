@@ -21,7 +21,7 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 from google.cloud.storage import transfer_manager
 
-from gemma_tuner.testing.gcs_server import GcsServer
+from gemma_tuner.testing.cloud.gcs.server import GcsServer
 
 DATA = bytes(range(256)) * 400
 PACKED = gzip.compress(b"hello", mtime=0)

@@ -17,11 +17,11 @@ from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
 from gemma_tuner.records import Example
-from gemma_tuner.streaming.config import FetchConfig
+from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.streaming.mixing import mix
 from gemma_tuner.streaming.opening import stream_gcs, stream_local
 from gemma_tuner.streaming.stream import ExampleStream
-from gemma_tuner.testing.gcs_server import GcsServer
+from gemma_tuner.testing.cloud.gcs.server import GcsServer
 
 NUM_ROWS = 110
 BROKEN = {17, 18, 80}

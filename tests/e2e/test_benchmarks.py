@@ -13,8 +13,8 @@ from benchmarks.compare_steps import agreement, models, modes
 from benchmarks.compare_steps.__main__ import TINY_ROWS, main
 from benchmarks.compare_steps.measure import COLUMNS, measure_shape
 from gemma_tuner.models.lora import unwrap_peft
-from gemma_tuner.testing.tiny import tiny_model
-from gemma_tuner.testing.tiny_processor import tiny_processor
+from gemma_tuner.testing.models.processor import tiny_processor
+from gemma_tuner.testing.models.tiny import tiny_model
 
 OURS = [name for name in modes.NAMES if name.startswith("ours")]
 CPU = torch.device("cpu")

@@ -22,10 +22,10 @@ import PIL.Image
 import pyarrow
 import pytest
 
-from gemma_tuner.streaming.cache import MediaCache
-from gemma_tuner.testing.bigquery_server import BigQueryFault, BigQueryServer
-from gemma_tuner.testing.gcs_faults import Fault, FlipBit, Refuse, Stall, Truncate
-from gemma_tuner.testing.gcs_server import GcsServer
+from gemma_tuner.storage.cache import MediaCache
+from gemma_tuner.testing.cloud.bigquery.server import BigQueryFault, BigQueryServer
+from gemma_tuner.testing.cloud.gcs.faults import Fault, FlipBit, Refuse, Stall, Truncate
+from gemma_tuner.testing.cloud.gcs.server import GcsServer
 from tests.e2e.killed_run import CACHE_BYTES, TABLE, open_stream
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -344,7 +344,7 @@ SEEDS = {120: 8, 450: 8}
 @pytest.mark.parametrize("num_rows", SEEDS)
 def test_no_good_object_is_damaged_twice(num_rows):
     """Whatever the order in which retries and hedges come."""
-    from gemma_tuner.testing.gcs_faults import FaultScript
+    from gemma_tuner.testing.cloud.gcs.faults import FaultScript
 
     script = FaultScript(SEEDS[num_rows])
     for fault in FAULTS:

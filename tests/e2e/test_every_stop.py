@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tuner.streaming.cache import MediaCache
+from gemma_tuner.storage.cache import MediaCache
 from gemma_tuner.streaming.stream import ExampleStream
-from gemma_tuner.testing.gcs_faults import Fault, FlipBit, Refuse, Reset, Stall, Truncate
-from gemma_tuner.testing.gcs_server import GcsServer
+from gemma_tuner.testing.cloud.gcs.faults import Fault, FlipBit, Refuse, Reset, Stall, Truncate
+from gemma_tuner.testing.cloud.gcs.server import GcsServer
 from tests.e2e.stopping import (
     BROKEN,
     DELETED,

@@ -29,13 +29,13 @@ from google.api_core.client_options import ClientOptions
 from google.cloud import bigquery, storage
 
 from gemma_tuner.errors import ConfigError, GemmaTunerError
-from gemma_tuner.sources.objects import AccessDeniedError
-from gemma_tuner.streaming.config import FetchConfig
+from gemma_tuner.storage.config import FetchConfig
+from gemma_tuner.storage.objects import AccessDeniedError
 from gemma_tuner.streaming.mixing import mix
 from gemma_tuner.streaming.opening import stream_bigquery, stream_gcs, stream_local
 from gemma_tuner.streaming.stream import ExampleStream
-from gemma_tuner.testing.bigquery_server import BigQueryFault, BigQueryServer
-from gemma_tuner.testing.gcs_faults import (
+from gemma_tuner.testing.cloud.bigquery.server import BigQueryFault, BigQueryServer
+from gemma_tuner.testing.cloud.gcs.faults import (
     Effect,
     Fault,
     FlipBit,
@@ -45,7 +45,7 @@ from gemma_tuner.testing.gcs_faults import (
     Stall,
     Truncate,
 )
-from gemma_tuner.testing.gcs_server import GcsServer
+from gemma_tuner.testing.cloud.gcs.server import GcsServer
 
 ROW, OBJECT, SIGNATURE, TOKEN = (f"CANARY-{kind}-7b1e" for kind in ("row", "obj", "sig", "tok"))
 CANARY = "CANARY"

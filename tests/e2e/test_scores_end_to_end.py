@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import spoken_digits
-from gemma_tuner.collators.batch import pad_rows
+from gemma_tuner.batch import pad_rows
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.evaluation.evaluate import evaluate
 from gemma_tuner.evaluation.generation import generate

@@ -12,13 +12,13 @@ import pyarrow
 import pytest
 
 from gemma_tuner.errors import ConfigError, DataError, ResumeError, SourceError
-from gemma_tuner.streaming.config import FetchConfig
+from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.streaming.mixing import mix
 from gemma_tuner.streaming.opening import stream_bigquery, stream_gcs, stream_local
 from gemma_tuner.streaming.stream import ExampleStream
-from gemma_tuner.testing.bigquery_server import BigQueryServer
-from gemma_tuner.testing.gcs_faults import Fault, Refuse
-from gemma_tuner.testing.gcs_server import GcsServer
+from gemma_tuner.testing.cloud.bigquery.server import BigQueryServer
+from gemma_tuner.testing.cloud.gcs.faults import Fault, Refuse
+from gemma_tuner.testing.cloud.gcs.server import GcsServer
 
 
 def open_rows(

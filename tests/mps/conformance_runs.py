@@ -22,17 +22,17 @@ from gemma_tuner.device import is_out_of_memory
 from gemma_tuner.errors import ConfigError, MemoryPlanError
 from gemma_tuner.models.attention import set_query_chunk
 from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.loss import FrozenHeadCrossEntropy, target_loss_sum
+from gemma_tuner.models.modes import begin_training, checkpoint_layers
+from gemma_tuner.planning.choice import widen
+from gemma_tuner.planning.loaded import plan_training
 from gemma_tuner.records import Example, Text, Turn
 from gemma_tuner.streaming.opening import stream_local
 from gemma_tuner.testing import FAMILIES, sample_data, tiny, tiny_model
-from gemma_tuner.testing.pretend_device import PretendMps, Recording, pretend_mps
-from gemma_tuner.training.choice import widen
+from gemma_tuner.testing.mps.pretend_device import PretendMps, Recording, pretend_mps
 from gemma_tuner.training.config import TrainConfig
-from gemma_tuner.training.loss import FrozenHeadCrossEntropy, target_loss_sum
-from gemma_tuner.training.memory import free
-from gemma_tuner.training.modes import begin_training, checkpoint_layers
-from gemma_tuner.training.plan_loaded import plan_training
-from gemma_tuner.training.stepper import Stepper
+from gemma_tuner.training.micro_batches import free
+from gemma_tuner.training.step import Stepper, request_plan
 from gemma_tuner.training.trainer import Trainer
 from tests.long_runs import run_long
 
@@ -492,11 +492,13 @@ def run_budgets(_folder):
 
     fits_once = TrainConfig(max_steps=1, batch_size=1, memory_gib=1.0)
     with DEVICE.limit(2**30):
-        fits(0, 512, plan_training(model, [row], fits_once, 512))  # the decoder's own check
+        fits(
+            0, 512, plan_training(model, [row], request_plan([row], fits_once, 512))
+        )  # the decoder's own check
     results = {}
     for gib in (8, 12, 16, 24, 32):
         config = TrainConfig(max_steps=1, batch_size=16, memory_gib=gib * BUDGET_SCALE)
-        plan = plan_training(model, [row], config, 512)
+        plan = plan_training(model, [row], request_plan([row], config, 512))
         set_query_chunk(gemma, plan.query_chunk_tokens)
         chosen = [level for level in plan.levels if level.max_tokens]
         next_up = [replace(each, max_tokens=each.max_tokens + 512) for each in chosen]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tuner.testing.pretend_device import supported_operators, why_not_pretend
+from gemma_tuner.testing.mps.pretend_device import supported_operators, why_not_pretend
 from tests.mps.conformance_runs import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +49,7 @@ MORE_MIXES = {
 # The device comes before everything that could ask torch for MPS, as many imports do.
 BEGIN = """
 import sys
-from gemma_tuner.testing.pretend_device import pretend_mps
+from gemma_tuner.testing.mps.pretend_device import pretend_mps
 pretend_mps(sys.argv[2])
 from tests.mps.conformance_runs import main
 main()

@@ -10,7 +10,7 @@ import pytest
 
 from gemma_tuner.doctor.examination import KERNELS
 from gemma_tuner.doctor.parity import MODALITIES
-from gemma_tuner.testing.pretend_device import why_not_pretend
+from gemma_tuner.testing.mps.pretend_device import why_not_pretend
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1_200)]
 # The device comes before everything that could ask torch for MPS.
 EXAMINE = """
 import sys
-from gemma_tuner.testing.pretend_device import pretend_mps
+from gemma_tuner.testing.mps.pretend_device import pretend_mps
 pretend_mps(sys.argv[1])
 import typer
 from gemma_tuner.doctor.command import doctor

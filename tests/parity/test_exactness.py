@@ -8,8 +8,8 @@ import torch
 
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
+from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.testing import FAMILIES, tiny_model
-from gemma_tuner.training.loss import target_loss_sum
 from tests.examples import example, picture, sound
 from tests.stock import Float64Everywhere, stock_parts
 

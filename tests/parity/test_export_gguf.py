@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from gemma_tuner.export.gguf import export_gguf, export_gguf_adapter
 from gemma_tuner.export.gguf_metadata import add_tokenizer
+from gemma_tuner.models.adapter_files import save_adapter
 from gemma_tuner.testing import tiny_model
-from gemma_tuner.testing.tiny import _spread_weights
-from gemma_tuner.training.adapter_files import save_adapter
+from gemma_tuner.testing.models.tiny import _spread_weights
 from tests.export_parts import add_trained_lora, logits, save_base, text_inputs
 
 ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-llama"

@@ -15,7 +15,7 @@ import gemma_tuner as gt
 from gemma_tuner.export.merged import export_merged
 from gemma_tuner.export.mlx import export_mlx, import_mlx
 from gemma_tuner.export.mlx_checkpoint import dequantise, from_mlx
-from gemma_tuner.training.adapter_files import save_adapter
+from gemma_tuner.models.adapter_files import save_adapter
 from tests.export_parts import TARGETS, add_trained_lora, logits, save_base, text_inputs
 
 ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-mlx"

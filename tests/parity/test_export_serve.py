@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 
 from gemma_tuner.export.merged import export_merged
+from gemma_tuner.models.adapter_files import save_adapter
 from gemma_tuner.testing import FAMILIES
-from gemma_tuner.training.adapter_files import save_adapter
 from tests.export_parts import TARGETS, add_trained_lora, save_base
 
 PACKAGES = Path(__file__).resolve().parents[2] / ".venv-serve"

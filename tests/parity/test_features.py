@@ -9,9 +9,9 @@ import torch
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.models.features import FeatureCache
 from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
+from gemma_tuner.models.loss import target_loss_sum
+from gemma_tuner.models.modes import begin_training, end_training
 from gemma_tuner.testing import tiny_model
-from gemma_tuner.training.loss import target_loss_sum
-from gemma_tuner.training.modes import begin_training, end_training
 from tests.examples import example, picture, sound
 from tests.runs import build_trainer, read_trace
 

@@ -8,9 +8,9 @@ from transformers import set_seed
 from gemma_tuner.evaluation.generation import generate, generate_stream
 from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.modes import begin_training
 from gemma_tuner.records import Audio
 from gemma_tuner.testing import FAMILIES, save_tiny_model, tiny_model
-from gemma_tuner.training.modes import begin_training
 from tests.examples import picture, sound
 from tests.stock import stock_parts
 

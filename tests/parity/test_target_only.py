@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 
-from gemma_tuner.collators.batch import Row, pad_rows
+from gemma_tuner.batch import Row, pad_rows
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
+from gemma_tuner.models.loss import predicting_hidden_states, target_loss_sum
+from gemma_tuner.models.modes import begin_training, end_training
 from gemma_tuner.models.target_only import MAX_SHARE, TargetOnly, target_only_of
 from gemma_tuner.testing import FAMILIES, tiny_model
-from gemma_tuner.training.loss import predicting_hidden_states, target_loss_sum
-from gemma_tuner.training.modes import begin_training, end_training
 from tests.examples import example, picture, sound
 from tests.stock import stock_parts
 

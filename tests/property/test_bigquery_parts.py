@@ -8,7 +8,7 @@ import pyarrow
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_tuner.sources.bigquery_parts import Part
+from gemma_tuner.sources.bigquery.parts import Part
 
 SCHEMA = pyarrow.schema([("number", pyarrow.int64()), ("text", pyarrow.string())])
 HEADER = SCHEMA.serialize().to_pybytes()

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from gemma_tuner.collators.preview import Preview, Segment
 from gemma_tuner.display import MAX_CHARACTERS, escape, make_player, make_thumbnail, show_bytes
+from gemma_tuner.planning.plan import Plan
+from gemma_tuner.planning.trace import Footprint
 from gemma_tuner.records import Audio, Example, Image, StoredObject, Text, Turn
 from gemma_tuner.streaming.opening import stream_local
-from gemma_tuner.training.footprint import Footprint
 from gemma_tuner.training.metrics import EvalRecord, Progress
-from gemma_tuner.training.plan import Plan
 from gemma_tuner.training.trainer import FitResult
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror='alert(2)'>\"&amp;</pre></td>"

@@ -10,7 +10,7 @@ from gemma_tuner.cli.settings import AdapterSettings, DataSettings, ModelSetting
 from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.streaming import opening
 from gemma_tuner.testing import LocalCloud, sample_data
-from gemma_tuner.testing.tiny_processor import tiny_processor
+from gemma_tuner.testing.models.processor import tiny_processor
 
 
 def settings(tmp_path, *data, **more):

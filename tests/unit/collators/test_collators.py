@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from PIL import Image as PILImage
 from transformers import AutoProcessor
 
+from gemma_tuner.batch import IGNORED, bucket_length
 from gemma_tuner.collators.audio import AudioCollator
-from gemma_tuner.collators.batch import IGNORED, bucket_length
 from gemma_tuner.collators.image import ImageCollator
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.collators.text import TextCollator

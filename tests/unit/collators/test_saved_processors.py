@@ -7,7 +7,7 @@ import transformers
 
 from gemma_tuner.collators.audio import AudioCollator
 from gemma_tuner.records import Audio, Example, Text, Turn
-from gemma_tuner.testing.tiny_processor import tiny_processor
+from gemma_tuner.testing.models.processor import tiny_processor
 
 # 1.03 seconds, no multiple of the 128 samples that feature extractors pad to.
 SOUND = np.random.default_rng(0).normal(scale=0.1, size=16_500).astype(np.float32)

@@ -18,11 +18,11 @@ from gemma_tuner.evaluation.samples import SampleGenerations
 from gemma_tuner.evaluation.scores import Tally, exact_match, word_error_rate
 from gemma_tuner.evaluation.subset import Subset
 from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.modes import begin_training
 from gemma_tuner.records import Audio, Example, Text, Turn
 from gemma_tuner.streaming.opening import stream_local
 from gemma_tuner.testing import tiny_model
 from gemma_tuner.training.config import TrainConfig
-from gemma_tuner.training.modes import begin_training
 from gemma_tuner.training.trainer import Trainer
 from tests.limits import files_limited_to
 

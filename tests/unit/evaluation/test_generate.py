@@ -22,7 +22,7 @@ from gemma_tuner.evaluation.prompts import (
 from gemma_tuner.models.families import family_of_processor
 from gemma_tuner.records import Audio, Example, Image, Text, Turn
 from gemma_tuner.testing import FAMILIES, tiny_model
-from gemma_tuner.testing.tiny_processor import tiny_processor
+from gemma_tuner.testing.models.processor import tiny_processor
 from tests.examples import example, picture, sound
 
 

@@ -14,8 +14,8 @@ from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.adapter import export_adapter
 from gemma_tuner.export.folders import new_file, new_folder
 from gemma_tuner.export.merged import complete_config, export_merged
+from gemma_tuner.models.adapter_files import save_adapter
 from gemma_tuner.testing import FAMILIES, tiny_model
-from gemma_tuner.training.adapter_files import save_adapter
 from tests.export_parts import (
     TARGETS,
     add_trained_lora,

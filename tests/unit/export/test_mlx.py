@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.mlx import export_mlx, import_mlx
-from gemma_tuner.training.adapter_files import save_adapter
+from gemma_tuner.models.adapter_files import save_adapter
 from tests.export_parts import add_trained_lora, save_base
 
 

@@ -20,7 +20,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from gemma_tuner.collators.batch import Row, pad_rows
+from gemma_tuner.batch import Row, pad_rows
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.attention import (
     ATTENTION,
@@ -32,10 +32,10 @@ from gemma_tuner.models.attention import (
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.models.masks import AttentionMask, make_mask
+from gemma_tuner.models.modes import begin_training
 from gemma_tuner.testing import FAMILIES, save_tiny_model, tiny_model
-from gemma_tuner.training.loss import target_loss_sum
-from gemma_tuner.training.modes import begin_training
 from tests.stock import stock_parts
 
 WINDOW = 32  # of the tiny models

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gemma_tuner.collators.batch import Row, pad_rows
+from gemma_tuner.batch import Row, pad_rows
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.features import FeatureCache
 from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft

@@ -22,17 +22,17 @@ from google.auth.exceptions import DefaultCredentialsError, RefreshError
 from gemma_tuner.errors import ConfigError, DataError, SourceError
 from gemma_tuner.records import Audio, Image, StoredObject
 from gemma_tuner.sources.gcs import GcsSource, GcsStore
-from gemma_tuner.sources.gcs_errors import explain
-from gemma_tuner.sources.objects import (
+from gemma_tuner.storage.cache import MediaCache
+from gemma_tuner.storage.config import FetchConfig
+from gemma_tuner.storage.fetch import Fetcher
+from gemma_tuner.storage.gcs_errors import explain
+from gemma_tuner.storage.objects import (
     AccessDeniedError,
     CorruptReadError,
     ObjectChangedError,
     TransientReadError,
 )
-from gemma_tuner.streaming.cache import MediaCache
-from gemma_tuner.streaming.config import FetchConfig
-from gemma_tuner.streaming.fetch import Fetcher
-from gemma_tuner.testing.gcs_faults import (
+from gemma_tuner.testing.cloud.gcs.faults import (
     Fault,
     FlipBit,
     Overwrite,
@@ -41,7 +41,7 @@ from gemma_tuner.testing.gcs_faults import (
     Stall,
     Truncate,
 )
-from gemma_tuner.testing.gcs_server import GcsServer
+from gemma_tuner.testing.cloud.gcs.server import GcsServer
 
 ODD_NAME = "d é/ü x+#%?.jpg"
 

@@ -9,9 +9,9 @@ from gemma_tuner.errors import DataError
 from gemma_tuner.records import Audio, Example, Image, StoredObject, Text, Turn
 from gemma_tuner.sources.gcs import GcsStore
 from gemma_tuner.sources.local import LocalSource
-from gemma_tuner.sources.objects import AccessDeniedError, ObjectChangedError
 from gemma_tuner.sources.pins import pin_media
-from gemma_tuner.testing.gcs_server import GcsServer
+from gemma_tuner.storage.objects import AccessDeniedError, ObjectChangedError
+from gemma_tuner.testing.cloud.gcs.server import GcsServer
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import Audio, Example, Image, StoredObject, Text, Turn
-from gemma_tuner.streaming.config import FetchConfig
+from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.streaming.window import Failure, Window, measure_bytes
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gemma_tuner.training.adapter_files import FINGERPRINT, save_adapter
+from gemma_tuner.models.adapter_files import FINGERPRINT, save_adapter
 from gemma_tuner.training.adapters import find_adapter
 from tests.unit.training.test_checkpoint import Run
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gemma_tuner.errors import CheckpointError, ResumeError
+from gemma_tuner.models.adapter_files import save_adapter
 from gemma_tuner.testing import tiny_model
-from gemma_tuner.training.adapter_files import save_adapter
 from gemma_tuner.training.checkpoint import (
     TrainerState,
     latest_checkpoint,

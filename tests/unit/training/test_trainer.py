@@ -15,9 +15,9 @@ from gemma_tuner.collators.image import ImageCollator
 from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.errors import ConfigError, DataError, DivergedError, ResumeError
 from gemma_tuner.models.lora import add_lora
+from gemma_tuner.models.loss import FrozenHeadCrossEntropy
 from gemma_tuner.testing import save_tiny_model, tiny_model
 from gemma_tuner.training.checkpoint import show_folder
-from gemma_tuner.training.loss import FrozenHeadCrossEntropy
 from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.optim import clip_gradients, guarded_step
 from gemma_tuner.training.trainer import FitResult, Trainer

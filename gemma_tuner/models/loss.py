@@ -1,0 +1,166 @@
+"""Summed cross-entropy at the target positions, without ever holding their logits.
+
+Axes: ``N`` target tokens, ``H`` hidden size, ``V`` vocabulary.
+
+With 262,144 tokens in the vocabulary the logits, not the weights, fill a laptop: one fp32 row is a
+mebibyte, and a plain step keeps several copies for every position of the sequence. Here only
+positions that predict a target reach the head, a few rows at a time, and the gradient with respect
+to the hidden states is computed in the same pass, so that nothing of size ``V`` outlives its
+chunk. That needs a frozen head, which LoRA's is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gemma_tuner.batch import IGNORED, Batch
+from gemma_tuner.errors import ConfigError
+from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.models.target_only import target_only_of
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+MAX_REDUCTION = 32_000
+"""The longest inner dimension of a matmul. On M1 and M2 a longer one is summed wrongly by torch
+before 2.14, and by batched products still. Source: pytorch issues 193487 and 195163."""
+
+
+def target_loss_sum(model: Module, batch: Batch, *, chunk_tokens: int) -> Tensor:
+    """Sum the cross-entropy of a batch's target tokens.
+
+    Args:
+        model: A Gemma model, as loaded or wrapped by PEFT.
+        batch: On the model's device.
+        chunk_tokens: Rows of the vocabulary head that are alive at a time.
+
+    Returns:
+        A float32 scalar: the sum, not the mean, over target tokens. Divided by the number of
+        targets of the whole optimizer step, every token weighs the same however they are batched.
+
+    Raises:
+        ConfigError: A head that is being trained.
+    """
+    gemma = unwrap_peft(model)
+    head = gemma.get_output_embeddings()
+    if head.weight.requires_grad:
+        raise ConfigError(
+            "the vocabulary head is trainable, but this loss computes no gradient for it; freeze "
+            "it (gemma_tuner's LoRA targets never include it)"
+        )
+    predicting = predicting_hidden_states(model, batch)
+    softcap = gemma.config.get_text_config().final_logit_softcapping
+    return FrozenHeadCrossEntropy.apply(
+        predicting, head.weight, batch.target_ids, softcap, chunk_tokens
+    )
+
+
+def predicting_hidden_states(model: Module, batch: Batch) -> Tensor:
+    """Compute the final hidden states that predict a batch's targets.
+
+    Args:
+        model: A Gemma model, as loaded or wrapped by PEFT.
+        batch: On the model's device.
+
+    Returns:
+        ``[N, H]``, in the order of ``batch.target_ids``; where that is :data:`IGNORED`, the state
+        of some other position.
+    """
+    return target_only_of(unwrap_peft(model)).hidden_states(
+        batch.inputs, batch.target_rows, batch.target_slots
+    )
+
+
+class FrozenHeadCrossEntropy(torch.autograd.Function):
+    """Chunked, soft-capped cross-entropy of a frozen head; its gradient is made in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target_ids: Tensor,
+        softcap: float | None,
+        chunk_tokens: int,
+    ) -> Tensor:
+        """Sum the losses of ``hidden`` ``[N, H]`` against ``target_ids`` ``[N]``.
+
+        Args:
+            ctx: Autograd's context.
+            hidden: ``[N, H]``, any float dtype.
+            weight: ``[V, H]``, the frozen head.
+            target_ids: ``[N]`` int64, ``IGNORED`` where there is no target.
+            softcap: ``c`` in ``c * tanh(logits / c)``; None for none.
+            chunk_tokens: Rows at a time.
+
+        Returns:
+            A float32 scalar.
+        """
+        wants_gradient = ctx.needs_input_grad[0]
+        # Kept in float32 until it is scaled: rounded twice, it would lean to one side.
+        gradient = torch.empty_like(hidden, dtype=torch.float32) if wants_gradient else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(hidden), chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            counted = (target_ids[rows] != IGNORED).unsqueeze(1)
+            safe_ids = target_ids[rows].clamp_min(0).unsqueeze(1)
+            logits = (hidden[rows] @ weight.T).float()  # [rows, V], the one large tensor
+            if softcap is not None:
+                logits.div_(softcap).tanh_().mul_(softcap)
+            normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
+            losses = normalizer - logits.gather(1, safe_ids)
+            total += losses.masked_fill(~counted, 0.0).sum()
+            if gradient is not None:
+                gradient[rows] = _hidden_gradient(
+                    logits, normalizer, safe_ids, counted, weight, softcap
+                )
+        ctx.save_for_backward(gradient)
+        ctx.dtype = hidden.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradient that the forward pass made."""
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_outputs[0]).to(ctx.dtype), None, None, None, None
+
+
+def _hidden_gradient(
+    logits: Tensor,
+    normalizer: Tensor,
+    target_ids: Tensor,
+    counted: Tensor,
+    weight: Tensor,
+    softcap: float | None,
+) -> Tensor:
+    """Differentiate the summed loss by the hidden states, one block of the vocabulary at a time.
+
+    Blocks keep each matmul's reduction short and its temporaries small.
+
+    Args:
+        logits: ``[rows, V]`` float32, soft-capped.
+        normalizer: ``[rows, 1]`` float32, their log-sum-exp.
+        target_ids: ``[rows, 1]`` int64.
+        counted: ``[rows, 1]`` bool, False for rows without a target.
+        weight: ``[V, H]``.
+        softcap: As in the forward pass.
+
+    Returns:
+        ``[rows, H]`` float32.
+    """
+    gradient = logits.new_zeros(len(logits), weight.shape[1])
+    for first in range(0, weight.shape[0], MAX_REDUCTION):
+        block = slice(first, first + MAX_REDUCTION)
+        capped = logits[:, block]
+        slope = torch.exp(capped - normalizer)  # softmax; becomes d loss / d logits
+        local_ids = target_ids - first
+        inside = (local_ids >= 0) & (local_ids < slope.shape[1])
+        slope.scatter_add_(1, local_ids.clamp(0, slope.shape[1] - 1), -inside.to(slope.dtype))
+        if softcap is not None:  # d capped / d logits = 1 - tanh² = 1 - (capped / c)²
+            slope.mul_(1.0 - (capped / softcap).square_())
+        slope.masked_fill_(~counted, 0.0)
+        gradient += (slope.to(weight.dtype) @ weight[block]).float()
+    return gradient

@@ -1,0 +1,137 @@
+"""A model of a checkpoint's configuration without its weights, to try a step's memory on.
+
+Real configurations are built in a second and hold nothing: every tensor is a fake one of torch's
+(``FakeTensorMode``), which has a shape, a dtype and a device, and no values.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from gemma_tuner.models import embeddings
+from gemma_tuner.models.attention import use_attention
+from gemma_tuner.models.families import Modality, family_of, loaded_modalities
+from gemma_tuner.models.lora import unwrap_peft, wrap_peft
+from gemma_tuner.models.modalities import choose_left_out, without_parts
+from gemma_tuner.models.norms import use_lean_norms
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import PreTrainedConfig
+
+
+class HollowEmbedding(embeddings.MappedEmbedding):
+    """A mapped table without its file: rows of the right size."""
+
+    def __init__(self, columns: int, *, scale: float, dtype: torch.dtype) -> None:
+        nn.Module.__init__(self)
+        self._columns = columns
+        self._stored_dtype = self._dtype = dtype
+        self._scale = scale
+
+    def _gather(self, input_ids: Tensor) -> Tensor:
+        return torch.empty(*input_ids.shape, self._columns, dtype=self._dtype)
+
+
+def build_hollow(
+    config: PreTrainedConfig,
+    *,
+    modalities: Sequence[Modality],
+    dtype: torch.dtype,
+    per_layer_embeddings: embeddings.Placement | None,
+) -> Any:
+    """Build what ``load_model`` would return, on torch's meta device.
+
+    Args:
+        config: The checkpoint's; left as it is.
+        modalities: As in ``load_model``.
+        dtype: Of the weights.
+        per_layer_embeddings: Where the per-layer table is; None where it is no matter.
+
+    Returns:
+        The model in eval mode, every parameter frozen.
+
+    Raises:
+        ConfigError: A modality that the checkpoint lacks.
+    """
+    config = copy.deepcopy(config)
+    family = family_of(config)
+    left_out = choose_left_out("the checkpoint", family, config, modalities)
+    if per_layer_embeddings == "disk":
+        left_out.append(f"language_model.{embeddings.NAME}")
+    full_class = getattr(transformers, family.model_class)
+    model_class = without_parts(full_class, family, config, left_out)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            model: Any = model_class(config)
+    finally:
+        torch.set_default_dtype(before)
+    model.__class__ = full_class
+    if per_layer_embeddings == "disk":
+        text = config.get_text_config()
+        size = text.hidden_size_per_layer_input
+        table = HollowEmbedding(text.num_hidden_layers * size, scale=size**0.5, dtype=dtype)
+        setattr(model.model.language_model, embeddings.NAME, table)
+    use_attention(model)
+    use_lean_norms(model)
+    return model.eval().requires_grad_(requires_grad=False)
+
+
+def build_hollow_like(model: PeftModel) -> PeftModel:
+    """Build a model as another one is, adapters included, without its weights.
+
+    Args:
+        model: From ``add_lora``.
+
+    Returns:
+        The model, on torch's meta device.
+    """
+    gemma: Any = unwrap_peft(model)
+    is_mapped = embeddings.find_mapped_embedding(model) is not None
+    hollow = build_hollow(
+        gemma.config,
+        modalities=loaded_modalities(gemma),
+        dtype=gemma.dtype,
+        per_layer_embeddings="disk" if is_mapped else None,
+    )
+    return wrap_peft(hollow, copy.deepcopy(model.peft_config[model.active_adapters[0]]))
+
+
+def make_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
+    """Replace a model's meta tensors by fake ones on a device; tied ones stay tied.
+
+    Args:
+        model: Built on the meta device, adapters included.
+        mode: Whose fakes they become.
+        device: Where they say that they are; it need not be there.
+    """
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in fakes:
+            fakes[id(tensor)] = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+        return fakes[id(tensor)]
+
+    kept = []  # or a new tensor might get an old one's id
+    with mode:
+        for module in model.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                kept.append(parameter)
+                if id(parameter) not in fakes:
+                    fakes[id(parameter)] = nn.Parameter(
+                        torch.empty(parameter.shape, dtype=parameter.dtype, device=device),
+                        requires_grad=parameter.requires_grad,
+                    )
+                module.register_parameter(name, fakes[id(parameter)])  # pyright: ignore
+            for name, buffer in list(module.named_buffers(recurse=False)):
+                kept.append(buffer)
+                setattr(module, name, fake(buffer))

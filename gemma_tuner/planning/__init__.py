@@ -1,0 +1,1 @@
+"""What fits: a step traced without weights, and the plan chosen from it."""

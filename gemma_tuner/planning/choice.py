@@ -1,0 +1,226 @@
+"""Find the fastest way to train that fits, by trying steps without weights.
+
+What may be chosen changes no gradient: how many decoder layers compute their activations again in
+the backward pass, how many rows of the vocabulary head exist at a time, in what chunks queries
+attend, and how a step's examples are cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from gemma_tuner.batch import Batch, Row, pad_rows
+from gemma_tuner.planning.trace import Footprint, HollowStep
+
+BUSY_TOKENS = 1024
+"""Fewer tokens at a time leave a device waiting for its host."""
+
+LOSS_CHUNKS = (256, 64)
+"""Rows of the vocabulary head at a time, the faster first."""
+
+_QUERY_CHUNK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """How many layers are checkpointed for micro-batches up to a size.
+
+    Args:
+        checkpointed_layers: Decoder layers, from the first on, that keep only their inputs.
+        max_tokens: Padded tokens of the largest micro-batch that fits so; 0 for a level that was
+            not planned, where a row is tried alone that no other level holds.
+    """
+
+    checkpointed_layers: int
+    max_tokens: int
+
+
+ANY_SIZE = Level(0, 2**62)
+"""Nothing is checkpointed, however large."""
+
+
+def widen(example: Batch, *, rows: int, tokens: int, target_share: float) -> Batch:
+    """Make the largest micro-batch that a plan allows out of one example.
+
+    Args:
+        example: One row, on the CPU.
+        rows: How many rows.
+        tokens: How long each is; the example is lengthened with text.
+        target_share: Of each row's tokens.
+
+    Returns:
+        The batch; each row has the example's media.
+    """
+    (length,) = example.inputs["attention_mask"].sum(1).tolist()
+    tokens = max(tokens, length)
+    by_token = {
+        name: tensor[0, :length]
+        for name, tensor in example.inputs.items()
+        if tensor.dtype == torch.int64 and tensor.shape == example.labels.shape
+    }
+    ids = by_token["input_ids"]
+    (type_name,) = by_token.keys() - {"input_ids", "attention_mask"}
+    text = torch.full((tokens - length,), int(ids[0]))
+    row = Row(
+        key="",
+        input_ids=torch.cat([ids, text]),
+        token_types=torch.cat([by_token[type_name], torch.zeros_like(text)]),
+        targets=torch.arange(tokens) >= tokens - max(1, round(target_share * tokens)),
+        media={name: x for name, x in example.inputs.items() if name not in by_token},
+    )
+    return pad_rows([row] * rows, max_tokens=tokens, pad_token_id=0, token_type_name=type_name)
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a run asks for, within which a plan chooses.
+
+    Args:
+        batch_size: Rows of the largest micro-batch.
+        max_tokens: The longest row.
+        target_share: Target tokens of all tokens in a row.
+        checkpointing: True or False where the user has decided; None leaves it to the plan.
+        loss_chunk_tokens: Likewise.
+        memory_gib: What the device may hold, in GiB; None asks the device.
+    """
+
+    batch_size: int
+    max_tokens: int
+    target_share: float
+    checkpointing: bool | None = None
+    loss_chunk_tokens: int | None = None
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What :func:`choose` has found; the fields are those of :class:`Plan`."""
+
+    levels: tuple[Level, ...]
+    loss_chunk_tokens: int
+    query_chunk_tokens: int | None
+    footprint: Footprint
+
+
+def choose(
+    step: HollowStep, example: Batch, wanted: Wanted, *, layer_counts: Sequence[int], usable: int
+) -> Choice | None:
+    """Find the fastest way to train that fits.
+
+    Args:
+        step: The step to try.
+        example: One row with the media of the largest.
+        wanted: What the run asks for.
+        layer_counts: Numbers of checkpointed layers to choose from, the fastest first.
+        usable: Bytes.
+
+    Returns:
+        The choice; None where not even a single row of the longest fits.
+    """
+    if step.resident_bytes >= usable:
+        return None
+    if wanted.checkpointing is not None:
+        layer_counts = layer_counts[-1:] if wanted.checkpointing else layer_counts[:1]
+    chunks = [wanted.loss_chunk_tokens] if wanted.loss_chunk_tokens else LOSS_CHUNKS
+    settings = [(chunk, None) for chunk in chunks] + [(chunks[-1], _QUERY_CHUNK)]
+    for loss_chunk, query_chunk in settings:
+        trial = _Trial(step, example, wanted, loss_chunk, query_chunk, usable)
+        levels = tuple(trial.find_levels(layer_counts))
+        if levels and levels[-1].max_tokens >= wanted.max_tokens:
+            return Choice(levels, loss_chunk, query_chunk, trial.measure_largest(levels[-1]))
+        if trial.measure_least() > usable:
+            return None
+    return None
+
+
+class _Trial:
+    """Tries micro-batches with fixed chunks."""
+
+    def __init__(
+        self,
+        step: HollowStep,
+        example: Batch,
+        wanted: Wanted,
+        loss_chunk: int,
+        query_chunk: int | None,
+        usable: int,
+    ) -> None:
+        self._step = step
+        self._example = example
+        self._wanted = wanted
+        self._chunks = {"loss_chunk_tokens": loss_chunk, "query_chunk_tokens": query_chunk}
+        self._usable = usable
+        self._known: dict[tuple[int, int, int], Footprint] = {}
+
+    def find_levels(self, layer_counts: Sequence[int]) -> Iterator[Level]:
+        """Go from fast to sparing until one holds what keeps a device busy."""
+        longest = self._wanted.max_tokens
+        enough = min(self._wanted.batch_size * longest, max(longest, BUSY_TOKENS))
+        held = 0
+        for layers in layer_counts:
+            tokens = self._find_tokens(layers)
+            if tokens > held:
+                held = tokens
+                yield Level(layers, tokens)
+            if held >= enough:
+                return
+
+    def measure_largest(self, level: Level) -> Footprint:
+        """What the largest micro-batch of the longest rows holds at a level."""
+        rows = min(self._wanted.batch_size, level.max_tokens // self._wanted.max_tokens)
+        return self._measure(level.checkpointed_layers, rows, self._wanted.max_tokens)
+
+    def measure_least(self) -> int:
+        """The bytes of one of the longest rows when nothing is spared in time."""
+        wanted = self._wanted
+        row = widen(
+            self._example, rows=1, tokens=wanted.max_tokens, target_share=wanted.target_share
+        )
+        return self._step.measure_least(row)
+
+    def _find_tokens(self, layers: int) -> int:
+        """Find how many padded tokens fit at a number of checkpointed layers; 0 for too few.
+
+        Bytes are linear in rows. In a row's tokens they are nearly convex, as attention grows with
+        their square and all else with them, so that the straight line between two lengths lies
+        above; but sliding layers grow by blocks of queries, so the length found by it is tried.
+
+        Args:
+            layers: That many are checkpointed.
+
+        Returns:
+            Tokens.
+        """
+        rows, longest = self._wanted.batch_size, self._wanted.max_tokens
+        one = self._measure(layers, 1, longest).peak_bytes
+        if one > self._usable:
+            half = self._measure(layers, 1, longest // 2).peak_bytes
+            if half > self._usable:
+                return 0
+            share = (self._usable - half) / (one - half)
+            tokens = int((1 + share) * (longest // 2))
+            while self._measure(layers, 1, tokens).peak_bytes > self._usable:
+                tokens = max(longest // 2, tokens - max(1, longest // 16))
+            return tokens
+        if rows == 1:
+            return longest
+        another = self._measure(layers, 2, longest).peak_bytes - one
+        more = (self._usable - one) // max(1, another)
+        return min(rows, 1 + more) * longest
+
+    def _measure(self, layers: int, rows: int, tokens: int) -> Footprint:
+        key = (layers, rows, tokens)
+        if key not in self._known:
+            batch = widen(
+                self._example,
+                rows=rows,
+                tokens=tokens,
+                target_share=self._wanted.target_share,
+            )
+            self._known[key] = self._step.measure(
+                batch, checkpointed_layers=layers, **self._chunks
+            )
+        return self._known[key]

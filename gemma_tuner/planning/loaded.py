@@ -1,0 +1,140 @@
+"""Plan the training of a model that is loaded, with or without trying a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gemma_tuner.batch import Batch
+from gemma_tuner.models.embeddings import Placement, choose_placement, find_mapped_embedding
+from gemma_tuner.models.families import loaded_modalities
+from gemma_tuner.models.loading import name_without_path
+from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.models.meta import build_hollow_like
+from gemma_tuner.planning.choice import ANY_SIZE, LOSS_CHUNKS, Level, Wanted
+from gemma_tuner.planning.plan import (
+    Plan,
+    add_last_resort,
+    make_plan,
+    margin_bytes,
+    read_budget,
+)
+from gemma_tuner.planning.text import GIB
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+def plan_training(model: PeftModel, rows: Sequence[Batch], wanted: Wanted) -> Plan:
+    """Plan the training of a model that is loaded.
+
+    Args:
+        model: From ``add_lora``.
+        rows: Some of the data, each a batch of its own.
+        wanted: What the run asks for.
+
+    Returns:
+        The plan.
+
+    Raises:
+        MemoryPlanError: Nothing fits; the error names the nearest plans that would.
+    """
+    gemma = unwrap_peft(model)
+    return make_plan(
+        _name_of(model),
+        build_hollow_like(model),
+        max(rows, key=lambda row: (_count_media(row), row.num_tokens)),
+        wanted,
+        device=gemma.device,
+        budget=read_budget(gemma.device, wanted.memory_gib),
+        placement=_placement_of(model),
+    )
+
+
+def plan_without_trial(model: PeftModel, rows: Sequence[Batch], wanted: Wanted) -> Plan | None:
+    """Plan where nothing needs to be tried: the user has decided, or there is ample room.
+
+    Args:
+        model: As in :func:`plan_training`, like the others.
+        rows: Some of the data.
+        wanted: What the run asks for.
+
+    Returns:
+        The plan, without a footprint; None where steps have to be tried.
+    """
+    gemma = unwrap_peft(model)
+    num_layers = len(gemma.model.language_model.layers)
+    budget_bytes, source = read_budget(gemma.device, wanted.memory_gib)
+    margin = margin_bytes(budget_bytes, gemma.device)
+    if wanted.checkpointing is None:
+        most = _bound_bytes(gemma, rows, wanted)
+        if most > budget_bytes - margin:
+            return None
+        why = f"nothing: even {most / GIB:.2f} GiB, which no step needs, would fit"
+    else:
+        why = "all layers, as asked" if wanted.checkpointing else "nothing, as asked"
+    layers = num_layers if wanted.checkpointing else 0
+    return Plan(
+        name=_name_of(model),
+        device=str(gemma.device),
+        dtype=str(gemma.dtype).removeprefix("torch."),
+        modalities=loaded_modalities(gemma),
+        per_layer_embeddings=_placement_of(model),
+        levels=add_last_resort((Level(layers, ANY_SIZE.max_tokens),), wanted, num_layers),
+        loss_chunk_tokens=wanted.loss_chunk_tokens or LOSS_CHUNKS[0],
+        query_chunk_tokens=None,
+        max_tokens=wanted.max_tokens,
+        target_share=wanted.target_share,
+        budget_bytes=budget_bytes,
+        margin_bytes=margin,
+        footprint=None,
+        reasons={"budget": f"{budget_bytes / GIB:.2f} GiB {source}", "computed twice": why},
+    )
+
+
+def _name_of(model: PeftModel) -> str:
+    return name_without_path(unwrap_peft(model).name_or_path or "the model")
+
+
+def _placement_of(model: PeftModel) -> Placement | None:
+    """Where a loaded model's per-layer table is."""
+    gemma = unwrap_peft(model)
+    mapped = find_mapped_embedding(model) is not None
+    return choose_placement(gemma.config, gemma.device, "disk" if mapped else "device")
+
+
+def _count_media(row: Batch) -> int:
+    return sum(x.numel() for x in row.inputs.values() if x.is_floating_point())
+
+
+def _bound_bytes(gemma: Any, rows: Sequence[Batch], wanted: Wanted) -> int:
+    """Bytes that no step can exceed without checkpointing, several times too many.
+
+    Every layer is taken to keep three float32 copies of each of its inputs and outputs at every
+    position of text and media, and every head four of its scores.
+
+    Args:
+        gemma: The model.
+        rows: Some of the data.
+        wanted: What the run asks for.
+
+    Returns:
+        Bytes, weights included.
+    """
+    media = max(
+        sum(x.numel() // x.shape[-1] for x in row.inputs.values() if x.is_floating_point())
+        for row in rows
+    )
+    linears = [module for module in gemma.modules() if isinstance(module, torch.nn.Linear)]
+    widths = sum(linear.in_features + linear.out_features for linear in linears)
+    text = gemma.config.get_text_config()
+    text_heads = text.num_hidden_layers * text.num_attention_heads
+    vision = getattr(gemma.config, "vision_config", None)
+    heads = getattr(vision, "num_attention_heads", 16) * getattr(vision, "num_hidden_layers", 32)
+    scores = wanted.batch_size * (text_heads * wanted.max_tokens**2 + heads * media**2)
+    positions = wanted.batch_size * (wanted.max_tokens + media)
+    chunk = (wanted.loss_chunk_tokens or LOSS_CHUNKS[0]) * text.vocab_size * 20
+    weights = sum(p.nbytes * (4 if p.requires_grad else 1) for p in gemma.parameters())
+    return weights + 12 * positions * widths + 16 * scores + chunk

@@ -1,0 +1,296 @@
+"""Say before a run what it will hold, and choose how it trains within a budget.
+
+The choice is :mod:`gemma_tuner.planning.choice`'s; here it becomes a plan that names what it was
+made for, what each part holds and why. :mod:`gemma_tuner.planning.loaded` plans for a model
+that is loaded already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from gemma_tuner.batch import Batch
+from gemma_tuner.checks import is_number
+from gemma_tuner.device import (
+    choose_device,
+    choose_dtype,
+    is_available,
+    memory_budget_bytes,
+    parse_device,
+)
+from gemma_tuner.errors import ConfigError, MemoryPlanError
+from gemma_tuner.models.embeddings import Placement, choose_placement
+from gemma_tuner.models.families import Modality, loaded_modalities
+from gemma_tuner.models.loading import name_without_path, read_config
+from gemma_tuner.models.lora import LoraConfig, find_adapters, unwrap_peft, wrap_peft
+from gemma_tuner.models.meta import build_hollow
+from gemma_tuner.planning.choice import Level, Wanted, choose
+from gemma_tuner.planning.notebook import write_plan
+from gemma_tuner.planning.text import GIB, describe_misfit, explain, list_parts
+from gemma_tuner.planning.trace import Footprint, HollowStep
+from gemma_tuner.planning.worst_case import imagine_example
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# What an allocator needs beyond live tensors: a share of the budget, and as much again up to so
+# many bytes. Metal keeps pooled heaps of up to 1 GiB and compiled graphs. Source: MPSAllocator.h
+_MARGINS = {"mps": (0.1, 2**30), "cuda": (0.03, 2**29), "cpu": (0.05, 2**29)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a run uses memory; ``print`` it.
+
+    Args:
+        name: The model.
+        device: Where it trains.
+        dtype: Of its frozen weights.
+        modalities: What it was planned to read.
+        per_layer_embeddings: Where the per-layer table is; None where there is none.
+        levels: From the fastest to the most sparing; a micro-batch takes the first that holds it.
+        loss_chunk_tokens: Target tokens whose logits exist at one time.
+        query_chunk_tokens: Queries of a full-attention layer that attend at one time; None: all.
+        max_tokens: The longest row planned for.
+        target_share: Target tokens of all tokens in a row, as planned for.
+        budget_bytes: What the device may hold.
+        margin_bytes: What of it is left to the allocator.
+        footprint: What a step of the largest micro-batch holds; None where no plan was needed.
+        reasons: Why each choice was made, by its name.
+    """
+
+    name: str
+    device: str
+    dtype: str
+    modalities: tuple[Modality, ...]
+    per_layer_embeddings: Placement | None
+    levels: tuple[Level, ...]
+    loss_chunk_tokens: int
+    query_chunk_tokens: int | None
+    max_tokens: int
+    target_share: float
+    budget_bytes: int
+    margin_bytes: int
+    footprint: Footprint | None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def usable_bytes(self) -> int:
+        """The budget without the margin."""
+        return self.budget_bytes - self.margin_bytes
+
+    @property
+    def peak_bytes(self) -> int:
+        """Bytes held at the predicted peak; 0 where no plan was needed."""
+        return self.footprint.peak_bytes if self.footprint else 0
+
+    def __str__(self) -> str:
+        """The plan as a table."""
+        lines = [
+            f"plan for {self.name}: {', '.join(self.modalities)} on {self.device}, {self.dtype}, "
+            f"rows of up to {self.max_tokens} tokens"
+        ]
+        if self.footprint is not None:
+            lines += [
+                "",
+                *list_parts(
+                    self.footprint, margin_bytes=self.margin_bytes, budget_bytes=self.budget_bytes
+                ),
+            ]
+        lines += ["", *(f"{name:<22}{reason}" for name, reason in self.reasons.items())]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        return write_plan(
+            f"plan for {self.name}",
+            f"{', '.join(self.modalities)} on {self.device}, {self.dtype}, rows of up to "
+            f"{self.max_tokens:,} tokens",
+            self.footprint,
+            self.reasons,
+            margin_bytes=self.margin_bytes,
+            budget_bytes=self.budget_bytes,
+        )
+
+
+def margin_bytes(budget_bytes: int, device: torch.device) -> int:
+    """What of a budget is left to the device's allocator."""
+    share, most = _MARGINS[device.type]
+    return int(share * budget_bytes + min(most, share * budget_bytes))
+
+
+def plan(
+    name_or_path: str | Path,
+    *,
+    memory_gib: float | None = None,
+    modalities: Sequence[Modality] = ("text",),
+    max_tokens: int = 2048,
+    batch_size: int = 1,
+    target_share: float = 0.25,
+    lora: LoraConfig | None = None,
+    image_tokens: int | None = None,
+    max_seconds: float = 30.0,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    per_layer_embeddings: Placement | None = None,
+    revision: str | None = None,
+) -> Plan:
+    """Plan a run from a checkpoint's configuration; no weight is read.
+
+    Args:
+        name_or_path: A folder, or a model's name on the Hugging Face Hub; of it the configuration
+            and, for media, the processor are read.
+        memory_gib: What the device may hold, in GiB: on a Mac about two thirds of its memory, up
+            to 32 GiB of it, and three quarters beyond. None asks the device.
+        modalities: What the data holds; each row has one picture, one clip, or both.
+        max_tokens: The longest row, media included.
+        batch_size: Rows of the largest micro-batch.
+        target_share: Tokens of the answers of all tokens in a row.
+        lora: Where adapters go.
+        image_tokens: As in ``ImageCollator``.
+        max_seconds: As in ``AudioCollator``.
+        device: Where training will run; with ``memory_gib`` it need not be there. By default what
+            ``load_model`` would choose here.
+        dtype: As in ``load_model``.
+        per_layer_embeddings: As in ``load_model``.
+        revision: As in ``load_model``.
+
+    Returns:
+        The plan; ``load_model(plan=...)`` takes it.
+
+    Raises:
+        MemoryPlanError: Nothing fits; the error names the nearest plans that would.
+        ConfigError: A setting that cannot work, or a device that is not there and no budget.
+        CheckpointError: A configuration or processor that cannot be read.
+    """
+    chosen, budget = _choose_budget(device, memory_gib)
+    config = read_config(str(name_or_path), revision)
+    placement = choose_placement(config, chosen, per_layer_embeddings)
+    if dtype is None and not is_available(chosen):
+        dtype = "bfloat16"
+    hollow = build_hollow(
+        config,
+        modalities=modalities,
+        dtype=choose_dtype(chosen, dtype, config.dtype)[0],
+        per_layer_embeddings=placement,
+    )
+    example = imagine_example(
+        str(name_or_path), config, modalities, max_tokens, image_tokens, max_seconds, revision
+    )
+    return make_plan(
+        name_without_path(str(name_or_path)),
+        wrap_peft(hollow, find_adapters(hollow, lora or LoraConfig())[0]),
+        example,
+        Wanted(batch_size, max_tokens, target_share),
+        device=chosen,
+        budget=budget,
+        placement=placement,
+    )
+
+
+def _choose_budget(
+    device: str | torch.device | None, memory_gib: float | None
+) -> tuple[torch.device, tuple[int, str]]:
+    """Choose the device to plan for, which need not be here if its memory is given."""
+    if memory_gib is None or device is None:
+        chosen, _ = choose_device(device)
+    else:
+        chosen = parse_device(device)
+    return chosen, read_budget(chosen, memory_gib)
+
+
+def read_budget(device: torch.device, memory_gib: float | None) -> tuple[int, str]:
+    """What a device may hold.
+
+    Args:
+        device: Where training runs.
+        memory_gib: What the user gave; None asks the device.
+
+    Returns:
+        Bytes, and where the number is from, in words.
+
+    Raises:
+        ConfigError: ``memory_gib`` is no number of GiB, or the device cannot be asked.
+    """
+    if memory_gib is None:
+        return memory_budget_bytes(device)
+    if not is_number(memory_gib) or not 0 < memory_gib < 2**20:
+        raise ConfigError(f"memory_gib is {memory_gib!r}; it must be a number of GiB above 0")
+    return int(memory_gib * 2**30), "as given"
+
+
+def add_last_resort(
+    levels: tuple[Level, ...], wanted: Wanted, num_layers: int
+) -> tuple[Level, ...]:
+    """Let all layers be checkpointed after all, where nothing else holds a single row."""
+    if wanted.checkpointing is not None or levels[-1].checkpointed_layers == num_layers:
+        return levels
+    return (*levels, Level(num_layers, 0))
+
+
+def make_plan(
+    name: str,
+    hollow: PeftModel,
+    example: Batch,
+    wanted: Wanted,
+    *,
+    device: torch.device,
+    budget: tuple[int, str],
+    placement: Placement | None,
+) -> Plan:
+    """Try steps of a model without weights, and choose how to train.
+
+    Args:
+        name: Of the model, for people.
+        hollow: The model, wrapped with its adapters, without weights.
+        example: The largest row that is expected.
+        wanted: What the run asks for.
+        device: Where it will train.
+        budget: From :func:`read_budget`.
+        placement: Where the per-layer table is.
+
+    Returns:
+        The plan.
+
+    Raises:
+        MemoryPlanError: Nothing fits; the error names the nearest plans that would.
+    """
+    gemma = unwrap_peft(hollow)
+    dtype, modalities = gemma.dtype, loaded_modalities(gemma)
+    num_layers = len(gemma.model.language_model.layers)
+    # Layers that share keys and values run at targets only: others cost more to keep.
+    layers = gemma.model.language_model.layers
+    sharing = sum(layer.self_attn.is_kv_shared_layer for layer in layers)
+    middle = num_layers - sharing if sharing else num_layers // 2
+    step = HollowStep(hollow, device, accumulates=True)
+    budget_bytes, source = budget
+    margin = margin_bytes(budget_bytes, device)
+    usable = budget_bytes - margin
+    layer_counts = (0, middle, num_layers)
+    choice = choose(step, example, wanted, layer_counts=layer_counts, usable=usable)
+    if choice is None:
+        raise MemoryPlanError(describe_misfit(name, step, example, wanted, usable, num_layers))
+    return Plan(
+        name=name,
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        modalities=modalities,
+        per_layer_embeddings=placement,
+        levels=add_last_resort(choice.levels, wanted, num_layers),
+        loss_chunk_tokens=choice.loss_chunk_tokens,
+        query_chunk_tokens=choice.query_chunk_tokens,
+        max_tokens=wanted.max_tokens,
+        target_share=wanted.target_share,
+        budget_bytes=budget_bytes,
+        margin_bytes=margin,
+        footprint=choice.footprint,
+        reasons={
+            "budget": f"{budget_bytes / GIB:.2f} GiB {source}, {margin / GIB:.2f} GiB of it left "
+            "to the allocator",
+            **explain(choice, wanted, placement, num_layers),
+        },
+    )

@@ -1,0 +1,1 @@
+"""Rows of BigQuery tables and queries."""

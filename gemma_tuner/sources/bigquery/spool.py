@@ -1,0 +1,312 @@
+"""The rows of a BigQuery table to parts on disk, over the official Storage Read API client.
+
+A stream is exact within its session alone, and a session lasts for six hours: no row is handed out
+before all of them are on disk, so that a session that ends too early can be begun anew.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import queue
+import random
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import pyarrow
+import pyarrow.ipc
+
+from gemma_tuner.errors import SourceError
+from gemma_tuner.sources.bigquery.errors import explain_errors, quote, refuse_lasting
+from gemma_tuner.sources.bigquery.parts import Part, PartFolder, ReadSession
+from gemma_tuner.sources.bigquery.query import format_bytes, refuse_excess
+
+if TYPE_CHECKING:
+    from google.cloud.bigquery import Client
+    from google.cloud.bigquery_storage import BigQueryReadClient
+    from google.cloud.bigquery_storage_v1.reader import ReadRowsStream
+
+OpenClients = Callable[[], "tuple[Client, BigQueryReadClient]"]
+
+logger = logging.getLogger(__name__)
+
+_MAX_EXPIRED = 3
+_SESSION_SECONDS = 120.0
+_FIRST_WAIT_SECONDS = 0.1
+_LONGEST_WAIT_SECONDS = 60.0
+_CLOSING_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRequest:
+    """What is read of a table.
+
+    Args:
+        project: Who pays; None is the client's project.
+        fields: The columns.
+        row_restriction: A condition in SQL, or an empty text.
+        max_streams: Streams read at one time.
+        max_bytes: What BigQuery may read by its own estimate; None and False are no limit.
+        attempt_timeout_seconds: How long one call of ``ReadRows`` may last before it is continued
+            by another.
+        total_timeout_seconds: How long a stream may bring nothing.
+    """
+
+    project: str | None
+    fields: tuple[str, ...]
+    row_restriction: str
+    max_streams: int
+    max_bytes: int | Literal[False] | None
+    attempt_timeout_seconds: float
+    total_timeout_seconds: float
+
+
+class SessionExpiredError(SourceError):
+    """A read session that BigQuery no longer knows."""
+
+
+def spool_table(open_clients: OpenClients, parts: PartFolder, request: ReadRequest) -> list[Part]:
+    """Read what is not yet on disk of the table of a record.
+
+    Args:
+        open_clients: Gives the official clients; called where something is missing.
+        parts: Where, with a record that names the table.
+        request: What is read.
+
+    Returns:
+        The parts of all streams, whole; to be closed by the caller.
+
+    Raises:
+        AccessDeniedError: A permission is missing.
+        ConfigError: More bytes than are allowed.
+        SourceError: The table cannot be read, or not within the life of a session.
+    """
+    record = parts.record
+    for _ in range(_MAX_EXPIRED):
+        session = record.session or _open_session(*open_clients(), parts, request)
+        opened = parts.open_parts()
+        missing = [
+            number
+            for number, part in enumerate(opened)
+            if session.whole.get(str(number)) != part.num_rows
+        ]
+        if not missing:
+            return opened
+        try:
+            _refuse_expired(session)
+            _, client = open_clients()
+            _SpoolRun(client, parts, session, opened, request).run(missing)
+        except SessionExpiredError:
+            close_parts(opened)
+            record.num_expired += 1
+            logger.warning("the read session of %s expired; its rows are read anew", record.table)
+            parts.drop_session()
+        except BaseException:
+            close_parts(opened)
+            raise
+        else:
+            return opened
+    raise SourceError(
+        f"{record.table} was not read before its session expired, {_MAX_EXPIRED} times in a row; "
+        "read fewer columns, restrict the rows, or read it where the network is faster"
+    )
+
+
+def close_parts(opened: Iterable[Part]) -> None:
+    """Close parts."""
+    for part in opened:
+        part.close()
+
+
+def _open_session(
+    tables: Client, client: BigQueryReadClient, parts: PartFolder, request: ReadRequest
+) -> ReadSession:
+    """Open a session, and keep it in the record."""
+    import google.api_core.exceptions as api
+    from google.cloud.bigquery_storage_v1 import types
+
+    record = parts.record
+    project, dataset, table = record.table.rsplit(".", 2)
+    asked = types.ReadSession(
+        table=f"projects/{project}/datasets/{dataset}/tables/{table}",
+        data_format=types.DataFormat.ARROW,
+        read_options=types.ReadSession.TableReadOptions(
+            selected_fields=request.fields,
+            row_restriction=request.row_restriction,
+            arrow_serialization_options=types.ArrowSerializationOptions(
+                buffer_compression=types.ArrowSerializationOptions.CompressionCodec.ZSTD
+            ),
+        ),
+    )
+    if record.snapshot_time:
+        asked.table_modifiers = types.ReadSession.TableModifiers(
+            snapshot_time=datetime.datetime.fromisoformat(record.snapshot_time)
+        )
+    with explain_errors(
+        "opening a read session of",
+        record.table,
+        "bigquery.readsessions.create",
+        remedy="check row_restriction= and snapshot_time=, and start again",
+    ):
+        try:
+            session = client.create_read_session(
+                parent=f"projects/{request.project or tables.project}",
+                read_session=asked,
+                max_stream_count=request.max_streams,
+                timeout=_SESSION_SECONDS,
+            )
+        except (api.NotFound, api.BadRequest):
+            # A snapshot or a result that is gone would stop every further start as well.
+            parts.reset()
+            raise
+    refuse_excess(record.table, session.estimated_total_bytes_scanned, request.max_bytes)
+    # Written anew, as a message of its own: some servers send the end of a stream with it.
+    schema = pyarrow.ipc.read_schema(pyarrow.py_buffer(session.arrow_schema.serialized_schema))
+    # proto-plus gives a datetime where its annotations say Timestamp.
+    expires = cast("datetime.datetime | None", session.expire_time)
+    record.session = ReadSession(
+        streams=[stream.name for stream in session.streams],
+        schema=schema.serialize().to_pybytes().hex(),
+        expires=expires.isoformat() if expires else "",
+        num_rows=session.estimated_row_count,
+        num_bytes=session.estimated_total_bytes_scanned,
+    )
+    parts.save_record()
+    logger.info(
+        "reading about %s rows of %s: BigQuery scans %s in %d columns",
+        f"{record.session.num_rows:,}",
+        record.table,
+        format_bytes(record.session.num_bytes),
+        len(request.fields),
+    )
+    return record.session
+
+
+def _refuse_expired(session: ReadSession) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    if session.expires and datetime.datetime.fromisoformat(session.expires) <= now:
+        raise SessionExpiredError("the read session has expired")
+
+
+class _SpoolRun:
+    """Reads the streams of one session at once, one thread for each, until all are whole."""
+
+    def __init__(
+        self,
+        client: BigQueryReadClient,
+        parts: PartFolder,
+        session: ReadSession,
+        opened: list[Part],
+        request: ReadRequest,
+    ) -> None:
+        self._client = client
+        self._parts = parts
+        self._session = session
+        self._opened = opened
+        self._request = request
+        self._lock = threading.Lock()
+        self._stopped = threading.Event()
+        self._calls: dict[int, ReadRowsStream] = {}
+        self._outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+
+    def run(self, missing: list[int]) -> None:
+        """Read the rest of the streams of these numbers.
+
+        Raises:
+            SessionExpiredError: The session is gone.
+            SourceError: A stream that cannot be read.
+        """
+        # Daemons: a thread that waits for a silent server would keep the interpreter alive.
+        threads = [
+            threading.Thread(target=self._work, args=(number,), daemon=True) for number in missing
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in threads:
+                outcome = self._outcomes.get()
+                if outcome is not None:
+                    raise outcome
+        finally:
+            with self._lock:
+                self._stopped.set()
+                calls = list(self._calls.values())
+            for call in calls:
+                call.cancel()
+            end = time.monotonic() + _CLOSING_SECONDS
+            for thread in threads:
+                thread.join(max(0.0, end - time.monotonic()))
+
+    def _work(self, number: int) -> None:
+        try:
+            with explain_errors(
+                "reading", self._parts.record.table, "bigquery.readsessions.getData"
+            ):
+                self._read_stream(number)
+        except BaseException as error:  # noqa: BLE001 - raised again in the reading thread
+            self._outcomes.put(error)
+        else:
+            self._outcomes.put(None)
+
+    def _read_stream(self, number: int) -> None:
+        """Read one stream to its end, taking it up again where it broke off."""
+        import google.api_core.exceptions as api
+
+        part = self._opened[number]
+        wait_seconds = _FIRST_WAIT_SECONDS
+        last_news = time.monotonic()
+        while not self._stopped.is_set():
+            num_rows = part.num_rows
+            try:
+                if self._read_on(number, part):
+                    return
+            except (api.ServerError, api.TooManyRequests, api.Aborted) as error:
+                refuse_lasting(error)
+                if part.num_rows > num_rows:
+                    wait_seconds, last_news = _FIRST_WAIT_SECONDS, time.monotonic()
+                if time.monotonic() - last_news > self._request.total_timeout_seconds:
+                    raise
+            except (api.NotFound, api.FailedPrecondition) as error:
+                # Seen as FAILED_PRECONDITION "session expired at ..." by users of other clients:
+                # Source: https://github.com/GoogleCloudDataproc/spark-bigquery-connector/issues/1316
+                if isinstance(error, api.NotFound) or "expired" in quote(error):
+                    raise SessionExpiredError("the read session has expired") from None
+                raise
+            self._count_repeat()
+            self._stopped.wait(random.uniform(0, wait_seconds))
+            wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
+
+    def _read_on(self, number: int, part: Part) -> bool:
+        """Read on from where the part ends; True at the end of the stream."""
+        # Without its own retry, which would wait for a day: the client still takes up a stream
+        # that breaks off after it has brought rows.
+        call = self._client.read_rows(
+            self._session.streams[number],
+            part.num_rows,
+            retry=None,
+            timeout=self._request.attempt_timeout_seconds,
+            retry_delay_callback=self._count_repeat,
+        )
+        with self._lock:
+            self._calls[number] = call
+        for response in call:
+            with self._lock:
+                if self._stopped.is_set():
+                    return True
+            if response.row_count:
+                part.append(
+                    response.arrow_record_batch.serialized_record_batch, response.row_count
+                )
+        if not self._stopped.is_set():
+            part.sync()
+            with self._lock:
+                self._session.whole[str(number)] = part.num_rows
+                self._parts.save_record()
+        return True
+
+    def _count_repeat(self, *_: Any) -> None:
+        with self._lock:
+            self._parts.record.num_repeats += 1

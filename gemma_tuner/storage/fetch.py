@@ -1,0 +1,384 @@
+"""Reads of remote objects that survive a bad network: repeated, hedged, checked and counted.
+
+A store makes one attempt; a :class:`Fetcher` makes a read of it, from any number of threads::
+
+    read ─┬─ attempt ── 503 ── wait (jitter, or what Retry-After says) ─┬─ attempt ╌╌ abandoned
+          │                                                             └─── hedge ─── bytes
+          └─ until total_timeout_seconds
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import random
+import threading
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, BinaryIO
+
+import google_crc32c
+
+from gemma_tuner.errors import SourceError
+from gemma_tuner.records import StoredObject
+from gemma_tuner.storage.cache import MediaCache
+from gemma_tuner.storage.config import FetchConfig
+from gemma_tuner.storage.hedge import Racer
+from gemma_tuner.storage.objects import (
+    CorruptReadError,
+    ObjectChangedError,
+    ObjectStore,
+    TransientReadError,
+)
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+_FIRST_BACKOFF_SECONDS = 0.5
+_LONGEST_BACKOFF_SECONDS = 32.0
+_READ_AHEAD_BYTES = 4 << 20
+_MAX_UNZIPPED_BYTES = 1 << 30
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True, slots=True)
+class FetchCounts:
+    """What a fetcher did so far.
+
+    Args:
+        requests: Attempts that were begun, hedges among them.
+        bytes_downloaded: Bytes that arrived, those of damaged and abandoned attempts included.
+        hits: Objects that came from the cache.
+        not_kept: Objects that the cache had no room for.
+        retries: Attempts after a failed one.
+        hedges: Second attempts begun because the first took long.
+        hedges_won: Those that answered first.
+        failures: Attempts that failed, by kind: ``transient timeout corrupt changed denied``.
+        seconds_waited: Time between attempts, all readers together.
+    """
+
+    requests: int
+    bytes_downloaded: int
+    hits: int
+    not_kept: int
+    retries: int
+    hedges: int
+    hedges_won: int
+    failures: Mapping[str, int]
+    seconds_waited: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Bytes to ask a store for, and what is known of them."""
+
+    stored: StoredObject
+    start: int
+    asked_bytes: int | None  # None is to the end of the object, with the store's own checks.
+    num_bytes: int | None
+    crc32c: int | None
+
+    @property
+    def name(self) -> str:
+        return _name(self.stored)
+
+    def check(self, content: bytes) -> None:
+        if self.num_bytes not in (None, len(content)):
+            raise CorruptReadError(
+                f"{self.name} came as {len(content):,} bytes instead of "
+                f"{self.num_bytes:,}; if this persists, upload it again"
+            )
+        if self.crc32c not in (None, google_crc32c.value(content)):
+            raise CorruptReadError(
+                f"{self.name} came with another checksum than it was found "
+                "with; if this persists, upload it again"
+            )
+
+
+class Fetcher:
+    """Reads objects of a store, from any number of threads.
+
+    Args:
+        open_store: Makes the store; called before the first read, not before: it may look for
+            credentials.
+        open_cache: Opens the cache in which objects are kept; likewise.
+        config: Timeouts, threads and hedging.
+        rng: Draws the jitter of waits.
+        clock: Seconds from any beginning.
+        sleep: Waits for seconds; None waits in a way that :meth:`close` ends.
+    """
+
+    def __init__(
+        self,
+        open_store: Callable[[], ObjectStore],
+        open_cache: Callable[[], MediaCache],
+        config: FetchConfig,
+        *,
+        rng: random.Random | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] | None = None,
+    ) -> None:
+        self._open_store = open_store
+        self._store: ObjectStore | None = None
+        self._opening = threading.Lock()
+        self._open_cache = open_cache
+        self._cache: MediaCache | None = None
+        self._config = config
+        self._rng = rng or random.Random()
+        self._clock = clock
+        self._racer = Racer(config, clock)
+        self._sleep = sleep or self._racer.wait_for_close
+        self._state = threading.Lock()  # Guards what follows.
+        self._counts: Counter[str] = Counter()
+        self._seconds_waited = 0.0
+
+    def fetch(self, stored: StoredObject) -> bytes:
+        """Return an object, or the part of one, from the cache or the store.
+
+        Args:
+            stored: What; its length and checksum are verified where they are known.
+
+        Returns:
+            The bytes; those that are stored zipped by gzip are unzipped.
+
+        Raises:
+            TransientReadError: No attempt succeeded within ``total_timeout_seconds``, though the
+                store answers.
+            CorruptReadError: Damaged twice in a row, or damaged as it is stored.
+            ObjectChangedError: It is no longer what it was when it was found.
+            AccessDeniedError: Credentials or a permission are missing.
+            SourceError: Nothing at all could be read within ``total_timeout_seconds``.
+            RuntimeError: The fetcher is closed.
+        """
+        cache = self._get_cache()
+        content = cache.read(stored)
+        if content is not None:
+            self._count("hits")
+        else:
+            is_whole = stored.start is None
+            piece = _Piece(
+                stored,
+                start=stored.start or 0,
+                asked_bytes=None if is_whole else stored.num_bytes,
+                num_bytes=stored.num_bytes,
+                crc32c=stored.crc32c if is_whole else None,
+            )
+            content = self._read(piece)
+            cache.write(stored, content)
+        return _unzip(content, stored) if content.startswith(_GZIP_MAGIC) else content
+
+    def read_range(self, stored: StoredObject, start: int, num_bytes: int) -> bytes:
+        """Return bytes of an object as they are stored, past the cache.
+
+        Args:
+            stored: The object, or the part of one.
+            start: The first byte, from the beginning of ``stored``.
+            num_bytes: How many; they must be there.
+
+        Returns:
+            The bytes, exactly as many; a part's checksum is not known, so only their number is
+            verified.
+
+        Raises:
+            ValueError: Beyond the end of the object.
+            SourceError: As :meth:`fetch`.
+        """
+        end = start + num_bytes
+        if start < 0 or num_bytes < 0 or (stored.num_bytes is not None and end > stored.num_bytes):
+            raise ValueError(f"bytes {start} to {end} of an object of {stored.num_bytes}")
+        if num_bytes == 0:
+            return b""
+        first = (stored.start or 0) + start
+        return self._read(_Piece(stored, first, num_bytes, num_bytes, crc32c=None))
+
+    def open(self, stored: StoredObject) -> BinaryIO:
+        """Open an object as a file: seekable, and read some MiB ahead.
+
+        Args:
+            stored: The object, or the part of one, whose size must be known.
+
+        Returns:
+            The open file, of the bytes as they are stored. Reading it raises as
+            :meth:`read_range`.
+
+        Raises:
+            SourceError: Its size is not known.
+        """
+        if stored.num_bytes is None:
+            raise SourceError(
+                f"{_name(stored)} cannot be opened: its size is not known; find it by "
+                "listing its folder"
+            )
+        return io.BufferedReader(_RangeReader(self, stored, stored.num_bytes), _READ_AHEAD_BYTES)
+
+    @property
+    def counts(self) -> FetchCounts:
+        """What was done so far."""
+        cache = self._cache
+        with self._state:
+            return FetchCounts(
+                requests=self._counts["requests"],
+                bytes_downloaded=self._counts["bytes_downloaded"],
+                hits=self._counts["hits"],
+                not_kept=cache.counts.not_stored if cache else 0,
+                retries=self._counts["retries"],
+                hedges=self._racer.hedges,
+                hedges_won=self._racer.hedges_won,
+                failures=self._racer.failures,
+                seconds_waited=self._seconds_waited,
+            )
+
+    def close(self) -> None:
+        """End all reads under way with a RuntimeError; attempts end when their sockets do."""
+        self._racer.close()
+
+    def _count(self, name: str, number: int = 1) -> None:
+        with self._state:
+            self._counts[name] += number
+
+    def _get_store(self) -> ObjectStore:
+        with self._opening:
+            if self._store is None:
+                self._store = self._open_store()
+            return self._store
+
+    def _get_cache(self) -> MediaCache:
+        with self._opening:
+            if self._cache is None:
+                self._cache = self._open_cache()
+            return self._cache
+
+    def _read(self, piece: _Piece) -> bytes:
+        """Attempt until it succeeds or there is nothing more to try."""
+        store = self._get_store()
+        began = self._clock()
+        deadline = began + self._config.total_timeout_seconds
+        num_transient = num_corrupt = 0
+        attempt = partial(self._attempt, store, piece)
+        self._racer.grant_hedges()
+        while True:
+            try:
+                return self._racer.race(attempt, what=piece.name, deadline=deadline)
+            except CorruptReadError:
+                num_corrupt += 1
+                if num_corrupt > 1:
+                    raise
+            except TransientReadError as error:
+                num_transient += 1
+                seconds = self._draw_backoff(num_transient, error.retry_after_seconds)
+                if self._clock() + seconds >= deadline:
+                    seconds = self._clock() - began
+                    raise _give_up(store, piece, seconds, num_transient, error) from error
+                with self._state:
+                    self._seconds_waited += seconds
+                self._sleep(seconds)
+            self._count("retries")
+
+    def _attempt(self, store: ObjectStore, piece: _Piece, timeout_seconds: float) -> bytes:
+        self._count("requests")
+        content = store.read_object(
+            piece.stored, piece.start, piece.asked_bytes, timeout_seconds=timeout_seconds
+        )
+        self._count("bytes_downloaded", len(content))
+        piece.check(content)
+        return content
+
+    def _draw_backoff(self, num_failures: int, retry_after_seconds: float | None) -> float:
+        """Return how long to wait: at random up to a doubling bound, or what the store asks."""
+        most = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2.0 ** (num_failures - 1))
+        return max(self._rng.uniform(0.0, most), retry_after_seconds or 0.0)
+
+
+def _give_up(
+    store: ObjectStore, piece: _Piece, seconds: float, num_failures: int, error: TransientReadError
+) -> SourceError:
+    """Tell an object that alone cannot be read from a store that cannot be asked anything."""
+    if _can_be_asked(store, piece.stored.uri):
+        return TransientReadError(
+            f"{piece.name} could not be read: {num_failures} attempts failed in {seconds:.0f} s, "
+            f"the last one with: {error}; its store answers: look at this object",
+            retry_after_seconds=error.retry_after_seconds,
+        )
+    return SourceError(
+        f"nothing could be read for {seconds:.0f} s: {num_failures} attempts at {piece.name} "
+        f"failed, the last one with: {error}; check the network and go on later, or raise "
+        "total_timeout_seconds"
+    )
+
+
+def _can_be_asked(store: ObjectStore, uri: str) -> bool:
+    try:
+        (answer,) = store.pin_objects([uri])
+    except SourceError:
+        return False
+    return isinstance(answer, StoredObject | ObjectChangedError)
+
+
+class _RangeReader(io.RawIOBase):
+    """An object as an unbuffered file over range reads."""
+
+    def __init__(self, fetcher: Fetcher, stored: StoredObject, num_bytes: int) -> None:
+        self._fetcher = fetcher
+        self._stored = stored
+        self._num_bytes = num_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        beginnings = {
+            io.SEEK_SET: 0,
+            io.SEEK_CUR: self._position,
+            io.SEEK_END: self._num_bytes,
+        }
+        position = beginnings[whence] + offset
+        if position < 0:
+            raise ValueError(f"place {position} of a file of {self._num_bytes} bytes")
+        self._position = position
+        return position
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """Read into a buffer, no more at once than one attempt should carry."""
+        view = memoryview(buffer).cast("B")
+        num_bytes = min(len(view), _READ_AHEAD_BYTES, self._num_bytes - self._position)
+        if num_bytes <= 0:
+            return 0
+        view[:num_bytes] = self._fetcher.read_range(self._stored, self._position, num_bytes)
+        self._position += num_bytes
+        return num_bytes
+
+    def readall(self) -> bytes:
+        """Read to the end; what is inherited would ask for 8 KiB at a time."""
+        return b"".join(iter(partial(self.read, _READ_AHEAD_BYTES), b""))
+
+
+def _name(stored: StoredObject) -> str:
+    """Name an object in a message: the last part of its path, without what may be a signature."""
+    name = stored.uri.partition("?")[0].rstrip("/").rpartition("/")[2]
+    return f"object {name!r}"
+
+
+def _unzip(content: bytes, stored: StoredObject) -> bytes:
+    """Unzip what was stored zipped, as a bucket does for ``Content-Encoding: gzip``."""
+    try:
+        with gzip.open(io.BytesIO(content)) as file:
+            unzipped = file.read(_MAX_UNZIPPED_BYTES + 1)
+    except (EOFError, OSError, zlib.error) as error:
+        raise CorruptReadError(
+            f"{_name(stored)} is stored zipped, and its gzip is damaged "
+            f"({type(error).__name__}); upload it again"
+        ) from None
+    if len(unzipped) > _MAX_UNZIPPED_BYTES:
+        raise CorruptReadError(
+            f"{_name(stored)} of {len(content):,} bytes unzips to more than "
+            f"{_MAX_UNZIPPED_BYTES:,}; media are never that large: drop it"
+        )
+    return unzipped

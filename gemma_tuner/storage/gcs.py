@@ -1,0 +1,378 @@
+"""Objects of Google Cloud Storage through the official client, which is imported when needed."""
+
+from __future__ import annotations
+
+import base64
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from gemma_tuner.errors import ConfigError, SourceError
+from gemma_tuner.records import StoredObject
+from gemma_tuner.storage.gcs_errors import LOG_IN, describe, explain_errors, is_transient
+from gemma_tuner.storage.objects import (
+    AccessDeniedError,
+    CorruptReadError,
+    ObjectChangedError,
+    TransientReadError,
+)
+
+if TYPE_CHECKING:
+    from google.cloud import storage
+
+_FIELDS = "items(name,size,generation,crc32c),nextPageToken"
+_METADATA_TIMEOUT_SECONDS = 30.0
+_RETRY_TIMEOUT_SECONDS = 120.0  # the client's own
+_PIN_THREADS = 16
+_WORTH_A_PAGE = 16
+"""How many objects a page of a listing must find: it costs as much as some twelve single reads of
+metadata, and takes as long as a few rounds of them."""
+GLOB = re.compile(r"[*?\[{]")
+"""What makes a URI a glob."""
+_URI = re.compile(r"gs://([a-z0-9][a-z0-9._-]*)/(.*)", re.DOTALL)
+
+
+def split_uri(uri: str, *, needs_name: bool = False) -> tuple[str, str]:
+    """Return the bucket and the name within it.
+
+    Args:
+        uri: ``gs://bucket/name``; of a bucket alone the name is empty.
+        needs_name: Whether a bucket alone is not enough.
+
+    Returns:
+        Bucket and name.
+
+    Raises:
+        SourceError: It is no such URI.
+    """
+    parts = _URI.fullmatch(uri if uri.count("/") > 2 else f"{uri}/")
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        parts = None
+    if parts is None or (needs_name and not parts[2]):
+        raise SourceError(
+            "a URI is not of the form gs://bucket/name, bucket names being of small letters, "
+            "digits, dots, dashes and underscores; check it"
+        )
+    return parts[1], parts[2]
+
+
+class GcsStore:
+    """Objects of Google Cloud Storage.
+
+    It can be used by many threads. ``num_requests`` and ``num_retries`` count what was asked of
+    the service, and what was asked again after a failure; not the client's own look at each
+    bucket, once, for its traces.
+
+    Args:
+        client: A ``google.cloud.storage.Client``; None makes one with the application-default
+            credentials when the first object is asked for.
+        num_connections: How many connections are kept open; as many as there are threads.
+    """
+
+    def __init__(self, client: storage.Client | None = None, *, num_connections: int = 64) -> None:
+        self.num_requests = 0
+        self.num_retries = 0
+        self._given_client = client
+        self._num_connections = num_connections
+        self._client: storage.Client | None = None
+        self._opening = threading.Lock()
+        self._counting = threading.Lock()
+        self._unlistable: set[str] = set()
+
+    def list_objects(self, uri: str) -> Iterator[StoredObject]:
+        """Find the objects that a URI, a prefix ending in ``/`` or a glob means, by name.
+
+        Args:
+            uri: ``gs://bucket/name``, ``gs://bucket/folder/`` or a glob, in which ``*`` stands
+                for part of a name between slashes and ``**`` for any.
+
+        Yields:
+            The objects; what only marks a folder is left out.
+
+        Raises:
+            ObjectChangedError: There is none.
+            AccessDeniedError: Credentials or the permission are missing.
+            SourceError: It cannot be listed.
+        """
+        bucket, name = split_uri(uri)
+        is_folder = not name or name.endswith("/")
+        if not is_folder and not GLOB.search(name):
+            yield self._find(uri)
+            return
+        how = {"prefix": name} if is_folder else {"match_glob": name}
+        num_found = 0
+        page, token = self._list_page(bucket, **how)
+        while True:
+            for stored in page:
+                if not stored.uri.endswith("/"):
+                    num_found += 1
+                    yield stored
+            if token is None:
+                break
+            page, token = self._list_page(bucket, page_token=token, **how)
+        if not num_found:
+            raise ObjectChangedError(
+                f"no object in the bucket {bucket!r} "
+                f"{'lies under that prefix' if is_folder else 'matches that glob'}; check the URI"
+            )
+
+    def pin_objects(self, uris: Sequence[str]) -> list[StoredObject | SourceError]:
+        """Find each URI's present version, size and checksum, or why there is none.
+
+        Where many lie in one folder most are found by listing it, a page from one that is wanted
+        on at a time; the rest is asked for one by one, 16 at a time.
+
+        Args:
+            uris: ``gs://bucket/name`` each.
+
+        Returns:
+            For each, the object or what is wrong with it.
+
+        Raises:
+            AccessDeniedError: Credentials or a permission are missing.
+            TransientReadError: The service does not answer.
+            ConfigError: The client is none.
+            SourceError: The client's package is not installed.
+        """
+        found: dict[str, StoredObject | SourceError] = {}
+        folders: dict[tuple[str, str], list[str]] = {}
+        for uri in dict.fromkeys(uris):
+            try:
+                bucket, name = split_uri(uri, needs_name=True)
+            except SourceError as error:
+                found[uri] = error
+            else:
+                folders.setdefault((bucket, name_folder(name)), []).append(name)
+        if folders:
+            self._open_client()  # what is wrong with the client is wrong with none of the URIs
+        for (bucket, folder), names in folders.items():
+            found |= self._pin_by_listing(bucket, folder, sorted(names))
+        rest = [uri for uri in dict.fromkeys(uris) if uri not in found]
+        if rest:
+            executor = ThreadPoolExecutor(min(_PIN_THREADS, len(rest)), "gcs-pin")
+            try:
+                found |= zip(rest, executor.map(self._pin, rest), strict=True)
+            finally:
+                executor.shutdown(wait=False, cancel_futures=True)
+        return [found[uri] for uri in uris]
+
+    def read_object(
+        self,
+        stored: StoredObject,
+        start: int,
+        num_bytes: int | None,
+        *,
+        timeout_seconds: float,
+    ) -> bytes:
+        """Read bytes of the pinned version as they are stored, in one attempt.
+
+        Args:
+            stored: The object.
+            start: The first byte, from the beginning of the object.
+            num_bytes: How many; None reads to the end, and checks the service's own checksum
+                where that is the whole object.
+            timeout_seconds: How long connecting, and each wait for bytes, may take.
+
+        Returns:
+            The bytes.
+
+        Raises:
+            TransientReadError: Worth another attempt.
+            CorruptReadError: Fewer bytes than were asked for, or another checksum.
+            ObjectChangedError: The version is gone.
+            AccessDeniedError: Credentials or the permission are missing.
+        """
+        if num_bytes == 0:
+            return b""
+        bucket, name = split_uri(stored.uri)
+        is_whole = start == 0 and num_bytes is None
+        blob = self._open_blob(bucket, name, stored.generation)
+        self._count()
+        try:
+            with explain_errors(bucket, name):
+                content: bytes = blob.download_as_bytes(
+                    start=None if is_whole else start,
+                    end=None if num_bytes is None else start + num_bytes - 1,
+                    raw_download=True,  # checksums are of the bytes as they are stored
+                    timeout=timeout_seconds,
+                    checksum="crc32c" if is_whole else None,
+                    retry=None,
+                )
+        except ObjectChangedError:
+            raise self._explain_change(stored, timeout_seconds) from None
+        if num_bytes is not None and len(content) != num_bytes:
+            raise CorruptReadError(
+                f"{describe(bucket, name)} gave {len(content):,} bytes of the {num_bytes:,} asked"
+            )
+        return content
+
+    def _explain_change(self, stored: StoredObject, timeout_seconds: float) -> ObjectChangedError:
+        """Tell deleted from overwritten, which one more request knows."""
+        bucket, name = split_uri(stored.uri)
+        what = describe(bucket, name)
+        blob = self._open_blob(bucket, name)
+        self._count()
+        try:
+            with explain_errors(bucket, name):
+                blob.reload(timeout=timeout_seconds, retry=None)
+        except ObjectChangedError as error:
+            if "no bucket" in str(error):
+                return error
+            return ObjectChangedError(
+                f"{what} was deleted after it was found; upload it again, and as that is another "
+                "version, read the source anew (refresh=True)"
+            )
+        except SourceError:
+            return ObjectChangedError(
+                f"{what} was overwritten or deleted after it was found; read the source anew "
+                "(refresh=True)"
+            )
+        return ObjectChangedError(
+            f"{what} was overwritten after it was found (generation {stored.generation} then, "
+            f"{blob.generation} now); read the source anew (refresh=True)"
+        )
+
+    def _find(self, uri: str) -> StoredObject:
+        bucket, name = split_uri(uri)
+        blob = self._open_blob(bucket, name)
+        self._count()
+        with explain_errors(bucket, name):
+            blob.reload(timeout=_METADATA_TIMEOUT_SECONDS, retry=self._make_retry())
+        return _describe_blob(blob)
+
+    def _pin(self, uri: str) -> StoredObject | SourceError:
+        try:
+            return self._find(uri)
+        except (AccessDeniedError, TransientReadError):
+            raise
+        except SourceError as error:
+            return error
+
+    def _pin_by_listing(
+        self, bucket: str, folder: str, names: list[str]
+    ) -> dict[str, StoredObject | SourceError]:
+        """Find many names of one folder, sorted, as long as the pages of a listing hold many."""
+        found: dict[str, StoredObject | SourceError] = {}
+        while len(names) >= _WORTH_A_PAGE and bucket not in self._unlistable:
+            try:
+                page, token = self._list_page(
+                    bucket,
+                    prefix=folder,
+                    delimiter="/",
+                    start_offset=names[0],
+                    end_offset=f"{names[-1]} ",  # which is left out; the last name is not
+                )
+            except AccessDeniedError:
+                self._unlistable.add(bucket)  # reading may be allowed without listing
+                break
+            present = {split_uri(stored.uri)[1]: stored for stored in page}
+            last = max(present, default="")
+            listed = [name for name in names if token is None or name <= last]
+            for name in listed:
+                found[f"gs://{bucket}/{name}"] = present.get(name) or ObjectChangedError(
+                    f"{describe(bucket, name)} does not exist"
+                )
+            names = names[len(listed) :]
+            if sum(name in present for name in listed) < _WORTH_A_PAGE:
+                break
+        return found
+
+    def _list_page(self, bucket: str, **how: Any) -> tuple[list[StoredObject], str | None]:
+        """Return a page of a listing, and the token of the next one."""
+        client: Any = self._open_client()  # whose hints know no other timeouts than whole ones
+        self._count()
+        with explain_errors(bucket):
+            blobs = client.list_blobs(
+                bucket,
+                fields=_FIELDS,
+                timeout=_METADATA_TIMEOUT_SECONDS,
+                retry=self._make_retry(),
+                **how,
+            )
+            page = [_describe_blob(blob) for blob in next(blobs.pages)]
+        return page, blobs.next_page_token
+
+    def _open_blob(self, bucket: str, name: str, generation: int | None = None) -> Any:
+        return self._open_client().bucket(bucket).blob(name, generation=generation)
+
+    def _open_client(self) -> storage.Client:
+        with self._opening:
+            if self._client is None:
+                self._client = _prepare_client(self._given_client, self._num_connections)
+            return self._client
+
+    def _make_retry(self) -> Any:
+        from google.api_core.retry import Retry
+
+        return Retry(
+            predicate=is_transient, timeout=_RETRY_TIMEOUT_SECONDS, on_error=self._count_retry
+        )
+
+    def _count(self) -> None:
+        with self._counting:
+            self.num_requests += 1
+
+    def _count_retry(self, _: Exception) -> None:
+        with self._counting:
+            self.num_requests += 1
+            self.num_retries += 1
+
+
+def _prepare_client(client: storage.Client | None, num_connections: int) -> storage.Client:
+    """Make a client where none is given, and let it hold as many connections as there are threads.
+
+    Its session keeps ten, and discards the connections of further threads.
+    Source: https://github.com/googleapis/python-storage/issues/253
+
+    Returns:
+        The client.
+
+    Raises:
+        AccessDeniedError: There are no credentials.
+        ConfigError: What was given is no client.
+        SourceError: The package is not installed.
+    """
+    try:
+        from google.auth.exceptions import GoogleAuthError
+        from google.cloud import storage
+        from requests.adapters import HTTPAdapter
+    except ImportError:
+        raise SourceError(
+            "gs:// is read with the package google-cloud-storage, which is not there; install it"
+        ) from None
+    if client is None:
+        try:
+            client = storage.Client(project=None)  # reading asks for no project
+        except GoogleAuthError as error:
+            raise AccessDeniedError(
+                "there are no Google Cloud credentials on this machine that can be used "
+                f"({type(error).__name__}); {LOG_IN}"
+            ) from None
+    if not isinstance(client, storage.Client):
+        raise ConfigError(
+            f"the storage client is a {type(client).__name__}; give a google.cloud.storage.Client"
+        )
+    session = client._http  # noqa: SLF001  # pyright: ignore[reportPrivateUsage]
+    for scheme in ("https://", "http://"):
+        if type(session.get_adapter(scheme)) is HTTPAdapter:  # not one with certificates
+            session.mount(scheme, HTTPAdapter(pool_maxsize=num_connections))
+    return client
+
+
+def _describe_blob(blob: storage.Blob) -> StoredObject:
+    checksum = blob.crc32c
+    return StoredObject(
+        f"gs://{blob.bucket.name}/{blob.name}",
+        generation=blob.generation,
+        num_bytes=blob.size,
+        crc32c=int.from_bytes(base64.b64decode(checksum), "big") if checksum else None,
+    )
+
+
+def name_folder(name: str) -> str:
+    """Return what comes before the last part of a name or URI, with its slash."""
+    return name[: name.rfind("/") + 1]

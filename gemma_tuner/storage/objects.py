@@ -1,0 +1,82 @@
+"""What can be asked of a store of objects, and how it can fail.
+
+A store makes one attempt at each read; :mod:`gemma_tuner.storage.fetch` repeats, hedges and
+checks them. The four errors differ in what follows: try again, pass over the object, or stop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from gemma_tuner.errors import SourceError
+from gemma_tuner.records import StoredObject
+
+
+class TransientReadError(SourceError):
+    """An attempt that may succeed when it is repeated: too many requests, a lost connection.
+
+    Args:
+        message: What happened.
+        retry_after_seconds: How long the store asks to wait; None where it does not say.
+    """
+
+    def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class CorruptReadError(SourceError):
+    """Bytes that do not have the length or checksum that they should have."""
+
+
+class ObjectChangedError(SourceError):
+    """An object that is no longer what it was when it was found: overwritten or deleted."""
+
+
+class AccessDeniedError(SourceError):
+    """Credentials or a permission that are missing; nothing but the user can mend it."""
+
+
+class ObjectStore(Protocol):
+    """A store of objects under URIs."""
+
+    def list_objects(self, uri: str) -> Iterator[StoredObject]:
+        """Find the objects that a URI, a prefix ending in ``/`` or a glob means, by name.
+
+        Raises:
+            SourceError: There is none, or it cannot be listed.
+        """
+        ...
+
+    def pin_objects(self, uris: Sequence[str]) -> list[StoredObject | SourceError]:
+        """Find each URI's present version, size and checksum, or why there is none.
+
+        Raises:
+            AccessDeniedError: For the whole call: the next ones would fail as well.
+        """
+        ...
+
+    def read_object(
+        self,
+        stored: StoredObject,
+        start: int,
+        num_bytes: int | None,
+        *,
+        timeout_seconds: float,
+    ) -> bytes:
+        """Read bytes of the pinned version, in one attempt.
+
+        Args:
+            stored: The object.
+            start: The first byte, from the beginning of the object.
+            num_bytes: How many; None reads to the end, and checks the store's own checksum.
+            timeout_seconds: How long connecting, and each wait for bytes, may take.
+
+        Raises:
+            TransientReadError: Worth another attempt.
+            CorruptReadError: Fewer bytes than were asked for, or another checksum.
+            ObjectChangedError: The version is gone.
+            AccessDeniedError: No permission.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Local stand-ins for Cloud Storage and BigQuery."""

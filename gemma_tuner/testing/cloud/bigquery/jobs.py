@@ -1,0 +1,183 @@
+"""Query jobs of the local BigQuery server: estimate, budget, run, keep the result in a table."""
+
+from __future__ import annotations
+
+import datetime
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow
+
+from gemma_tuner.testing.cloud.bigquery.query import Estimate, Query
+from gemma_tuner.testing.cloud.bigquery.tables import (
+    LOCATION,
+    Catalogue,
+    RefusedError,
+    TableName,
+    now,
+)
+from gemma_tuner.testing.cloud.bigquery.values import describe
+
+# BigQuery hides results that got no destination in a dataset of this kind, for about a day.
+_ANONYMOUS_DATASET = "_anonymous_results"
+
+
+@dataclass(slots=True)
+class Job:
+    """A finished query job.
+
+    Args:
+        project: The project that pays.
+        id: Unique within the project.
+        configuration: ``JobConfiguration`` as REST has it, completed with the destination.
+        estimate: What it read, None if it failed before that was known.
+        destination: The table that holds the result; None after a failure or a dry run.
+        result: The result itself, whatever becomes of the destination.
+        error: Why it failed.
+    """
+
+    project: str
+    id: str
+    configuration: dict[str, Any]
+    created: datetime.datetime
+    estimate: Estimate | None = None
+    destination: TableName | None = None
+    result: pyarrow.Table | None = None
+    error: RefusedError | None = None
+    bytes_billed: int = field(default=0)
+
+    def describe(self) -> dict[str, Any]:
+        """Return the REST form, ``Job``."""
+        milliseconds = str(round(self.created.timestamp() * 1000))
+        query: dict[str, Any] = {"statementType": "SELECT", "cacheHit": False}
+        statistics: dict[str, Any] = {
+            "creationTime": milliseconds,
+            "startTime": milliseconds,
+            "endTime": milliseconds,
+            "query": query,
+        }
+        if self.estimate is not None:
+            processed = str(self.estimate.bytes_processed)
+            statistics["totalBytesProcessed"] = processed
+            query |= {
+                "totalBytesProcessed": processed,
+                "totalBytesBilled": str(self.bytes_billed),
+                "schema": {"fields": describe(self.estimate.schema)},
+            }
+        status: dict[str, Any] = {"state": "DONE"}
+        if self.error is not None:
+            status["errorResult"] = describe_error(self.error)
+            status["errors"] = [describe_error(self.error)]
+        return {
+            "kind": "bigquery#job",
+            "id": f"{self.project}:{LOCATION}.{self.id}",
+            "jobReference": {"projectId": self.project, "jobId": self.id, "location": LOCATION},
+            "configuration": self.configuration,
+            "statistics": statistics,
+            "status": status,
+        }
+
+
+def describe_error(error: RefusedError) -> dict[str, str]:
+    """Return the REST form, ``ErrorProto``."""
+    location = {"location": "query"} if error.reason == "invalidQuery" else {}
+    return {"reason": error.reason, "message": str(error), **location}
+
+
+def run_job(
+    catalogue: Catalogue,
+    project: str,
+    configuration: Mapping[str, Any],
+    job_id: str | None = None,
+) -> Job:
+    """Run a query job; whatever goes wrong is in the job that it returns.
+
+    Args:
+        catalogue: The tables; a result becomes one of them.
+        project: The project that pays.
+        configuration: ``JobConfiguration`` as REST has it.
+        job_id: The client's own id.
+
+    Returns:
+        A finished job.
+    """
+    query = dict(configuration.get("query", {}))
+    job = Job(
+        project, job_id or str(uuid.uuid4()), {**configuration, "query": query}, created=now()
+    )
+    job.configuration["jobType"] = "QUERY"
+    try:
+        _run(catalogue, job, query)
+    except RefusedError as error:
+        # Without its traceback, which would keep DuckDB's connection alive as long as the job.
+        job.error = RefusedError(error.reason, str(error))
+    return job
+
+
+def _run(catalogue: Catalogue, job: Job, query: dict[str, Any]) -> None:
+    if not query:
+        raise RefusedError("notImplemented", "this server runs query jobs, and no others")
+    if query.get("useLegacySql", True):
+        raise RefusedError("notImplemented", "this server does not know legacy SQL")
+    default = query.get("defaultDataset")
+    with Query(
+        catalogue,
+        query["query"],
+        project=job.project,
+        default_dataset=(
+            (default.get("projectId", job.project), default["datasetId"]) if default else None
+        ),
+        parameters=query.get("queryParameters", ()),
+    ) as bound:
+        job.estimate = bound.estimate()
+        if job.configuration.get("dryRun"):
+            return
+        _check_budget(job.estimate, query.get("maximumBytesBilled"))
+        job.result = bound.run()
+    job.bytes_billed = job.estimate.bytes_billed
+    job.destination = _store(catalogue, job, query)
+
+
+def _check_budget(estimate: Estimate, budget: str | None) -> None:
+    if budget is not None and estimate.bytes_billed > int(budget):
+        raise RefusedError(
+            "bytesBilledLimitExceeded",
+            f"Query exceeded limit for bytes billed: {budget}. "
+            f"{estimate.bytes_billed} or higher required.",
+        )
+
+
+def _store(catalogue: Catalogue, job: Job, query: dict[str, Any]) -> TableName:
+    result = job.result if job.result is not None else pyarrow.table({})
+    reference = query.get("destinationTable")
+    if reference is None:
+        name = TableName(job.project, _ANONYMOUS_DATASET, f"anon_{uuid.uuid4().hex}")
+        query["destinationTable"] = describe_name(name)
+        catalogue.put(name, result)
+        return name
+    name = TableName(reference["projectId"], reference["datasetId"], reference["tableId"])
+    with catalogue.lock:
+        if (name.project, name.dataset) not in catalogue.datasets:
+            catalogue.find(name)  # raises: there is no such dataset
+        stored = catalogue.tables.get(name)
+        disposition = query.get("writeDisposition", "WRITE_EMPTY")
+        if stored is not None and stored.latest.content.num_rows:
+            if disposition == "WRITE_EMPTY":
+                raise RefusedError("duplicate", f"Already Exists: Table {name.legacy}")
+            if disposition == "WRITE_APPEND":
+                if stored.latest.content.schema != result.schema:
+                    raise RefusedError(
+                        "invalid", f"Provided Schema does not match Table {name.legacy}."
+                    )
+                result = pyarrow.concat_tables([stored.latest.content, result])
+        if stored is None and query.get("createDisposition") == "CREATE_NEVER":
+            catalogue.find(name)  # raises: there is no such table
+        catalogue.put(name, result)
+    return name
+
+
+def describe_name(name: TableName) -> dict[str, str]:
+    """Return the REST form, ``TableReference``."""
+    return {"projectId": name.project, "datasetId": name.dataset, "tableId": name.table}

@@ -1,0 +1,368 @@
+"""Queries of the local BigQuery server: DuckDB over the versions of its tables.
+
+It proves that a query reads what it should from the tables that it should. It does not prove
+that BigQuery would accept the query: DuckDB's functions and coercions are its own.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pyarrow
+
+from gemma_tuner.testing.cloud.bigquery.dialect import DUCKDB_TYPES, MACROS, translate
+from gemma_tuner.testing.cloud.bigquery.tables import (
+    Catalogue,
+    RefusedError,
+    StoredTable,
+    TableName,
+    Version,
+)
+from gemma_tuner.testing.cloud.bigquery.values import (
+    NUMERIC,
+    is_json,
+    json_field,
+    normalise,
+)
+
+if TYPE_CHECKING:
+    import datetime
+
+    import duckdb
+
+_MEBIBYTE = 1 << 20
+_MAX_VIEW_DEPTH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a query would read.
+
+    Args:
+        schema: The columns of its result.
+        bytes_processed: The sizes of the columns that it reads, whole, whatever it filters.
+        num_tables: How many tables it reads.
+    """
+
+    schema: pyarrow.Schema
+    bytes_processed: int
+    num_tables: int
+
+    @property
+    def bytes_billed(self) -> int:
+        """Whole mebibytes, ten at least for each table.
+
+        Source: https://cloud.google.com/bigquery/pricing#on_demand_pricing
+        """
+        whole = -(-self.bytes_processed // _MEBIBYTE) * _MEBIBYTE
+        return max(whole, 10 * _MEBIBYTE * max(self.num_tables, 1)) if whole else 0
+
+
+class Query:
+    """One query, translated and bound to the versions of its tables; closes its connection.
+
+    Args:
+        catalogue: The tables.
+        sql: GoogleSQL.
+        project: Where names without a project look.
+        default_dataset: Project and dataset of names without a dataset.
+        parameters: ``queryParameters`` as REST has them.
+
+    Raises:
+        RefusedError: A table that is missing, denied or asked for before its time, or SQL that
+            DuckDB does not take.
+    """
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        sql: str,
+        *,
+        project: str,
+        default_dataset: tuple[str, str] | None = None,
+        parameters: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        self._catalogue = catalogue
+        self._project = project
+        self._default_dataset = default_dataset
+        self._versions: dict[str, tuple[StoredTable, Version]] = {}
+        self._values: dict[str, Any] = {}
+        self._named = {p["name"].lower(): p for p in parameters if p.get("name")}
+        self._positional = iter([p for p in parameters if not p.get("name")])
+        self._depth = 0
+        if not re.match(r"(?i)(\s|--[^\n]*\n|\(|/\*.*?\*/)*(SELECT|WITH)\b", sql):
+            raise RefusedError("notImplemented", "this server runs one SELECT query, nothing else")
+        self._connection = connect()
+        try:
+            self.sql = translate(sql, self._bind_table, self._bind_parameter)
+        except BaseException:
+            self._connection.close()
+            raise
+        self._used = _list_used(self._values, self.sql)
+
+    def __enter__(self) -> Query:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._connection.close()
+
+    @property
+    def tables(self) -> list[StoredTable]:
+        """The tables that it reads, each once."""
+        found = {str(stored.name): stored for stored, _ in self._versions.values()}
+        return list(found.values())
+
+    def estimate(self) -> Estimate:
+        """Return what the query would read, without running it.
+
+        Raises:
+            RefusedError: SQL that DuckDB does not take.
+        """
+        with _refusals():
+            relation = self._connection.sql(self.sql, params=self._used)
+            schema = _result_schema(relation.limit(0))
+            explained = self._connection.execute(
+                f"EXPLAIN (FORMAT JSON) {self.sql}", self._used
+            ).fetchall()
+        read: dict[str, set[str]] = {}
+        for column in _list_scanned(json.loads(explained[0][1])):
+            source, _, name = column.partition("/")
+            if name and source in self._versions:
+                read.setdefault(source, set()).add(name)
+        return Estimate(
+            schema,
+            sum(
+                _count_bytes(self._versions[key][1].content, paths) for key, paths in read.items()
+            ),
+            len(self.tables),
+        )
+
+    def run(self) -> pyarrow.Table:
+        """Return the result, with BigQuery's types.
+
+        Raises:
+            RefusedError: SQL that DuckDB does not take, or a value that it cannot convert.
+        """
+        with _refusals():
+            relation = self._connection.sql(self.sql, params=self._used)
+            schema = _result_schema(relation)
+            return normalise(relation.to_arrow_table().rename_columns(schema.names).cast(schema))
+
+    # --- what the translation asks for ---
+
+    def _bind_table(self, parts: list[str], snapshot: str | None) -> str:
+        name = self._complete(parts)
+        stored = self._catalogue.find(name)
+        if self._catalogue.is_denied(name, "bigquery.tables.getData"):
+            raise RefusedError(
+                "accessDenied",
+                f"Access Denied: Table {name.legacy}: User does not have permission to query "
+                f"table {name.legacy}, or perhaps it does not exist. Missing permission: "
+                "bigquery.tables.getData.",
+            )
+        if stored.view_sql is not None:
+            return self._expand_view(stored)
+        version = stored.version_at(self._evaluate(snapshot) if snapshot else None)
+        for key, bound in self._versions.items():
+            if bound == (stored, version):
+                return key
+        key = f"t{len(self._versions)}"
+        self._versions[key] = (stored, version)
+        bind(self._connection, key, version.content)
+        return key
+
+    def _expand_view(self, view: StoredTable) -> str:
+        if self._depth >= _MAX_VIEW_DEPTH:
+            raise RefusedError("invalidQuery", f"Too many nested views: {view.name.legacy}")
+        self._depth += 1
+        sql = translate(view.view_sql or "", self._bind_table, self._bind_parameter)
+        self._depth -= 1
+        return f"({sql})"
+
+    def _complete(self, parts: list[str]) -> TableName:
+        if len(parts) == 1:
+            if self._default_dataset is None:
+                raise RefusedError(
+                    "invalid",
+                    f'Table "{parts[0]}" must be qualified with a dataset (e.g. dataset.table).',
+                )
+            return TableName(*self._default_dataset, parts[0])
+        if len(parts) == 2:
+            return TableName(self._project, *parts)
+        return TableName(".".join(parts[:-2]), parts[-2], parts[-1])
+
+    def _bind_parameter(self, name: str | None) -> str:
+        parameter = self._named.get(name) if name else next(self._positional, None)
+        if parameter is None:
+            what = f"Query parameter '{name}'" if name else "Positional query parameter"
+            raise RefusedError("invalidQuery", f"{what} not found")
+        key = f"p_{name or len(self._values)}"
+        kind, value = parameter["parameterType"], parameter.get("parameterValue", {})
+        if kind["type"] == "ARRAY":
+            element, suffix = kind["arrayType"]["type"], "[]"
+            self._values[key] = [item.get("value") for item in value.get("arrayValues", [])]
+        else:
+            element, suffix = kind["type"], ""
+            self._values[key] = value.get("value")
+        if element not in DUCKDB_TYPES:
+            raise RefusedError(
+                "notImplemented", f"this server takes no parameters of type {element}"
+            )
+        if element == "BYTES":
+            decode = f"list_transform(${key}, x -> from_base64(x))"
+            return decode if suffix else f"from_base64(${key})"
+        return f"CAST(${key} AS {DUCKDB_TYPES[element]}{suffix})"
+
+    def _evaluate(self, expression: str) -> datetime.datetime:
+        sql = f"SELECT CAST({expression} AS TIMESTAMPTZ) AS moment"
+        with _refusals():
+            relation = self._connection.sql(sql, params=_list_used(self._values, sql))
+            return relation.to_arrow_table()["moment"][0].as_py()
+
+
+# --- DuckDB ---------------------------------------------------------------------------------
+
+
+def connect() -> duckdb.DuckDBPyConnection:
+    """Open an empty database in memory that cannot leave it.
+
+    Returns:
+        A connection with GoogleSQL's names for DuckDB's functions; to be closed.
+
+    Raises:
+        RefusedError: DuckDB is not installed.
+    """
+    try:
+        import duckdb  # noqa: PLC0415 - optional: only queries and row restrictions need it
+    except ImportError as error:
+        raise RefusedError(
+            "notImplemented",
+            "the local BigQuery server runs SQL with the package 'duckdb', which is not "
+            "installed: pip install duckdb",
+        ) from error
+    connection = duckdb.connect(
+        config={
+            "autoinstall_known_extensions": False,
+            "autoload_known_extensions": False,
+            "enable_external_access": False,
+            "python_enable_replacements": False,  # a table's name is never a Python variable's
+            "threads": 1,
+        }
+    )
+    connection.execute("SET TimeZone = 'UTC'")
+    connection.execute("CREATE MACRO to_timestamptz(x) AS CAST(x AS TIMESTAMPTZ)")
+    for name, parameters, body in MACROS:
+        connection.execute(f"CREATE MACRO {name}({parameters}) AS {body}")
+    return connection
+
+
+def bind(connection: duckdb.DuckDBPyConnection, key: str, content: pyarrow.Table) -> None:
+    """Make a table readable as ``key``.
+
+    Its columns stand behind a view as ``key/column``, so that a plan, which names only columns,
+    says which table each was read from. The first column is what ``COUNT(*)`` reads.
+    """
+    names = content.column_names
+    data = content.rename_columns([f"{key}/{name}" for name in names])
+    data = data.add_column(0, f"{key}/", pyarrow.nulls(content.num_rows))
+    connection.register(f"{key}_data", data)
+    columns = ", ".join(
+        f'"{key}/{field.name}"{"::JSON" if is_json(field) else ""} AS "{field.name}"'
+        for field in content.schema
+    )
+    connection.execute(f"CREATE TEMP VIEW {key} AS SELECT {columns} FROM {key}_data")
+
+
+def select_rows(content: pyarrow.Table, restriction: str) -> pyarrow.Table:
+    """Return the rows for which a ``row_restriction`` holds, in their order.
+
+    Raises:
+        RefusedError: A restriction that DuckDB does not take.
+    """
+    number = "row number"
+    numbered = content.append_column(number, pyarrow.array(range(content.num_rows)))
+    connection = connect()
+    try:
+        bind(connection, "t", numbered)
+        condition = translate(restriction, _refuse_table, _refuse_parameter)
+        with _refusals():
+            kept = connection.sql(f'SELECT "{number}" FROM t WHERE {condition} ORDER BY 1')
+            return content.take(kept.to_arrow_table()[number])
+    finally:
+        connection.close()
+
+
+def _refuse_table(parts: list[str], snapshot: str | None) -> str:
+    raise RefusedError("invalidQuery", f"a row restriction cannot read table {'.'.join(parts)}")
+
+
+def _refuse_parameter(name: str | None) -> str:
+    raise RefusedError("invalidQuery", f"a row restriction has no parameters, such as @{name}")
+
+
+def _list_used(values: dict[str, Any], sql: str) -> dict[str, Any] | None:
+    """The parameters that the text uses: DuckDB refuses more, and an empty mapping too."""
+    names = set(re.findall(r"\$(p_\w+)", sql))
+    return {name: value for name, value in values.items() if name in names} or None
+
+
+class _refusals:  # noqa: N801 - reads as a statement
+    """Turns DuckDB's errors into BigQuery's, without the lines that quote the query."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        # duckdb is imported by now, but its name is only known where it is used.
+        if error is not None and type(error).__module__ in ("_duckdb", "duckdb"):
+            raise RefusedError("invalidQuery", str(error).partition("\n")[0]) from error
+
+
+def _list_scanned(plan: list[dict[str, Any]]) -> Iterator[str]:
+    for node in plan:
+        if node["name"] == "PYTHON_ARROW_SCAN":
+            columns = node["extra_info"].get("Projections", [])
+            yield from [columns] if isinstance(columns, str) else columns
+        yield from _list_scanned(node["children"])
+
+
+def _count_bytes(content: pyarrow.Table, paths: set[str]) -> int:
+    """Sum the sizes of columns and of struct fields; a path beneath another counts once."""
+    num_bytes = 0
+    for path in paths:
+        steps = path.split(".")
+        if any(".".join(steps[:length]) in paths for length in range(1, len(steps))):
+            continue
+        column = content[steps[0]]
+        for step in steps[1:]:
+            column = pyarrow.chunked_array(
+                [chunk.field(step) for chunk in column.chunks], column.type.field(step).type
+            )
+        num_bytes += column.nbytes
+    return num_bytes
+
+
+def _result_schema(relation: duckdb.DuckDBPyRelation) -> pyarrow.Schema:
+    """Return the result's columns with BigQuery's names and types."""
+    arrow = relation.limit(0).to_arrow_table().schema
+    fields = []
+    for position, (field, kind) in enumerate(zip(arrow, relation.types, strict=True)):
+        name = field.name if re.fullmatch(r"[A-Za-z_]\w*", field.name) else f"f{position}_"
+        new = json_field(name) if str(kind) == "JSON" else field.with_name(name)
+        fields.append(new.with_type(_result_type(new.type)))
+    return normalise(pyarrow.schema(fields).empty_table()).schema
+
+
+def _result_type(kind: pyarrow.DataType) -> pyarrow.DataType:
+    """DuckDB sums integers to 128 bits and reads 1.5 as a decimal; BigQuery does neither."""
+    if pyarrow.types.is_decimal(kind) and kind != NUMERIC:
+        return pyarrow.int64() if kind.scale == 0 else pyarrow.float64()
+    if pyarrow.types.is_struct(kind):
+        return pyarrow.struct([f.with_type(_result_type(f.type)) for f in kind])
+    if pyarrow.types.is_list(kind):
+        return pyarrow.list_(_result_type(kind.value_type))
+    return kind

@@ -1,0 +1,326 @@
+"""A run's books: what it has done, what is due after a step, and what of it is saved."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gemma_tuner.device import announce, memory_used_bytes
+from gemma_tuner.differences import list_differences, shorten_differences
+from gemma_tuner.errors import DivergedError, ResumeError
+from gemma_tuner.streaming.quarantine import RUN_FILE, Budget, Quarantine
+from gemma_tuner.training.checkpoint import (
+    TrainerState,
+    latest_checkpoint,
+    load_checkpoint,
+    refuse_second_run,
+    save_checkpoint,
+    show_folder,
+)
+from gemma_tuner.training.config import TrainConfig
+from gemma_tuner.training.cuts import Cuts
+from gemma_tuner.training.feed import StepInput, Stream
+from gemma_tuner.training.metrics import DeviceRecord, StepRecord
+from gemma_tuner.training.optim import NonfiniteGuard
+from gemma_tuner.training.processes import Processes
+from gemma_tuner.training.reports import Reports
+from gemma_tuner.training.step import StepOutcome, Stepper
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+class Ledger:
+    """Count what a run does, say what is due, save it, and take it up where it was saved.
+
+    Args:
+        config: The settings.
+        model: Its adapter is saved and read back.
+        optimizer: Its moments are saved and read back.
+        stream: Where examples come from; its length is an epoch's.
+        processes: The processes of the run.
+        stepper: How it cuts micro-batches is saved and read back.
+
+    Attributes:
+        step: Optimizer steps done.
+        num_slots: Slots of the stream read, over all processes; likewise the tokens.
+        num_tokens: Tokens read: prompts, media and targets, no padding.
+        num_target_tokens: Tokens trained on.
+        counts: What collating cut or split and what was passed over, by name.
+        guard: Steps that were skipped.
+        held_out_step: When the held-out loss was measured last; None before the first time.
+        stream_state: What resumes the stream after this step.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: PeftModel,
+        optimizer: torch.optim.Optimizer,
+        stream: Stream,
+        processes: Processes,
+        stepper: Stepper,
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._optimizer = optimizer
+        self._stream = stream
+        self._processes = processes
+        self._stepper = stepper
+        self.step = 0
+        self.num_slots = 0
+        self.num_tokens = 0
+        self.num_target_tokens = 0
+        self.counts: Counter[str] = Counter()
+        self.guard = NonfiniteGuard(processes.device)
+        self.held_out_step: int | None = None
+        stream.read_slots()  # an epoch begun elsewhere is left: this run reads whole ones
+        self.stream_state = stream.state_dict()
+        self._settings: dict[str, Any] = {}  # what a resumed run must share, known once it begins
+        self._num_copied = 0  # of the examples that were passed over
+        self._saved: tuple[int, int | None] | None = None  # what the newest checkpoint holds
+
+    # --- what is left, and what is due -------------------------------------------------------
+
+    @property
+    def slots_per_step(self) -> int:
+        """Slots of the stream in one optimizer step, over all processes."""
+        config = self._config
+        return config.batch_size * config.gradient_accumulation * self._processes.count
+
+    @property
+    def remaining_slots(self) -> int:
+        """Slots of the stream that are left to train on."""
+        if self._config.max_steps is not None:
+            return max(0, self._config.max_steps - self.step) * self.slots_per_step
+        return max(0, (self._config.epochs or 0) * len(self._stream) - self.num_slots)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; the last may have fewer examples."""
+        return self.step + math.ceil(self.remaining_slots / self.slots_per_step)
+
+    @property
+    def log_is_due(self) -> bool:
+        """Whether this step is logged: the first, the last, and as configured."""
+        return self.step in (1, self.total_steps) or self._is_every(self._config.log_every_steps)
+
+    @property
+    def evaluation_is_due(self) -> bool:
+        """Whether to measure: before the first step, after the last, and as configured.
+
+        What a resumed run measured before it was stopped is in its log already.
+        """
+        is_due = self.step in (0, self.total_steps)
+        is_due |= self._is_every(self._config.eval_every_steps)
+        return is_due and self.step != self.held_out_step
+
+    @property
+    def save_is_due(self) -> bool:
+        """Whether a checkpoint is due between steps; the end saves one in any case."""
+        return self._is_every(self._config.save_every_steps)
+
+    def _is_every(self, every_steps: int | None) -> bool:
+        return every_steps is not None and self.step % every_steps == 0
+
+    # --- counting and logging ----------------------------------------------------------------
+
+    def count_step(self, step_input: StepInput, outcome: StepOutcome) -> None:
+        """Enter an optimizer step: from here on it is done, and what is saved says so.
+
+        Args:
+            step_input: What the step consumed.
+            outcome: What it came to.
+        """
+        self.guard.count(outcome.skipped)
+        self.step += 1
+        self.num_slots += step_input.num_slots
+        self.num_tokens += outcome.num_tokens
+        self.num_target_tokens += outcome.num_target_tokens
+        self.counts.update(outcome.counts)
+        self.stream_state = step_input.stream_state
+
+    def log_step(
+        self, loss: Tensor, grad_norm: Tensor, memory: DeviceRecord, reports: Reports
+    ) -> StepRecord:
+        """Report this step; waits for the device.
+
+        Args:
+            loss: ``[]`` float32, its mean loss.
+            grad_norm: ``[]`` float32, before clipping.
+            memory: What the device holds.
+            reports: Where it goes.
+
+        Returns:
+            The record.
+
+        Raises:
+            DivergedError: Too many consecutive steps with non-finite gradients.
+        """
+        # The step's only read-back: four numbers in one transfer.
+        values = torch.stack([loss, grad_norm, self.guard.total, self.guard.consecutive])
+        loss_value, grad_norm_value, skipped, consecutive = values.tolist()
+        tokens_per_second, targets_per_second, data_wait_seconds = reports.read_clock(
+            self.num_tokens, self.num_target_tokens
+        )
+        record = StepRecord(
+            step=self.step,
+            loss=loss_value,
+            learning_rate=self._optimizer.param_groups[0]["lr"],
+            grad_norm=grad_norm_value,
+            tokens=self.num_tokens,
+            target_tokens=self.num_target_tokens,
+            tokens_per_second=tokens_per_second,
+            target_tokens_per_second=targets_per_second,
+            data_wait_seconds=data_wait_seconds,
+            memory_bytes=memory_used_bytes(self._processes.device),
+            skipped_steps=int(skipped),
+            epoch=self.num_slots / len(self._stream),
+            counts={name: count for name, count in self.counts.items() if count},
+            device=memory,
+        )
+        reports.step(record)
+        self._copy_quarantine()
+        if consecutive >= self._config.max_nonfinite_steps:
+            raise DivergedError(
+                f"the last {int(consecutive)} steps up to step {self.step} had an infinite or "
+                "undefined gradient and were skipped; lower the learning rate (now "
+                f"{self._config.learning_rate}) or look for damaged media in the data"
+            )
+        return record
+
+    def _copy_quarantine(self) -> None:
+        """Lay what the data have in quarantine beside the log, where it has grown."""
+        num_passed_over = self.counts["passed_over"]
+        if num_passed_over == self._num_copied or not self._processes.is_main:
+            return
+        copy = Quarantine(Path(self._config.output_dir) / RUN_FILE, Budget())
+        copy.replace(self._stream.inspect_quarantine())
+        self._num_copied = num_passed_over
+
+    # --- saving, and going on from there -----------------------------------------------------
+
+    def begin(self, collator: Mapping[str, Any], *, resume: bool) -> None:
+        """Take up the run in ``output_dir``, or begin one there.
+
+        Args:
+            collator: The collator's settings, which a resumed run must share.
+            resume: Whether to continue from the newest checkpoint, if there is one.
+
+        Raises:
+            ConfigError: ``output_dir`` holds a run and ``resume`` is False.
+            ResumeError: The checkpoint is of another model, data or configuration.
+            CheckpointError: It is damaged.
+        """
+        self._settings = {
+            **self._config.fixed_settings(),
+            "num_processes": self._processes.count,
+            "device": self._processes.device.type,
+            "collator": dict(collator),
+        }
+        if not resume:
+            refuse_second_run(self._config.output_dir)
+        checkpoint = latest_checkpoint(self._config.output_dir)
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        else:
+            # An attempt that ended in an error has read further, and may have steps in memory
+            # that a full disk did not take.
+            self._stream.load_state_dict(self.stream_state)
+            if self.step == 0:
+                self.held_out_step = None
+            if resume and self.step == 0:
+                self._tell(
+                    f"there is no checkpoint in {show_folder(self._config.output_dir)!r} to "
+                    "resume; the run begins at step 0"
+                )
+        if not self.remaining_slots:
+            longer = "max_steps" if self._config.epochs is None else "epochs"
+            self._tell(
+                f"nothing left to do: {self.step} of {self.total_steps} steps are done; raise "
+                f"{longer} to train on"
+            )
+        if self._processes.sum_count(self.step) != self.step * self._processes.count:
+            raise ResumeError(
+                f"process {self._processes.index} is at step {self.step} and others are not; "
+                "output_dir must be one folder that all processes share"
+            )
+
+    def _tell(self, message: str) -> None:
+        if self._processes.is_main:
+            announce(message)
+
+    def _resume(self, checkpoint: Path) -> None:
+        def check(state: TrainerState) -> None:
+            # Older checkpoints do not name their device.
+            saved = {"device": self._settings["device"], **state.config}
+            if differences := list_differences(saved, self._settings):
+                raise ResumeError(
+                    f"{checkpoint.name} was saved with other settings (saved there → here): "
+                    f"{shorten_differences(differences)}. Use the same settings, or start a new "
+                    "run in another output_dir"
+                )
+            self._stream.load_state_dict(dict(state.stream))
+
+        state = load_checkpoint(checkpoint, self._model, self._optimizer, check=check)
+        self.stream_state = dict(state.stream)
+        self.step = state.step
+        self.num_slots = state.totals["slots"]
+        self.num_tokens = state.totals["tokens"]
+        self.num_target_tokens = state.totals["target_tokens"]
+        self.counts = Counter(state.totals["counts"])
+        self.held_out_step = state.totals["held_out_step"]
+        if (cuts := state.totals.get("cuts")) is not None:
+            self._stepper.cut_as_before(Cuts.from_dict(cuts))
+        self._saved = (self.step, self.held_out_step)
+        self.guard = NonfiniteGuard(
+            self._processes.device,
+            state.totals["skipped_steps"],
+            state.totals["consecutive_skipped_steps"],
+        )
+
+    def save(self, reports: Reports) -> None:
+        """Write a checkpoint, unless the newest one holds all of this already.
+
+        Args:
+            reports: Where it is reported.
+
+        Raises:
+            CheckpointError: It cannot be written.
+        """
+        if self.step == 0 or self._saved == (self.step, self.held_out_step):
+            return
+        if self._processes.is_main:
+            skipped, consecutive = torch.stack([self.guard.total, self.guard.consecutive]).tolist()
+            cuts = self._stepper.cuts
+            state = TrainerState(
+                step=self.step,
+                stream=self.stream_state,
+                config=self._settings,
+                totals={
+                    "slots": self.num_slots,
+                    "tokens": self.num_tokens,
+                    "target_tokens": self.num_target_tokens,
+                    "counts": dict(self.counts),
+                    "skipped_steps": int(skipped),
+                    "consecutive_skipped_steps": int(consecutive),
+                    "held_out_step": self.held_out_step,
+                    "cuts": None if cuts is None else cuts.to_dict(),
+                },
+            )
+            path = save_checkpoint(
+                self._config.output_dir,
+                state,
+                self._model,
+                self._optimizer,
+                keep=self._config.keep_checkpoints,
+            )
+            reports.event(self.step, "saved", f"saved {path.name}")
+        self._saved = (self.step, self.held_out_step)
+        reports.restart_clock(self.num_tokens, self.num_target_tokens)

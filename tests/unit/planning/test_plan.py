@@ -1,0 +1,211 @@
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+
+import gemma_tuner as gt
+from benchmarks.live_bytes import LiveBytes
+from gemma_tuner.errors import ConfigError, MemoryPlanError
+from gemma_tuner.models.embeddings import find_mapped_embedding
+from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.loss import target_loss_sum
+from gemma_tuner.models.meta import build_hollow_like
+from gemma_tuner.models.modes import begin_training
+from gemma_tuner.planning.choice import widen
+from gemma_tuner.planning.loaded import plan_without_trial
+from gemma_tuner.planning.plan import plan
+from gemma_tuner.planning.trace import HollowStep
+from gemma_tuner.testing import sample_data, save_tiny_model, tiny_model
+from gemma_tuner.training.step import request_plan
+from tests.runs import build_trainer
+
+GIB = 2**30
+CPU = torch.device("cpu")
+
+
+def measure_live(model, batch, layers, chunk):
+    """The most that a real step holds over what stays between steps."""
+    begin_training(model, checkpointed_layers=layers)
+    gc.collect()
+    with LiveBytes() as counted:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        names = ("labels", "target_positions", "target_rows", "target_slots", "target_ids")
+        moved = replace(
+            batch,
+            inputs={name: tensor.clone() for name, tensor in batch.inputs.items()},
+            **{name: getattr(batch, name).clone() for name in names},
+        )
+        loss = target_loss_sum(model, moved, chunk_tokens=chunk)
+        (loss / batch.num_target_tokens).backward()
+    model.zero_grad(set_to_none=True)
+    return counted.peak_bytes
+
+
+def make_example(family, modality):
+    model, processor = tiny_model(family)
+    collator = gt.MultimodalCollator(processor, max_tokens=512)
+    example = collator([gt.stream_local(sample_data(modality))[0]])
+    return add_lora(model, LoraConfig(rank=4)), example
+
+
+@pytest.mark.parametrize(
+    ("family", "modality"),
+    [
+        ("gemma4-e2b", "text"),
+        *(
+            pytest.param(family, modality, marks=pytest.mark.slow)
+            for family, modality in (
+                ("gemma4-e2b", "image"),
+                ("gemma4-31b", "text"),
+                ("gemma3n", "audio"),
+            )
+        ),
+    ],
+)
+def test_predicted_bytes_are_those_of_a_real_step(family, modality):
+    model, example = make_example(family, modality)
+    num_layers = len(model.get_base_model().model.language_model.layers)
+    step = HollowStep(build_hollow_like(model), CPU, accumulates=True)
+    for rows, tokens, share, chunk in ((2, 192, 0.25, 64), (1, 256, 1.0, 32)):
+        batch = widen(example, rows=rows, tokens=tokens, target_share=share)
+        for layers in (0, num_layers // 2, num_layers):
+            predicted = step.measure(
+                batch,
+                checkpointed_layers=layers,
+                loss_chunk_tokens=chunk,
+                query_chunk_tokens=None,
+            ).step_bytes
+            measured = measure_live(model, batch, layers, chunk)
+            assert predicted == pytest.approx(measured, rel=0.05), (rows, tokens, layers)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("e2b")
+    save_tiny_model("gemma4-e2b", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def peaks(checkpoint):
+    """What 2 rows of 512 tokens hold, by the number of checkpointed layers."""
+    found = plan(checkpoint, memory_gib=4, device="mps", max_tokens=512, batch_size=2)
+    assert [level.checkpointed_layers for level in found.levels] == [0, 8]
+    assert found.levels[0].max_tokens == 1024
+    return found
+
+
+def budget_for(num_bytes):
+    """The budget of which so many bytes may be used on MPS."""
+    return num_bytes / 0.8 / GIB
+
+
+def test_a_plan_needs_no_weights_and_says_why(checkpoint, peaks):
+    text = str(peaks)
+    for word in ("decoder", "adapters", "moments", "predicted peak", "budget", "computed twice"):
+        assert word in text
+    assert str(checkpoint.parent) not in text
+    assert peaks.per_layer_embeddings == "disk"
+    assert "per-layer embeddings" not in peaks.footprint.resident
+    assert 0 < peaks.footprint.resident_bytes < peaks.peak_bytes <= peaks.usable_bytes
+
+
+@pytest.mark.slow
+def test_less_memory_computes_more_twice_in_smaller_pieces(checkpoint, peaks):
+    found = []
+    for share in (0.99, 0.3):
+        usable = peaks.footprint.resident_bytes + share * peaks.footprint.step_bytes
+        budget = budget_for(usable)
+        tight = plan(checkpoint, memory_gib=budget, device="mps", max_tokens=512, batch_size=2)
+        assert tight.peak_bytes <= tight.usable_bytes
+        found.append(tight.levels)
+    assert found[0][0].checkpointed_layers == 0
+    assert 512 <= found[0][0].max_tokens < 1024
+    assert found[1][0].checkpointed_layers > 0 or found[1][0].max_tokens < 512
+    assert any(level.checkpointed_layers > 0 and level.max_tokens for level in found[1])
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_names_the_nearest_plans(checkpoint, peaks):
+    usable = peaks.footprint.resident_bytes + 0.12 * peaks.footprint.step_bytes
+    with pytest.raises(MemoryPlanError, match=r"What would fit: .*max_tokens=\d+") as caught:
+        plan(checkpoint, memory_gib=budget_for(usable), device="mps", max_tokens=512)
+    tokens = int(str(caught.value).partition("max_tokens=")[2].partition(",")[0])
+    plan(checkpoint, memory_gib=budget_for(usable), device="mps", max_tokens=tokens)
+    with pytest.raises(MemoryPlanError, match="alone hold"):
+        plan(checkpoint, memory_gib=1e-3, device="mps", max_tokens=512)
+
+
+def test_a_model_is_loaded_as_planned(checkpoint):
+    found = plan(checkpoint, memory_gib=4, device="cpu", per_layer_embeddings="disk")
+    model, _ = gt.load_model(checkpoint, plan=found)
+    assert find_mapped_embedding(model) is not None
+    with pytest.raises(ConfigError, match="plan was made for text on cpu"):
+        gt.load_model(checkpoint, modalities=("image",), plan=found)
+    with pytest.raises(ConfigError, match="plan was made for text on cpu"):
+        gt.load_model(checkpoint, device="cpu", plan=found)
+
+
+@pytest.mark.parametrize("memory_gib", [0, -1, float("nan"), "16"])
+def test_a_budget_is_a_number_of_gib(checkpoint, memory_gib):
+    with pytest.raises(ConfigError, match="memory_gib is"):
+        plan(checkpoint, memory_gib=memory_gib, device="cpu")
+
+
+def test_a_trainer_plans_for_its_own_data_and_trains_by_it(checkpoint, tmp_path):
+    model, processor = gt.load_model(checkpoint, device="cpu")
+    model = add_lora(model, LoraConfig(rank=4))
+    stream = gt.stream_local(sample_data("text"), cache_dir=tmp_path / "cache")
+
+    def make_trainer(name, **settings):
+        config = gt.TrainConfig(
+            max_steps=1, batch_size=4, output_dir=tmp_path / name, progress=False, **settings
+        )
+        return gt.Trainer(model, stream, gt.TextCollator(processor, max_tokens=256), config)
+
+    ample = make_trainer("ample").plan()
+    usable = ample.footprint.resident_bytes + 0.6 * ample.footprint.step_bytes
+    tight = make_trainer("tight", memory_gib=usable / 0.9 / GIB)
+    found = tight.plan()
+    assert found.peak_bytes <= found.usable_bytes < ample.peak_bytes
+    assert tight.stepper.micro_batches.levels == list(found.levels)
+    tight.fit()
+    assert tight.stepper.micro_batches.num_retries == 0
+
+
+def test_a_plan_for_media_is_taken_with_the_modalities_it_was_made_for(checkpoint):
+    found = plan(checkpoint, memory_gib=4, device="cpu", modalities=("image",))
+    model, _ = gt.load_model(checkpoint, modalities=("image",), plan=found)
+    assert model.model.vision_tower is not None
+
+
+def test_what_was_asked_for_and_does_not_fit_is_named(tmp_path):
+    def tell(memory_gib):
+        trainer = build_trainer(tmp_path, gradient_checkpointing=False, memory_gib=memory_gib)
+        trainer.collator.max_tokens = 2048
+        return trainer.plan()
+
+    least = tell(64)
+    resident = least.footprint.resident_bytes
+    budget = (resident + 0.2 * least.footprint.step_bytes) / 0.9 / GIB  # the CPU's margin
+    says = (
+        r"does not fit with gradient_checkpointing=False: .* None for these, .* needs 0\.\d\d GiB"
+    )
+    with pytest.raises(MemoryPlanError, match=says):
+        tell(budget)
+
+
+def test_a_large_loss_chunk_counts_in_what_no_step_needs(tmp_path):
+    trainer = build_trainer(tmp_path)
+    rows = [trainer.collator([trainer.stream[0]])]
+    told = [
+        plan_without_trial(
+            trainer.model,
+            rows,
+            request_plan(rows, replace(trainer.config, loss_chunk_tokens=chunk), 64),
+        ).reasons["computed twice"]
+        for chunk in (256, 1_000_000)
+    ]
+    assert float(told[0].split()[2]) + 9 < float(told[1].split()[2])
