@@ -4,7 +4,7 @@
 
 FOLDER holds a released config.json. A model of that size with random weights takes one step for
 each shape (rows x tokens x targets a row) and each number of checkpointed layers; its peak is
-CUDA's ``max_memory_allocated``. The prediction is :class:`HollowStep`'s, which has no weights.
+CUDA's ``max_memory_allocated``. The prediction is :class:`StepTracer`'s, which has no weights.
 """
 
 import argparse
@@ -21,10 +21,10 @@ from gemma_tuner.batch import Batch, Row, pad_rows
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.loss import target_loss_sum
-from gemma_tuner.models.meta import build_hollow_like
+from gemma_tuner.models.meta import build_meta_copy
 from gemma_tuner.models.modes import begin_training
 from gemma_tuner.models.norms import use_lean_norms
-from gemma_tuner.planning.trace import HollowStep
+from gemma_tuner.planning.trace import StepTracer
 
 SHAPES = ("1x2048x512", "4x850x80", "2x1024x1023", "8x400x40")
 CHUNK = 256
@@ -54,7 +54,7 @@ def main() -> None:
     model = add_lora(gemma, LoraConfig(rank=16))
     layers = gemma.model.language_model.layers
     own = sum(not layer.self_attn.is_kv_shared_layer for layer in layers)
-    step = HollowStep(build_hollow_like(model), device, accumulates=False)
+    step = StepTracer(build_meta_copy(model), device, accumulates=False)
     for shape in args.shape or SHAPES:
         rows, tokens, targets = map(int, shape.split("x"))
         ids = torch.randint(10, 1000, (tokens,))

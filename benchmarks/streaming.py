@@ -251,19 +251,19 @@ def _time_reads(num_reads: int, latency_seconds: float, fraction: float) -> dict
     serving = serve_objects(num_reads, 100_000, latency_seconds=latency_seconds, faults=[STALLED])
     with serving as endpoint, tempfile.TemporaryDirectory() as folder:
         stream = open_ours(endpoint, folder, cache_bytes=0, hedged_fraction=fraction)
-        (portion,) = stream.portions
-        examples = map(portion.manifest.read_example, range(len(stream)))
+        (view,) = stream.views
+        examples = map(view.manifest.read_example, range(len(stream)))
         objects = [stored for example in examples for stored in list_stored(example)]
-        before = portion.fetcher.counts
+        before = view.fetcher.counts
 
         def read(stored: StoredObject) -> float:
             started = time.perf_counter()
-            portion.fetcher.fetch(stored)
+            view.fetcher.fetch(stored)
             return time.perf_counter() - started
 
         with ThreadPoolExecutor(THREADS) as pool:
             seconds = list(pool.map(read, objects))
-        after = portion.fetcher.counts
+        after = view.fetcher.counts
         stream.close()
     p50, p90, p99 = (round(float(value), 3) for value in np.percentile(seconds, (50, 90, 99)))
     return {

@@ -158,8 +158,8 @@ def measure_cache(num_objects: int, num_bytes: int, *, num_epochs: int = 2) -> d
         stream = open_ours(endpoint, name, cache_bytes=budget)
         with watch_folder(Path(name, "media")) as sums:
             num_read = sum(1 for _ in range(num_epochs) for _ in stream)
-        (portion,) = stream.portions
-        hits = portion.fetcher.counts.hits
+        (view,) = stream.views
+        hits = view.fetcher.counts.hits
         stream.close()
     return {
         "objects": num_objects,

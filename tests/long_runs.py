@@ -38,7 +38,7 @@ class WatchedTrainer(Trainer):
 
     def train_step(self, step_input):
         result = super().train_step(step_input)
-        self.shapes_by_step.append(len(self.stepper.governor.shapes))
+        self.shapes_by_step.append(len(self.stepper.monitor.shapes))
         self.held.append(self.hold(self.step))
         return result
 

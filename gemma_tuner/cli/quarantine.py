@@ -34,14 +34,14 @@ def quarantine(
     from gemma_tuner.streaming.passing_over import list_bad, retry_bad
 
     streams = [stream for stream in open_streams(data, model.modality) if stream is not None]
-    portions = [portion for stream in streams for portion in stream.portions]
+    views = [view for stream in streams for view in stream.views]
     if retry:
-        released, remaining = retry_bad(portions)
+        released, remaining = retry_bad(views)
         say(f"released: {released:,}; in quarantine: {remaining:,}")
-    records = list_bad(portions)
+    records = list_bad(views)
     for record in records:
         say(f"{record.key}\n  {record.stage}: {record.reason}")
     counts = Counter(record.stage for record in records).most_common()
-    say(f"in quarantine: {len(records):,}; usable: {sum(map(len, portions)):,}")
+    say(f"in quarantine: {len(records):,}; usable: {sum(map(len, views)):,}")
     for stage, count in counts:
         say(f"  {stage}: {count:,}")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gemma_tuner.models.families import Modality
 from gemma_tuner.models.lora import unwrap_peft
-from gemma_tuner.models.towers import MEDIA, Answer, Tower
+from gemma_tuner.models.towers import MEDIA, CachedFeatures, Tower
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -52,7 +52,7 @@ class FeatureCache:
         self.num_bytes = 0
         self.counts: Counter[str] = Counter()
         self._kept: dict[bytes, Tensor] = {}
-        self._towers = tuple(Tower(gemma, medium) for medium in MEDIA)
+        self._towers = tuple(Tower(gemma, spec) for spec in MEDIA)
         if max_bytes > 0:
             for tower in self._towers:
                 tower.announce_reason()
@@ -61,8 +61,8 @@ class FeatureCache:
     def reasons(self) -> dict[Modality, str]:
         """Why features are not kept, for each modality of which none are."""
         if self.max_bytes <= 0:
-            return {tower.medium.modality: "its budget is 0 bytes" for tower in self._towers}
-        return {t.medium.modality: t.reason for t in self._towers if t.reason is not None}
+            return {tower.spec.modality: "its budget is 0 bytes" for tower in self._towers}
+        return {t.spec.modality: t.reason for t in self._towers if t.reason is not None}
 
     @contextmanager
     def serve(
@@ -80,7 +80,7 @@ class FeatureCache:
         """
         with ExitStack() as stack:
             for tower in self._towers:
-                wanted = hashes.get(tower.medium.modality, ())
+                wanted = hashes.get(tower.spec.modality, ())
                 if wanted and self.max_bytes > 0 and tower.can_be_replaced():
                     inputs = stack.enter_context(self._serve_tower(tower, inputs, wanted))
             yield inputs
@@ -93,7 +93,7 @@ class FeatureCache:
         features = [self._kept.get(name) for name in hashes]
         missing = [item for item, feature in enumerate(features) if feature is None]
         self.counts.update(hits=len(features) - len(missing), misses=len(missing))
-        names = [name for name in tower.medium.inputs if name in inputs]
+        names = [name for name in tower.spec.inputs if name in inputs]
         input_length = inputs[names[0]].shape[1]
         if len(missing) < len(features):
             inputs = {**inputs, **{name: inputs[name][missing] for name in names}}
@@ -101,7 +101,7 @@ class FeatureCache:
         def keep(found: Sequence[Tensor]) -> None:
             self._keep([hashes[item] for item in missing], found)
 
-        with tower.replaced_by(Answer(tower, features, inputs, input_length, keep)):
+        with tower.replaced_by(CachedFeatures(tower, features, inputs, input_length, keep)):
             yield inputs
 
     def _keep(self, hashes: Sequence[bytes], features: Sequence[Tensor]) -> None:
@@ -132,8 +132,8 @@ class FeatureCache:
         if self.counts["refused"]:
             parts.append(f"{self.counts['refused']} of them not kept for want of room")
         parts += [
-            f"{tower.medium.modality} off: {self.reasons[tower.medium.modality]}"
+            f"{tower.spec.modality} off: {self.reasons[tower.spec.modality]}"
             for tower in self._towers
-            if tower.exists and tower.medium.modality in self.reasons
+            if tower.exists and tower.spec.modality in self.reasons
         ]
         return "; ".join(parts)

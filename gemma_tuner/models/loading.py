@@ -25,7 +25,7 @@ from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.models import embeddings
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.families import Family, Modality, family_of
-from gemma_tuner.models.modalities import choose_left_out, without_parts
+from gemma_tuner.models.modalities import choose_left_out, without_modules
 from gemma_tuner.models.norms import use_lean_norms
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def load_model(
 
     model_class = getattr(transformers, family.model_class)
     with _explained(source):
-        loaded: Any = without_parts(model_class, family, config, left_out).from_pretrained(
+        loaded: Any = without_modules(model_class, family, config, left_out).from_pretrained(
             source,
             config=config,
             revision=revision or "main",

@@ -18,7 +18,7 @@ from gemma_tuner.models import embeddings
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.families import Modality, family_of, loaded_modalities
 from gemma_tuner.models.lora import unwrap_peft, wrap_peft
-from gemma_tuner.models.modalities import choose_left_out, without_parts
+from gemma_tuner.models.modalities import choose_left_out, without_modules
 from gemma_tuner.models.norms import use_lean_norms
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class HollowEmbedding(embeddings.MappedEmbedding):
         return torch.empty(*input_ids.shape, self._columns, dtype=self._dtype)
 
 
-def build_hollow(
+def build_meta_model(
     config: PreTrainedConfig,
     *,
     modalities: Sequence[Modality],
@@ -67,7 +67,7 @@ def build_hollow(
     if per_layer_embeddings == "disk":
         left_out.append(f"language_model.{embeddings.NAME}")
     full_class = getattr(transformers, family.model_class)
-    model_class = without_parts(full_class, family, config, left_out)
+    model_class = without_modules(full_class, family, config, left_out)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -86,7 +86,7 @@ def build_hollow(
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def build_hollow_like(model: PeftModel) -> PeftModel:
+def build_meta_copy(model: PeftModel) -> PeftModel:
     """Build a model as another one is, adapters included, without its weights.
 
     Args:
@@ -97,13 +97,13 @@ def build_hollow_like(model: PeftModel) -> PeftModel:
     """
     gemma: Any = unwrap_peft(model)
     is_mapped = embeddings.find_mapped_embedding(model) is not None
-    hollow = build_hollow(
+    meta_model = build_meta_model(
         gemma.config,
         modalities=loaded_modalities(gemma),
         dtype=gemma.dtype,
         per_layer_embeddings="disk" if is_mapped else None,
     )
-    return wrap_peft(hollow, copy.deepcopy(model.peft_config[model.active_adapters[0]]))
+    return wrap_peft(meta_model, copy.deepcopy(model.peft_config[model.active_adapters[0]]))
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:

@@ -50,7 +50,7 @@ def choose_left_out(
     ]
 
 
-def without_parts(
+def without_modules(
     model_class: type[PreTrainedModel],
     family: Family,
     config: PreTrainedConfig,

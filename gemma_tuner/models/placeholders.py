@@ -27,7 +27,9 @@ _AUDIO = ("input_features", "input_features_mask")
 
 
 @contextmanager
-def media_laid_in(gemma: Any, inputs: Mapping[str, Tensor]) -> Iterator[Mapping[str, Tensor]]:
+def merged_media_embeddings(
+    gemma: Any, inputs: Mapping[str, Tensor]
+) -> Iterator[Mapping[str, Tensor]]:
     """Compute the features of a batch's media and lay them in during one forward of the model.
 
     Where they are not as many as their placeholders, they become NaN, and so does the loss: to

@@ -34,7 +34,7 @@ from gemma_tuner.device import announce, is_out_of_memory
 from gemma_tuner.models.attention import ATTENTION
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.masks import AttentionMask
-from gemma_tuner.models.placeholders import media_laid_in
+from gemma_tuner.models.placeholders import merged_media_embeddings
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -99,7 +99,7 @@ class TargetOnly:
         if self.attention == ATTENTION:
             known["has_pictures"] = any(name in inputs for name in _PICTURES)
         wrapped = self._restricted_to(_Rows(rows, length)) if restrict else nullcontext()
-        with media_laid_in(self._gemma, inputs) as inputs, wrapped:
+        with merged_media_embeddings(self._gemma, inputs) as inputs, wrapped:
             hidden = self._gemma.model(**inputs, **known, use_cache=False).last_hidden_state
         if not restrict:
             slots = _Rows(rows, length).flat.index_select(0, slots)

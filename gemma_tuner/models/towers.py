@@ -29,7 +29,7 @@ from gemma_tuner.models.families import Modality, family_of
 
 
 @dataclass(frozen=True, slots=True)
-class Medium:
+class TowerSpec:
     """The names that a modality has in every family; ``inputs`` are arguments of the model."""
 
     modality: Modality
@@ -40,14 +40,14 @@ class Medium:
 
 
 MEDIA = (
-    Medium(
+    TowerSpec(
         modality="image",
         tower="vision_tower",
         projector="embed_vision",
         method="get_image_features",
         inputs=("pixel_values", "image_position_ids"),
     ),
-    Medium(
+    TowerSpec(
         modality="audio",
         tower="audio_tower",
         projector="embed_audio",
@@ -62,13 +62,13 @@ _MASKS = {"attention_mask": True, "audio_mel_mask": False}
 class Tower:
     """One tower, its projector, and the method of the model that runs both."""
 
-    def __init__(self, gemma: Any, medium: Medium) -> None:
-        self.medium = medium
+    def __init__(self, gemma: Any, spec: TowerSpec) -> None:
+        self.spec = spec
         self.family = family_of(gemma.config)
         self._model = gemma.model
         self.exists = (
-            medium.tower in self.family.towers.get(medium.modality, ())
-            and getattr(self._model, medium.tower, None) is not None
+            spec.tower in self.family.towers.get(spec.modality, ())
+            and getattr(self._model, spec.tower, None) is not None
         )
         # What the first run shows:
         self.is_split = False
@@ -81,26 +81,24 @@ class Tower:
     @property
     def projector(self) -> Any:
         """What is between the tower and the decoder."""
-        return getattr(self._model, self.medium.projector)
+        return getattr(self._model, self.spec.projector)
 
     def _find_reason(self) -> str | None:
-        medium, model = self.medium, self._model
+        spec, model = self.spec, self._model
         if not self.exists:
-            return f"this {self.family.name} has no {medium.modality} tower"
-        if any(p.requires_grad for p in getattr(model, medium.tower).parameters()):
-            return f"its {medium.modality} tower is trained"
-        projector = getattr(model, medium.projector, None)
-        if projector is None or not hasattr(type(model), medium.method):
-            return (
-                f"the model has no {medium.projector} or {medium.method} (another transformers?)"
-            )
+            return f"this {self.family.name} has no {spec.modality} tower"
+        if any(p.requires_grad for p in getattr(model, spec.tower).parameters()):
+            return f"its {spec.modality} tower is trained"
+        projector = getattr(model, spec.projector, None)
+        if projector is None or not hasattr(type(model), spec.method):
+            return f"the model has no {spec.projector} or {spec.method} (another transformers?)"
         if "inputs_embeds" not in inspect.signature(type(projector).forward).parameters:
-            return f"{medium.projector} takes no inputs_embeds (is it wrapped?)"
+            return f"{spec.projector} takes no inputs_embeds (is it wrapped?)"
         return self._find_replaced()
 
     def _find_replaced(self) -> str | None:
-        if self.medium.method in self._model.__dict__ or "forward" in self.projector.__dict__:
-            names = f"{self.medium.method} or the forward of {self.medium.projector}"
+        if self.spec.method in self._model.__dict__ or "forward" in self.projector.__dict__:
+            names = f"{self.spec.method} or the forward of {self.spec.projector}"
             return f"{names} is replaced (offloading hooks?)"
         return None
 
@@ -119,20 +117,20 @@ class Tower:
         """Say why nothing is kept, if so; where there is no tower, nothing is lost."""
         if self.reason is not None and self.exists:
             announce(
-                f"features of the {self.medium.modality} tower are not kept: {self.reason}. "
+                f"features of the {self.spec.modality} tower are not kept: {self.reason}. "
                 "Results are the same; the tower runs at every step"
             )
 
     @contextmanager
-    def replaced_by(self, answer: Answer) -> Iterator[None]:
+    def replaced_by(self, answer: CachedFeatures) -> Iterator[None]:
         """Let the model's forward ask ``answer`` in place of the method."""
-        setattr(self._model, self.medium.method, answer)
+        setattr(self._model, self.spec.method, answer)
         try:
             yield
         finally:
-            del self._model.__dict__[self.medium.method]
+            del self._model.__dict__[self.spec.method]
         if not answer.was_asked:
-            self.switch_off(f"the model's forward does not call {self.medium.method}")
+            self.switch_off(f"the model's forward does not call {self.spec.method}")
 
     def run(self, *args: Any, project: bool, **kwargs: Any) -> tuple[Any, list[Tensor]]:
         """Call the model's method.
@@ -156,7 +154,7 @@ class Tower:
 
         self.projector.forward = watch
         try:
-            method = getattr(type(self._model), self.medium.method)
+            method = getattr(type(self._model), self.spec.method)
             return method(self._model, *args, **kwargs), seen
         finally:
             del self.projector.__dict__["forward"]
@@ -166,17 +164,17 @@ class Tower:
         pooled: Any = getattr(outputs, "pooler_output", None)
         parts: tuple[Any, ...] = pooled if isinstance(pooled, tuple) else (pooled,)
         if len(seen) != 2 or not all(isinstance(part, Tensor) for part in parts):
-            return f"{self.medium.method} does not project features once (another transformers?)"
+            return f"{self.spec.method} does not project features once (another transformers?)"
         given, made = seen
         is_made = parts[0].data_ptr() == made.data_ptr() and sum(map(len, parts)) == len(made)
         if not is_made or given.dim() not in {2, 3}:
-            return f"{self.medium.method} returns something else than the projector made"
+            return f"{self.spec.method} returns something else than the projector made"
         self.is_split = isinstance(pooled, tuple)
         self.is_flat = given.dim() == 2
         self.is_transposed = given.stride(-1) != 1  # in memory; sums are taken in another order
         self.mask_name = next((m for m in _MASKS if getattr(outputs, m, None) is not None), None)
-        if self.medium.modality == "audio" and (self.is_flat or self.mask_name is None):
-            return f"{self.medium.method} returns no mask of its features"
+        if self.spec.modality == "audio" and (self.is_flat or self.mask_name is None):
+            return f"{self.spec.method} returns no mask of its features"
         return None
 
     def separate(
@@ -192,7 +190,7 @@ class Tower:
         Returns:
             Views of ``given``.
         """
-        if self.medium.modality == "image":
+        if self.spec.modality == "image":
             counts = self.family.count_image_tokens(inputs)
         else:
             frames = inputs["input_features_mask"]
@@ -235,7 +233,7 @@ class Tower:
         return {self.mask_name: (valid == _MASKS[self.mask_name]).to(laid.device)}
 
 
-class Answer:
+class CachedFeatures:
     """Stands in for a model's method in one forward.
 
     Args:
@@ -307,7 +305,7 @@ class Answer:
         found = tower.separate(outputs, given, self._inputs)
         if found is None:
             raise ConfigError(
-                f"the features of the {tower.medium.modality} tower cannot be kept: on a part of "
+                f"the features of the {tower.spec.modality} tower cannot be kept: on a part of "
                 "a batch it gave them in another form; leave the feature cache out"
             )
         self._note_length(given)

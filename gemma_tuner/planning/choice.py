@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from gemma_tuner.batch import Batch, Row, pad_rows
-from gemma_tuner.planning.trace import Footprint, HollowStep
+from gemma_tuner.planning.trace import Footprint, StepTracer
 
 BUSY_TOKENS = 1024
 """Fewer tokens at a time leave a device waiting for its host."""
@@ -25,7 +25,7 @@ _QUERY_CHUNK = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Level:
+class CheckpointingLevel:
     """How many layers are checkpointed for micro-batches up to a size.
 
     Args:
@@ -38,7 +38,7 @@ class Level:
     max_tokens: int
 
 
-ANY_SIZE = Level(0, 2**62)
+ANY_SIZE = CheckpointingLevel(0, 2**62)
 """Nothing is checkpointed, however large."""
 
 
@@ -75,7 +75,7 @@ def widen(example: Batch, *, rows: int, tokens: int, target_share: float) -> Bat
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class PlanRequest:
     """What a run asks for, within which a plan chooses.
 
     Args:
@@ -96,24 +96,29 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class PlanChoice:
     """What :func:`choose` has found; the fields are those of :class:`Plan`."""
 
-    levels: tuple[Level, ...]
+    levels: tuple[CheckpointingLevel, ...]
     loss_chunk_tokens: int
     query_chunk_tokens: int | None
     footprint: Footprint
 
 
 def choose(
-    step: HollowStep, example: Batch, wanted: Wanted, *, layer_counts: Sequence[int], usable: int
-) -> Choice | None:
+    step: StepTracer,
+    example: Batch,
+    request: PlanRequest,
+    *,
+    layer_counts: Sequence[int],
+    usable: int,
+) -> PlanChoice | None:
     """Find the fastest way to train that fits.
 
     Args:
         step: The step to try.
         example: One row with the media of the largest.
-        wanted: What the run asks for.
+        request: What the run asks for.
         layer_counts: Numbers of checkpointed layers to choose from, the fastest first.
         usable: Bytes.
 
@@ -122,15 +127,15 @@ def choose(
     """
     if step.resident_bytes >= usable:
         return None
-    if wanted.checkpointing is not None:
-        layer_counts = layer_counts[-1:] if wanted.checkpointing else layer_counts[:1]
-    chunks = [wanted.loss_chunk_tokens] if wanted.loss_chunk_tokens else LOSS_CHUNKS
+    if request.checkpointing is not None:
+        layer_counts = layer_counts[-1:] if request.checkpointing else layer_counts[:1]
+    chunks = [request.loss_chunk_tokens] if request.loss_chunk_tokens else LOSS_CHUNKS
     settings = [(chunk, None) for chunk in chunks] + [(chunks[-1], _QUERY_CHUNK)]
     for loss_chunk, query_chunk in settings:
-        trial = _Trial(step, example, wanted, loss_chunk, query_chunk, usable)
+        trial = _Trial(step, example, request, loss_chunk, query_chunk, usable)
         levels = tuple(trial.find_levels(layer_counts))
-        if levels and levels[-1].max_tokens >= wanted.max_tokens:
-            return Choice(levels, loss_chunk, query_chunk, trial.measure_largest(levels[-1]))
+        if levels and levels[-1].max_tokens >= request.max_tokens:
+            return PlanChoice(levels, loss_chunk, query_chunk, trial.measure_largest(levels[-1]))
         if trial.measure_least() > usable:
             return None
     return None
@@ -141,21 +146,21 @@ class _Trial:
 
     def __init__(
         self,
-        step: HollowStep,
+        step: StepTracer,
         example: Batch,
-        wanted: Wanted,
+        request: PlanRequest,
         loss_chunk: int,
         query_chunk: int | None,
         usable: int,
     ) -> None:
         self._step = step
         self._example = example
-        self._wanted = wanted
+        self._wanted = request
         self._chunks = {"loss_chunk_tokens": loss_chunk, "query_chunk_tokens": query_chunk}
         self._usable = usable
         self._known: dict[tuple[int, int, int], Footprint] = {}
 
-    def find_levels(self, layer_counts: Sequence[int]) -> Iterator[Level]:
+    def find_levels(self, layer_counts: Sequence[int]) -> Iterator[CheckpointingLevel]:
         """Go from fast to sparing until one holds what keeps a device busy."""
         longest = self._wanted.max_tokens
         enough = min(self._wanted.batch_size * longest, max(longest, BUSY_TOKENS))
@@ -164,20 +169,20 @@ class _Trial:
             tokens = self._find_tokens(layers)
             if tokens > held:
                 held = tokens
-                yield Level(layers, tokens)
+                yield CheckpointingLevel(layers, tokens)
             if held >= enough:
                 return
 
-    def measure_largest(self, level: Level) -> Footprint:
+    def measure_largest(self, level: CheckpointingLevel) -> Footprint:
         """What the largest micro-batch of the longest rows holds at a level."""
         rows = min(self._wanted.batch_size, level.max_tokens // self._wanted.max_tokens)
         return self._measure(level.checkpointed_layers, rows, self._wanted.max_tokens)
 
     def measure_least(self) -> int:
         """The bytes of one of the longest rows when nothing is spared in time."""
-        wanted = self._wanted
+        request = self._wanted
         row = widen(
-            self._example, rows=1, tokens=wanted.max_tokens, target_share=wanted.target_share
+            self._example, rows=1, tokens=request.max_tokens, target_share=request.target_share
         )
         return self._step.measure_least(row)
 

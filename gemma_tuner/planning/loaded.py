@@ -12,8 +12,8 @@ from gemma_tuner.models.embeddings import Placement, choose_placement, find_mapp
 from gemma_tuner.models.families import loaded_modalities
 from gemma_tuner.models.loading import name_without_path
 from gemma_tuner.models.lora import unwrap_peft
-from gemma_tuner.models.meta import build_hollow_like
-from gemma_tuner.planning.choice import ANY_SIZE, LOSS_CHUNKS, Level, Wanted
+from gemma_tuner.models.meta import build_meta_copy
+from gemma_tuner.planning.choice import ANY_SIZE, LOSS_CHUNKS, CheckpointingLevel, PlanRequest
 from gemma_tuner.planning.plan import (
     Plan,
     add_last_resort,
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-def plan_training(model: PeftModel, rows: Sequence[Batch], wanted: Wanted) -> Plan:
+def plan_training(model: PeftModel, rows: Sequence[Batch], request: PlanRequest) -> Plan:
     """Plan the training of a model that is loaded.
 
     Args:
         model: From ``add_lora``.
         rows: Some of the data, each a batch of its own.
-        wanted: What the run asks for.
+        request: What the run asks for.
 
     Returns:
         The plan.
@@ -44,49 +44,53 @@ def plan_training(model: PeftModel, rows: Sequence[Batch], wanted: Wanted) -> Pl
     gemma = unwrap_peft(model)
     return make_plan(
         _name_of(model),
-        build_hollow_like(model),
+        build_meta_copy(model),
         max(rows, key=lambda row: (_count_media(row), row.num_tokens)),
-        wanted,
+        request,
         device=gemma.device,
-        budget=read_budget(gemma.device, wanted.memory_gib),
+        budget=read_budget(gemma.device, request.memory_gib),
         placement=_placement_of(model),
     )
 
 
-def plan_without_trial(model: PeftModel, rows: Sequence[Batch], wanted: Wanted) -> Plan | None:
+def plan_without_trace(
+    model: PeftModel, rows: Sequence[Batch], request: PlanRequest
+) -> Plan | None:
     """Plan where nothing needs to be tried: the user has decided, or there is ample room.
 
     Args:
         model: As in :func:`plan_training`, like the others.
         rows: Some of the data.
-        wanted: What the run asks for.
+        request: What the run asks for.
 
     Returns:
         The plan, without a footprint; None where steps have to be tried.
     """
     gemma = unwrap_peft(model)
     num_layers = len(gemma.model.language_model.layers)
-    budget_bytes, source = read_budget(gemma.device, wanted.memory_gib)
+    budget_bytes, source = read_budget(gemma.device, request.memory_gib)
     margin = margin_bytes(budget_bytes, gemma.device)
-    if wanted.checkpointing is None:
-        most = _bound_bytes(gemma, rows, wanted)
+    if request.checkpointing is None:
+        most = _bound_bytes(gemma, rows, request)
         if most > budget_bytes - margin:
             return None
         why = f"nothing: even {most / GIB:.2f} GiB, which no step needs, would fit"
     else:
-        why = "all layers, as asked" if wanted.checkpointing else "nothing, as asked"
-    layers = num_layers if wanted.checkpointing else 0
+        why = "all layers, as asked" if request.checkpointing else "nothing, as asked"
+    layers = num_layers if request.checkpointing else 0
     return Plan(
         name=_name_of(model),
         device=str(gemma.device),
         dtype=str(gemma.dtype).removeprefix("torch."),
         modalities=loaded_modalities(gemma),
         per_layer_embeddings=_placement_of(model),
-        levels=add_last_resort((Level(layers, ANY_SIZE.max_tokens),), wanted, num_layers),
-        loss_chunk_tokens=wanted.loss_chunk_tokens or LOSS_CHUNKS[0],
+        levels=add_last_resort(
+            (CheckpointingLevel(layers, ANY_SIZE.max_tokens),), request, num_layers
+        ),
+        loss_chunk_tokens=request.loss_chunk_tokens or LOSS_CHUNKS[0],
         query_chunk_tokens=None,
-        max_tokens=wanted.max_tokens,
-        target_share=wanted.target_share,
+        max_tokens=request.max_tokens,
+        target_share=request.target_share,
         budget_bytes=budget_bytes,
         margin_bytes=margin,
         footprint=None,
@@ -109,7 +113,7 @@ def _count_media(row: Batch) -> int:
     return sum(x.numel() for x in row.inputs.values() if x.is_floating_point())
 
 
-def _bound_bytes(gemma: Any, rows: Sequence[Batch], wanted: Wanted) -> int:
+def _bound_bytes(gemma: Any, rows: Sequence[Batch], request: PlanRequest) -> int:
     """Bytes that no step can exceed without checkpointing, several times too many.
 
     Every layer is taken to keep three float32 copies of each of its inputs and outputs at every
@@ -118,7 +122,7 @@ def _bound_bytes(gemma: Any, rows: Sequence[Batch], wanted: Wanted) -> int:
     Args:
         gemma: The model.
         rows: Some of the data.
-        wanted: What the run asks for.
+        request: What the run asks for.
 
     Returns:
         Bytes, weights included.
@@ -133,8 +137,8 @@ def _bound_bytes(gemma: Any, rows: Sequence[Batch], wanted: Wanted) -> int:
     text_heads = text.num_hidden_layers * text.num_attention_heads
     vision = getattr(gemma.config, "vision_config", None)
     heads = getattr(vision, "num_attention_heads", 16) * getattr(vision, "num_hidden_layers", 32)
-    scores = wanted.batch_size * (text_heads * wanted.max_tokens**2 + heads * media**2)
-    positions = wanted.batch_size * (wanted.max_tokens + media)
-    chunk = (wanted.loss_chunk_tokens or LOSS_CHUNKS[0]) * text.vocab_size * 20
+    scores = request.batch_size * (text_heads * request.max_tokens**2 + heads * media**2)
+    positions = request.batch_size * (request.max_tokens + media)
+    chunk = (request.loss_chunk_tokens or LOSS_CHUNKS[0]) * text.vocab_size * 20
     weights = sum(p.nbytes * (4 if p.requires_grad else 1) for p in gemma.parameters())
     return weights + 12 * positions * widths + 16 * scores + chunk

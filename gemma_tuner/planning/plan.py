@@ -28,12 +28,12 @@ from gemma_tuner.models.embeddings import Placement, choose_placement
 from gemma_tuner.models.families import Modality, loaded_modalities
 from gemma_tuner.models.loading import name_without_path, read_config
 from gemma_tuner.models.lora import LoraConfig, find_adapters, unwrap_peft, wrap_peft
-from gemma_tuner.models.meta import build_hollow
-from gemma_tuner.planning.choice import Level, Wanted, choose
+from gemma_tuner.models.meta import build_meta_model
+from gemma_tuner.planning.choice import CheckpointingLevel, PlanRequest, choose
 from gemma_tuner.planning.notebook import write_plan
 from gemma_tuner.planning.text import GIB, describe_misfit, explain, list_parts
-from gemma_tuner.planning.trace import Footprint, HollowStep
-from gemma_tuner.planning.worst_case import imagine_example
+from gemma_tuner.planning.trace import Footprint, StepTracer
+from gemma_tuner.planning.worst_case import make_worst_case
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,7 +69,7 @@ class Plan:
     dtype: str
     modalities: tuple[Modality, ...]
     per_layer_embeddings: Placement | None
-    levels: tuple[Level, ...]
+    levels: tuple[CheckpointingLevel, ...]
     loss_chunk_tokens: int
     query_chunk_tokens: int | None
     max_tokens: int
@@ -172,20 +172,20 @@ def plan(
     placement = choose_placement(config, chosen, per_layer_embeddings)
     if dtype is None and not is_available(chosen):
         dtype = "bfloat16"
-    hollow = build_hollow(
+    meta_model = build_meta_model(
         config,
         modalities=modalities,
         dtype=choose_dtype(chosen, dtype, config.dtype)[0],
         per_layer_embeddings=placement,
     )
-    example = imagine_example(
+    example = make_worst_case(
         str(name_or_path), config, modalities, max_tokens, image_tokens, max_seconds, revision
     )
     return make_plan(
         name_without_path(str(name_or_path)),
-        wrap_peft(hollow, find_adapters(hollow, lora or LoraConfig())[0]),
+        wrap_peft(meta_model, find_adapters(meta_model, lora or LoraConfig())[0]),
         example,
-        Wanted(batch_size, max_tokens, target_share),
+        PlanRequest(batch_size, max_tokens, target_share),
         device=chosen,
         budget=budget,
         placement=placement,
@@ -224,19 +224,19 @@ def read_budget(device: torch.device, memory_gib: float | None) -> tuple[int, st
 
 
 def add_last_resort(
-    levels: tuple[Level, ...], wanted: Wanted, num_layers: int
-) -> tuple[Level, ...]:
+    levels: tuple[CheckpointingLevel, ...], request: PlanRequest, num_layers: int
+) -> tuple[CheckpointingLevel, ...]:
     """Let all layers be checkpointed after all, where nothing else holds a single row."""
-    if wanted.checkpointing is not None or levels[-1].checkpointed_layers == num_layers:
+    if request.checkpointing is not None or levels[-1].checkpointed_layers == num_layers:
         return levels
-    return (*levels, Level(num_layers, 0))
+    return (*levels, CheckpointingLevel(num_layers, 0))
 
 
 def make_plan(
     name: str,
-    hollow: PeftModel,
+    meta_model: PeftModel,
     example: Batch,
-    wanted: Wanted,
+    request: PlanRequest,
     *,
     device: torch.device,
     budget: tuple[int, str],
@@ -246,9 +246,9 @@ def make_plan(
 
     Args:
         name: Of the model, for people.
-        hollow: The model, wrapped with its adapters, without weights.
+        meta_model: The model, wrapped with its adapters, without weights.
         example: The largest row that is expected.
-        wanted: What the run asks for.
+        request: What the run asks for.
         device: Where it will train.
         budget: From :func:`read_budget`.
         placement: Where the per-layer table is.
@@ -259,38 +259,38 @@ def make_plan(
     Raises:
         MemoryPlanError: Nothing fits; the error names the nearest plans that would.
     """
-    gemma = unwrap_peft(hollow)
+    gemma = unwrap_peft(meta_model)
     dtype, modalities = gemma.dtype, loaded_modalities(gemma)
     num_layers = len(gemma.model.language_model.layers)
     # Layers that share keys and values run at targets only: others cost more to keep.
     layers = gemma.model.language_model.layers
     sharing = sum(layer.self_attn.is_kv_shared_layer for layer in layers)
     middle = num_layers - sharing if sharing else num_layers // 2
-    step = HollowStep(hollow, device, accumulates=True)
+    step = StepTracer(meta_model, device, accumulates=True)
     budget_bytes, source = budget
     margin = margin_bytes(budget_bytes, device)
     usable = budget_bytes - margin
     layer_counts = (0, middle, num_layers)
-    choice = choose(step, example, wanted, layer_counts=layer_counts, usable=usable)
+    choice = choose(step, example, request, layer_counts=layer_counts, usable=usable)
     if choice is None:
-        raise MemoryPlanError(describe_misfit(name, step, example, wanted, usable, num_layers))
+        raise MemoryPlanError(describe_misfit(name, step, example, request, usable, num_layers))
     return Plan(
         name=name,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         modalities=modalities,
         per_layer_embeddings=placement,
-        levels=add_last_resort(choice.levels, wanted, num_layers),
+        levels=add_last_resort(choice.levels, request, num_layers),
         loss_chunk_tokens=choice.loss_chunk_tokens,
         query_chunk_tokens=choice.query_chunk_tokens,
-        max_tokens=wanted.max_tokens,
-        target_share=wanted.target_share,
+        max_tokens=request.max_tokens,
+        target_share=request.target_share,
         budget_bytes=budget_bytes,
         margin_bytes=margin,
         footprint=choice.footprint,
         reasons={
             "budget": f"{budget_bytes / GIB:.2f} GiB {source}, {margin / GIB:.2f} GiB of it left "
             "to the allocator",
-            **explain(choice, wanted, placement, num_layers),
+            **explain(choice, request, placement, num_layers),
         },
     )

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from gemma_tuner.batch import Batch
 from gemma_tuner.models.embeddings import Placement
-from gemma_tuner.planning.choice import Choice, Wanted, widen
-from gemma_tuner.planning.trace import Footprint, HollowStep
+from gemma_tuner.planning.choice import PlanChoice, PlanRequest, widen
+from gemma_tuner.planning.trace import Footprint, StepTracer
 
 GIB = 2**30
 
@@ -33,20 +33,20 @@ def list_parts(footprint: Footprint, *, margin_bytes: int, budget_bytes: int) ->
 
 
 def explain(
-    choice: Choice, wanted: Wanted, placement: Placement | None, num_layers: int
+    choice: PlanChoice, request: PlanRequest, placement: Placement | None, num_layers: int
 ) -> dict[str, str]:
     """Say why each choice was made.
 
     Args:
         choice: What was chosen.
-        wanted: What the run asks for.
+        request: What the run asks for.
         placement: Where the per-layer table is.
         num_layers: Of the decoder.
 
     Returns:
         Reasons by the name of what was chosen.
     """
-    whole = wanted.batch_size * wanted.max_tokens
+    whole = request.batch_size * request.max_tokens
     first, last = choice.levels[0], choice.levels[-1]
     steps = []
     for level in choice.levels:
@@ -54,18 +54,20 @@ def explain(
         what = f"the first {layers} of {num_layers} layers" if layers else "nothing"
         what = "all layers" if layers == num_layers else what
         steps.append(f"{what} up to {level.max_tokens:,} tokens at a time")
-    chosen = "as asked" if wanted.checkpointing is not None else "the fastest that fits"
+    chosen = "as asked" if request.checkpointing is not None else "the fastest that fits"
     reasons = {"computed twice": f"{', '.join(steps)}: {chosen}"}
     if last.max_tokens < whole:
         reasons["micro-batch"] = (
-            f"{last.max_tokens:,} tokens of the {whole:,} of {wanted.batch_size} rows: more do "
+            f"{last.max_tokens:,} tokens of the {whole:,} of {request.batch_size} rows: more do "
             "not fit; the step and its gradient stay the same"
         )
     elif first.max_tokens >= whole:
-        reasons["micro-batch"] = f"{wanted.batch_size} rows of {wanted.max_tokens} tokens, all fit"
+        reasons["micro-batch"] = (
+            f"{request.batch_size} rows of {request.max_tokens} tokens, all fit"
+        )
     chunk = choice.loss_chunk_tokens
     reasons["loss"] = f"{chunk} target tokens at a time" + (
-        " as asked" if wanted.loss_chunk_tokens else ": fewer would read the head more often"
+        " as asked" if request.loss_chunk_tokens else ": fewer would read the head more often"
     )
     reasons["attention"] = (
         "within the band of sliding layers, scores of full layers computed once"
@@ -81,7 +83,7 @@ def explain(
 
 
 def describe_misfit(
-    name: str, step: HollowStep, example: Batch, wanted: Wanted, usable: int, num_layers: int
+    name: str, step: StepTracer, example: Batch, request: PlanRequest, usable: int, num_layers: int
 ) -> str:
     """Say what is missing, and which plans near the one asked for would fit.
 
@@ -89,7 +91,7 @@ def describe_misfit(
         name: The model.
         step: Tries plans.
         example: A row of the data.
-        wanted: What the run asks for.
+        request: What the run asks for.
         usable: Bytes that it may hold.
         num_layers: Of the decoder.
 
@@ -103,12 +105,12 @@ def describe_misfit(
             frozen_layers=num_layers - trained_layers,
         )
 
-    tokens, share = wanted.max_tokens, wanted.target_share
+    tokens, share = request.max_tokens, request.target_share
     needed = hold(tokens, share)
     if needed <= usable:
         settings = {
-            "gradient_checkpointing": wanted.checkpointing,
-            "loss_chunk_tokens": wanted.loss_chunk_tokens,
+            "gradient_checkpointing": request.checkpointing,
+            "loss_chunk_tokens": request.loss_chunk_tokens,
         }
         asked = [f"{setting}={value}" for setting, value in settings.items() if value is not None]
         return (

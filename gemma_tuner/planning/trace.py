@@ -75,11 +75,11 @@ class Footprint:
         return self.resident_bytes + self.step_bytes
 
 
-class HollowStep:
+class StepTracer:
     """One micro-batch's forward and backward pass, on a model without weights.
 
     Args:
-        model: From ``build_hollow``, wrapped by PEFT; its tensors become fake ones.
+        model: From ``build_meta_model``, wrapped by PEFT; its tensors become fake ones.
         device: Where training will run.
         accumulates: Whether gradients of an earlier micro-batch lie there already.
     """

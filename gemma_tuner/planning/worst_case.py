@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-def imagine_example(
+def make_worst_case(
     source: str,
     config: PreTrainedConfig,
     modalities: Sequence[Modality],
@@ -41,7 +41,7 @@ def imagine_example(
         revision: Of the checkpoint.
 
     Returns:
-        A batch of one row, its text short; ``widen`` makes it as long as is wanted.
+        A batch of one row, its text short; ``widen`` makes it as long as is request.
     """
     if set(modalities) == {"text"}:
         ids = torch.ones(16, dtype=torch.int64)

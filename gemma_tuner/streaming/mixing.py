@@ -11,8 +11,8 @@ import numpy as np
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.streaming.manifest import hash_keys
-from gemma_tuner.streaming.portion import Portion
 from gemma_tuner.streaming.stream import ExampleStream
+from gemma_tuner.streaming.view import DatasetView
 
 _FINEST = 1_000_000  # Weights are fractions with denominators up to it.
 
@@ -57,17 +57,17 @@ def mix(streams: Mapping[ExampleStream, float]) -> ExampleStream:
                 f"mix() was given the weight {weight!r}; give a number of {1 / _FINEST:g} or more"
             )
         weights.append(Fraction(weight).limit_denominator(_FINEST))
-    portions = [portion for stream in streams for portion in stream.portions]
-    _refuse_shared_keys(portions)
-    return ExampleStream(portions, weights, fetch=next(iter(streams)).fetch)
+    views = [view for stream in streams for view in stream.views]
+    _refuse_shared_keys(views)
+    return ExampleStream(views, weights, fetch=next(iter(streams)).fetch)
 
 
-def _refuse_shared_keys(portions: Sequence[Portion]) -> None:
+def _refuse_shared_keys(views: Sequence[DatasetView]) -> None:
     """Refuse examples of different data under one key; parts of the same data may overlap."""
-    if len({portion.manifest.fingerprint for portion in portions}) < 2:
+    if len({view.manifest.fingerprint for view in views}) < 2:
         return
-    hashes = [hash_keys(part.manifest.read_keys())[np.asarray(part.rows)] for part in portions]
-    for (one, its), (other, others) in combinations(zip(portions, hashes, strict=True), 2):
+    hashes = [hash_keys(part.manifest.read_keys())[np.asarray(part.rows)] for part in views]
+    for (one, its), (other, others) in combinations(zip(views, hashes, strict=True), 2):
         if one.manifest.fingerprint == other.manifest.fingerprint:
             continue
         _, places, other_places = np.intersect1d(its, others, return_indices=True)

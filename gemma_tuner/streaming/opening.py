@@ -16,10 +16,10 @@ from gemma_tuner.sources.local import LocalSource
 from gemma_tuner.storage.cache import MediaCache
 from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.streaming.options import StreamKeywords, StreamOptions, spell_out
-from gemma_tuner.streaming.portion import Portion
 from gemma_tuner.streaming.quarantine import Budget
 from gemma_tuner.streaming.spool import name_source, open_manifest
 from gemma_tuner.streaming.stream import ExampleStream
+from gemma_tuner.streaming.view import DatasetView
 
 if TYPE_CHECKING:
     from gemma_tuner.sources.bigquery.source import BigQueryReadClient
@@ -262,7 +262,7 @@ def _open_stream(
         refresh=refresh,
         discard=discard,
     )
-    portion = Portion(
+    view = DatasetView(
         manifest,
         fetcher,
         quarantine,
@@ -270,4 +270,4 @@ def _open_stream(
         shuffle=options.shuffle,
         locality=options.locality,
     )
-    return ExampleStream([portion], fetch=config)
+    return ExampleStream([view], fetch=config)

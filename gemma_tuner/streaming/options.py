@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.sources.columns import KEYWORDS, Keywords
 from gemma_tuner.storage.config import FetchConfig
-from gemma_tuner.streaming.portion import Locality
+from gemma_tuner.streaming.view import Locality
 
 if TYPE_CHECKING:
     from gemma_tuner.storage.gcs import storage

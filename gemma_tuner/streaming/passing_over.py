@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from gemma_tuner.errors import DataError
 from gemma_tuner.streaming.manifest import list_stored
-from gemma_tuner.streaming.portion import Portion
 from gemma_tuner.streaming.quarantine import BadExample, Stage, read_reason
 from gemma_tuner.streaming.slots import Slot
+from gemma_tuner.streaming.view import DatasetView
 
 
 def note_bad(
@@ -27,12 +27,12 @@ def note_bad(
     Raises:
         DataError: The budget allows no more.
     """
-    quarantine = slot.portion.quarantine
+    quarantine = slot.view.quarantine
     if quarantine.budget.max_bad_fraction:
         quarantine.add(
             BadExample(
                 key=error.key,
-                origin=slot.portion.manifest.read_origin(slot.row),
+                origin=slot.view.manifest.read_origin(slot.row),
                 row=slot.row,
                 stage=stage,
                 error=type(error.__cause__ or error).__name__,
@@ -47,49 +47,49 @@ def note_bad(
     )
 
 
-def list_bad(portions: Sequence[Portion]) -> list[BadExample]:
+def list_bad(views: Sequence[DatasetView]) -> list[BadExample]:
     """List what some data sets have in quarantine.
 
     Args:
-        portions: The data sets.
+        views: The data sets.
 
     Returns:
         What is wrong with each; of all rows of the data, those of other splits too.
     """
     records = []
-    for portion in _by_file(portions):
-        records += portion.quarantine.inspect()
+    for view in _by_file(views):
+        records += view.quarantine.inspect()
     return records
 
 
-def retry_bad(portions: Sequence[Portion]) -> tuple[int, int]:
+def retry_bad(views: Sequence[DatasetView]) -> tuple[int, int]:
     """Load what is in quarantine again, and take out what can be used now.
 
     Args:
-        portions: The data sets.
+        views: The data sets.
 
     Returns:
         How many can be used now, and how many remain.
     """
     num_mended = num_bad = 0
-    for portion in _by_file(portions):
+    for view in _by_file(views):
         mended = []
-        for record in portion.quarantine.inspect():
+        for record in view.quarantine.inspect():
             if record.row is None or record.stage == "collate":
                 num_bad += 1
                 continue
             try:
-                Slot(0, record.row, portion).load()
+                Slot(0, record.row, view).load()
             except DataError:
                 num_bad += 1
             else:
                 mended.append(record)
-        remaining = [r for r in portion.quarantine.inspect() if r not in mended]
-        portion.quarantine.replace(remaining)
+        remaining = [r for r in view.quarantine.inspect() if r not in mended]
+        view.quarantine.replace(remaining)
         num_mended += len(mended)
     return num_mended, num_bad
 
 
-def _by_file(portions: Sequence[Portion]) -> Iterable[Portion]:
+def _by_file(views: Sequence[DatasetView]) -> Iterable[DatasetView]:
     """One data set for each quarantine; streams that were opened apart may share a file."""
-    return {portion.quarantine.path: portion for portion in portions}.values()
+    return {view.quarantine.path: view for view in views}.values()

@@ -12,7 +12,7 @@ from gemma_tuner.records import Audio, Example, Part, StoredObject, Text, write_
 
 if TYPE_CHECKING:
     from gemma_tuner.storage.fetch import FetchCounts
-    from gemma_tuner.streaming.portion import Portion
+    from gemma_tuner.streaming.view import DatasetView
 
 _SHOWN_CHARACTERS = 200
 
@@ -182,21 +182,21 @@ class StreamPreview:
         return "".join(map(write_html, self.examples))
 
 
-def report_portion(portion: Portion, *, share: float, cache_bytes: int) -> PortionReport:
+def report_view(view: DatasetView, *, share: float, cache_bytes: int) -> PortionReport:
     """Say what one data set of a stream is made of.
 
     Args:
-        portion: The data set.
+        view: The data set.
         share: How much of the stream is taken from it.
         cache_bytes: What the cache keeps at most.
 
     Returns:
         The figures.
     """
-    manifest, summary = portion.manifest, portion.manifest.summary
+    manifest, summary = view.manifest, view.manifest.summary
     return PortionReport(
-        rows=len(portion),
-        subset=portion.subset,
+        rows=len(view),
+        subset=view.subset,
         share=share,
         files=summary["num_files"],
         format=summary["format"],
@@ -213,9 +213,9 @@ def report_portion(portion: Portion, *, share: float, cache_bytes: int) -> Porti
         manifest=manifest.path,
         manifest_bytes=manifest.num_bytes,
         fingerprint=manifest.fingerprint,
-        seed=portion.seed,
-        shuffle=portion.shuffle,
-        fetched=portion.fetcher.counts,
+        seed=view.seed,
+        shuffle=view.shuffle,
+        fetched=view.fetcher.counts,
     )
 
 

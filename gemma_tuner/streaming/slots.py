@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from gemma_tuner.records import Example
 from gemma_tuner.streaming.order import Interleave
-from gemma_tuner.streaming.portion import Portion
+from gemma_tuner.streaming.view import DatasetView
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,24 +19,24 @@ class Slot:
     Args:
         index: Which of the stream's data sets it is from.
         row: Its row of that data set's manifest.
-        portion: The data set.
+        view: The data set.
     """
 
     index: int
     row: int
-    portion: Portion
+    view: DatasetView
 
     def read(self) -> Example:
         """Read it from the manifest."""
-        return self.portion.manifest.read_example(self.row)
+        return self.view.manifest.read_example(self.row)
 
     def fetch(self, example: Example) -> Example:
         """Replace its stored objects by their bytes."""
-        return self.portion.fetch(example)
+        return self.view.fetch(example)
 
     def decode(self, example: Example) -> Example:
         """Replace its encoded media by decoded."""
-        return self.portion.decode(example)
+        return self.view.decode(example)
 
     def load(self) -> Example:
         """Read, fetch and decode it, one after the other."""
@@ -47,18 +47,18 @@ class Slots:
     """The slots of a stream, numbered on over its epochs.
 
     Args:
-        portions: The data sets.
+        views: The data sets.
         weights: How much of each a mix takes; one, where there is one.
     """
 
-    def __init__(self, portions: Sequence[Portion], weights: Sequence[Fraction]) -> None:
-        self.portions = tuple(portions)
+    def __init__(self, views: Sequence[DatasetView], weights: Sequence[Fraction]) -> None:
+        self.views = tuple(views)
         self.weights = tuple(weights)
         self._interleave = Interleave(self.weights)
 
     def __len__(self) -> int:
         """Slots of an epoch: as many as there are rows."""
-        return sum(map(len, self.portions))
+        return sum(map(len, self.views))
 
     def locate(self, number: int) -> Slot:
         """Say what a slot holds.
@@ -70,8 +70,8 @@ class Slots:
             The slot.
         """
         index, turn = self._interleave.locate(number)
-        portion = self.portions[index]
-        return Slot(index, portion.find_row(turn), portion)
+        view = self.views[index]
+        return Slot(index, view.find_row(turn), view)
 
     def find(self, index: int) -> Slot:
         """Find a row as it stands in the sources, which follow each other.
@@ -89,10 +89,10 @@ class Slots:
         if not -len(self) <= place < len(self):
             raise IndexError(f"row {place} of a stream of {len(self)} rows")
         place %= len(self)
-        for number, portion in enumerate(self.portions):
-            if place < len(portion):
-                return Slot(number, int(portion.rows[place]), portion)
-            place -= len(portion)
+        for number, view in enumerate(self.views):
+            if place < len(view):
+                return Slot(number, int(view.rows[place]), view)
+            place -= len(view)
         raise IndexError(f"row {index} of a stream of {len(self)} rows")
 
     def count_rows(self, index: int) -> int:
@@ -105,4 +105,4 @@ class Slots:
             Rows; a mix may go through a small data set several times in one of its epochs.
         """
         share = self.weights[index] / sum(self.weights)
-        return max(len(self.portions[index]), int(share * len(self)))
+        return max(len(self.views[index]), int(share * len(self)))

@@ -85,19 +85,19 @@ class Place:
         return {"epoch": epoch, "position": position, "bad": list(bad)}
 
 
-def identify(portions: Sequence[Mapping[str, Any]], weights: Sequence[Fraction]) -> dict[str, Any]:
+def identify(views: Sequence[Mapping[str, Any]], weights: Sequence[Fraction]) -> dict[str, Any]:
     """Return what the numbers of a state refer to.
 
     Args:
-        portions: What each data set of the stream is, and how it is shuffled.
+        views: What each data set of the stream is, and how it is shuffled.
         weights: How much of each a mix takes.
 
     Returns:
         The only data set's description, or the weights and descriptions of a mix.
     """
-    if len(portions) == 1:
-        return {"version": STATE_VERSION, **portions[0]}
-    streams = {f"stream {number}": portion for number, portion in enumerate(portions, 1)}
+    if len(views) == 1:
+        return {"version": STATE_VERSION, **views[0]}
+    streams = {f"stream {number}": view for number, view in enumerate(views, 1)}
     return {"version": STATE_VERSION, "weights": list(map(str, weights)), **streams}
 
 

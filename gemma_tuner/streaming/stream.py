@@ -16,11 +16,11 @@ from gemma_tuner.errors import ConfigError, DataError, GemmaTunerError
 from gemma_tuner.records import Example
 from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.streaming.passing_over import list_bad, note_bad, retry_bad
-from gemma_tuner.streaming.portion import Portion
 from gemma_tuner.streaming.quarantine import BadExample, Stage
-from gemma_tuner.streaming.report import StreamPreview, StreamReport, report_portion
+from gemma_tuner.streaming.report import StreamPreview, StreamReport, report_view
 from gemma_tuner.streaming.slots import Slot, Slots
 from gemma_tuner.streaming.state import Place, identify, read_state
+from gemma_tuner.streaming.view import DatasetView
 from gemma_tuner.streaming.window import Failure, Window
 
 _REMEMBERED_EXAMPLES = 4096  # more than an optimizer step ever holds
@@ -41,7 +41,7 @@ class ExampleStream:
     again, the same iterator tries the same example.
 
     Args:
-        portions: The rows of each data set in the stream.
+        views: The rows of each data set in the stream.
         weights: How much of each a mix takes; one, where there is one.
         fetch: How media are fetched and kept.
         shard: Which of how many equal shares this stream hands out.
@@ -49,17 +49,17 @@ class ExampleStream:
 
     def __init__(
         self,
-        portions: Sequence[Portion],
+        views: Sequence[DatasetView],
         weights: Sequence[Fraction] = (Fraction(1),),
         *,
         fetch: FetchConfig,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        self.portions = tuple(portions)
+        self.views = tuple(views)
         self.fetch = fetch
-        self._slots = Slots(portions, weights)
+        self._slots = Slots(views, weights)
         self._shard_index, self._num_shards = shard
-        self._place = Place(len(self._slots), len(self.portions))
+        self._place = Place(len(self._slots), len(self.views))
         self._consecutive_bad = 0
         self._num_handed_out = 0
         self._num_passed_over = 0
@@ -70,10 +70,10 @@ class ExampleStream:
         self._recent: dict[str, Slot] = {}
 
     def __repr__(self) -> str:
-        subsets = " + ".join(portion.subset for portion in self.portions)
+        subsets = " + ".join(view.subset for view in self.views)
         return (
-            f"ExampleStream({len(self):,} rows, {subsets}, seed={self.portions[0].seed}, "
-            f"shuffle={self.portions[0].shuffle}, epoch={self._place.epoch}, "
+            f"ExampleStream({len(self):,} rows, {subsets}, seed={self.views[0].seed}, "
+            f"shuffle={self.views[0].shuffle}, epoch={self._place.epoch}, "
             f"position={self._place.position:,})"
         )
 
@@ -83,7 +83,7 @@ class ExampleStream:
     @property
     def is_whole(self) -> bool:
         """Whether this is neither a mix nor a shard."""
-        return len(self.portions) == 1 and self._num_shards == 1
+        return len(self.views) == 1 and self._num_shards == 1
 
     @property
     def num_passed_over(self) -> int:
@@ -121,7 +121,7 @@ class ExampleStream:
             DataError: An example that cannot be used, beyond its source's budget.
         """
         slots = [self._slots.find(index) for index in indices]
-        bad = [0] * len(self.portions)
+        bad = [0] * len(self.views)
         consecutive = 0
         window = Window(iter(slots), self.fetch)
         try:
@@ -173,7 +173,7 @@ class ExampleStream:
         numbers = isinstance(index, int) and isinstance(count, int)
         if not numbers or not 0 <= index < count or self._num_shards > 1:
             raise ConfigError(f"shard({index!r}, {count!r}) of {self!r}; give 0 <= index < count")
-        shard = self._with_portions(self.portions, shard=(index, count))
+        shard = self._with_views(self.views, shard=(index, count))
         shard.load_state_dict(self.state_dict())
         return shard
 
@@ -226,7 +226,7 @@ class ExampleStream:
             raise ConfigError(f"take({num_rows!r}); give a whole number above 0")
         if not self.is_whole:
             raise ConfigError("take() of a mix or shard; take rows of the streams, then mix those")
-        return ExampleStream([self.portions[0].take(num_rows)], fetch=self.fetch)
+        return ExampleStream([self.views[0].take(num_rows)], fetch=self.fetch)
 
     def split(self, fraction: float) -> tuple[ExampleStream, ExampleStream]:
         """Divide the rows in two by hashes of their keys; of a mix, those of each stream.
@@ -247,8 +247,8 @@ class ExampleStream:
             raise ConfigError(f"split({fraction!r}); give a number between 0 and 1")
         if not 0 < fraction < 1:
             raise ConfigError(f"split({fraction}); give a number between 0 and 1, both left out")
-        rest, held_out = zip(*(portion.split(fraction) for portion in self.portions), strict=True)
-        return self._with_portions(rest), self._with_portions(held_out)
+        rest, held_out = zip(*(view.split(fraction) for view in self.views), strict=True)
+        return self._with_views(rest), self._with_views(held_out)
 
     def preview(self, count: int = 3) -> StreamPreview:
         """Show the first rows of the data: keys, roles, text cut short, sizes of media.
@@ -275,12 +275,12 @@ class ExampleStream:
         waited = self._wait_seconds + (self._window.wait_seconds if self._window else 0.0)
         return StreamReport(
             parts=tuple(
-                report_portion(
-                    portion,
+                report_view(
+                    view,
                     share=float(weight / sum(weights)),
                     cache_bytes=self.fetch.cache_bytes,
                 )
-                for portion, weight in zip(self.portions, weights, strict=True)
+                for view, weight in zip(self.views, weights, strict=True)
             ),
             epoch=self._place.epoch,
             position=self._place.position,
@@ -311,7 +311,7 @@ class ExampleStream:
         Returns:
             What is wrong with each; of all rows of the data, those of other splits too.
         """
-        return list_bad(self.portions)
+        return list_bad(self.views)
 
     def retry_quarantine(self) -> tuple[int, int]:
         """Try the examples in the quarantine again, and take out those that can be used now.
@@ -322,18 +322,18 @@ class ExampleStream:
         Returns:
             How many can be used now, and how many remain.
         """
-        return retry_bad(self.portions)
+        return retry_bad(self.views)
 
     def close(self) -> None:
         """Stop fetching, for good: of this stream and of those split, mixed or sharded from it."""
         self._drop_window()
-        for portion in self.portions:
-            portion.fetcher.close()
+        for view in self.views:
+            view.fetcher.close()
 
-    def _with_portions(
-        self, portions: Sequence[Portion], *, shard: tuple[int, int] = (0, 1)
+    def _with_views(
+        self, views: Sequence[DatasetView], *, shard: tuple[int, int] = (0, 1)
     ) -> ExampleStream:
-        return ExampleStream(portions, self._slots.weights, fetch=self.fetch, shard=shard)
+        return ExampleStream(views, self._slots.weights, fetch=self.fetch, shard=shard)
 
     # --- one slot after the other -------------------------------------------------------------
 
@@ -393,7 +393,7 @@ class ExampleStream:
 
     def _identity(self) -> dict[str, Any]:
         """What epoch and position refer to."""
-        return identify([portion.describe() for portion in self.portions], self._slots.weights)
+        return identify([view.describe() for view in self.views], self._slots.weights)
 
     def _count_bad(
         self, slot: Slot, stage: Stage, error: DataError, bad: int, consecutive: int

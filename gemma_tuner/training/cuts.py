@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from gemma_tuner.device import announce
-from gemma_tuner.planning.choice import Level
+from gemma_tuner.planning.choice import CheckpointingLevel
 from gemma_tuner.planning.plan import Plan
 from gemma_tuner.training.config import TrainConfig
 
@@ -29,7 +29,7 @@ class Cuts:
         asked: The settings that had a say.
     """
 
-    levels: tuple[Level, ...]
+    levels: tuple[CheckpointingLevel, ...]
     target_share: float
     loss_chunk_tokens: int
     query_chunk_tokens: int | None
@@ -43,11 +43,11 @@ class Cuts:
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> Cuts:
         """Read what :meth:`to_dict` wrote."""
-        levels = tuple(Level(**level) for level in saved["levels"])
+        levels = tuple(CheckpointingLevel(**level) for level in saved["levels"])
         return cls(**{**saved, "levels": levels, "asked": tuple(saved["asked"])})
 
 
-def read_cuts(plan: Plan, levels: Sequence[Level], config: TrainConfig) -> Cuts:
+def read_cuts(plan: Plan, levels: Sequence[CheckpointingLevel], config: TrainConfig) -> Cuts:
     """What a run cuts by.
 
     Args:

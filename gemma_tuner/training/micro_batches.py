@@ -18,7 +18,7 @@ from torch.utils.checkpoint import _CheckpointFrame  # pyright: ignore[reportPri
 from gemma_tuner.batch import Batch
 from gemma_tuner.device import empty_cache, is_out_of_memory, memory_used_bytes
 from gemma_tuner.errors import MemoryPlanError
-from gemma_tuner.planning.choice import BUSY_TOKENS, Level
+from gemma_tuner.planning.choice import BUSY_TOKENS, CheckpointingLevel
 from gemma_tuner.records import Example
 from gemma_tuner.training.feed import StepInput
 
@@ -44,7 +44,7 @@ class MicroBatches:
 
     def __init__(
         self,
-        levels: Sequence[Level],
+        levels: Sequence[CheckpointingLevel],
         target_share: float,
         device: torch.device,
         collate: Callable[[Sequence[Example]], Batch],

@@ -35,7 +35,7 @@ _GIB = 2**30
 MANY_SHAPES = 128
 
 
-class Governor:
+class RunMonitor:
     """Watch one run on one device, and give pooled memory back when that is due.
 
     Args:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 
-class Ledger:
+class RunState:
     """Count what a run does, say what is due, save it, and take it up where it was saved.
 
     Args:

@@ -19,14 +19,14 @@ from gemma_tuner.models.features import FeatureCache
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.models.modes import checkpoint_layers
-from gemma_tuner.planning.choice import ANY_SIZE, LOSS_CHUNKS, Wanted
-from gemma_tuner.planning.loaded import plan_training, plan_without_trial
+from gemma_tuner.planning.choice import ANY_SIZE, LOSS_CHUNKS, PlanRequest
+from gemma_tuner.planning.loaded import plan_training, plan_without_trace
 from gemma_tuner.planning.plan import Plan
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.cuts import Cuts, cut_as_before, read_cuts
 from gemma_tuner.training.feed import StepInput
 from gemma_tuner.training.micro_batches import MicroBatch, MicroBatches, retry_once
-from gemma_tuner.training.monitor import Governor
+from gemma_tuner.training.monitor import RunMonitor
 from gemma_tuner.training.optim import clip_gradients, guarded_step, set_learning_rate
 from gemma_tuner.training.processes import Processes
 
@@ -69,7 +69,7 @@ class Stepper:
 
     Attributes:
         features: What frozen towers made of media, where the settings keep it.
-        governor: What watches the device.
+        monitor: What watches the device.
         plan: How steps are taken; None until one is known.
         micro_batches: What cuts them, by that plan.
     """
@@ -91,7 +91,7 @@ class Stepper:
         self._device = processes.device
         self._loss_chunk_tokens = config.loss_chunk_tokens or LOSS_CHUNKS[0]
         self.features = FeatureCache(model, round(config.feature_cache_gib * 2**30))
-        self.governor = Governor(self._device)
+        self.monitor = RunMonitor(self._device)
         self._cuts_before: Cuts | None = None
         self.plan: Plan | None = None
         self.micro_batches: MicroBatches | None = None
@@ -160,7 +160,7 @@ class Stepper:
             ``[]`` float32, on the device.
         """
         with self.features.serve(batch.inputs, batch.media_hashes) as inputs:
-            placed = self.governor.place(replace(batch, inputs=inputs))
+            placed = self.monitor.place(replace(batch, inputs=inputs))
             return target_loss_sum(self._model, placed, chunk_tokens=self._loss_chunk_tokens)
 
     def _seed_dropout(self, step: int) -> None:
@@ -228,14 +228,14 @@ class Stepper:
             return MicroBatches([ANY_SIZE], 1.0, self._device, self._collator)
         examples = {example.key: example for example in step_input.examples}
         rows = [self._collator([examples[batch.longest_key]]) for batch in batches]
-        plan = plan_without_trial(self._model, rows, self._request(rows))
+        plan = plan_without_trace(self._model, rows, self._request(rows))
         is_sure = plan is not None
         micro = self._follow(plan or self._try_steps(rows))
         if self._processes.is_main and not is_sure:
             announce(str(self.plan))
         return micro
 
-    def _request(self, rows: Sequence[Batch]) -> Wanted:
+    def _request(self, rows: Sequence[Batch]) -> PlanRequest:
         return request_plan(rows, self._config, self._collator.max_tokens)
 
     def _try_steps(self, rows: Sequence[Batch]) -> Plan:
@@ -248,13 +248,13 @@ class Stepper:
         self.micro_batches = MicroBatches(
             plan.levels, plan.target_share, self._device, self._collator
         )
-        self.governor = Governor(self._device, plan.budget_bytes)
+        self.monitor = RunMonitor(self._device, plan.budget_bytes)
         self._loss_chunk_tokens = plan.loss_chunk_tokens
         set_query_chunk(unwrap_peft(self._model), plan.query_chunk_tokens)
         return self.micro_batches
 
 
-def request_plan(rows: Sequence[Batch], config: TrainConfig, max_tokens: int) -> Wanted:
+def request_plan(rows: Sequence[Batch], config: TrainConfig, max_tokens: int) -> PlanRequest:
     """What a run asks of a plan: its share of targets as in some of its rows and a quarter more.
 
     Args:
@@ -266,7 +266,7 @@ def request_plan(rows: Sequence[Batch], config: TrainConfig, max_tokens: int) ->
         The request.
     """
     shares = [row.target_rows.shape[1] / row.labels.shape[1] for row in rows]
-    return Wanted(
+    return PlanRequest(
         batch_size=config.batch_size,
         max_tokens=max_tokens,
         target_share=min(1.0, 1.25 * max(shares)),

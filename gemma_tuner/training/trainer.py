@@ -32,7 +32,7 @@ from gemma_tuner.training.optim import build_optimizer, learning_rate_at
 from gemma_tuner.training.page import open_page
 from gemma_tuner.training.processes import Processes
 from gemma_tuner.training.reports import Reports
-from gemma_tuner.training.run_state import Ledger
+from gemma_tuner.training.run_state import RunState
 from gemma_tuner.training.samples import Samples, take_samples
 from gemma_tuner.training.step import Stepper
 from gemma_tuner.training.trackers import Trackers
@@ -120,22 +120,24 @@ class Trainer:
         self.processes = Processes(self.device)
         self.optimizer = build_optimizer(model.named_parameters(), config, self.device)
         self.stepper = Stepper(model, self.optimizer, collator, config, self.processes)
-        self.ledger = Ledger(config, model, self.optimizer, stream, self.processes, self.stepper)
+        self.run_state = RunState(
+            config, model, self.optimizer, stream, self.processes, self.stepper
+        )
 
     @property
     def step(self) -> int:
         """Optimizer steps done."""
-        return self.ledger.step
+        return self.run_state.step
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run; the last may have fewer examples."""
-        return self.ledger.total_steps
+        return self.run_state.total_steps
 
     @property
     def counts(self) -> Counter[str]:
         """What collating cut or split and what was passed over since the run began, by name."""
-        return self.ledger.counts
+        return self.run_state.counts
 
     @property
     def learning_rate(self) -> float:
@@ -197,7 +199,7 @@ class Trainer:
             MemoryPlanError: A single example does not fit on the device.
             CheckpointError: A checkpoint or the log that is damaged or cannot be written.
         """
-        self.ledger.begin(self.collator.settings(), resume=resume)
+        self.run_state.begin(self.collator.settings(), resume=resume)
         # A step that an error ended halfway has left its gradients.
         self.optimizer.zero_grad(set_to_none=True)
         begin_training(self.model)
@@ -214,11 +216,11 @@ class Trainer:
             except CheckpointError:
                 raise  # saving is what failed
             except Exception:  # whatever it was, the steps before it are whole
-                self.ledger.save(reports)
+                self.run_state.save(reports)
                 raise
             finally:
                 end_training(self.model)
-            self.ledger.save(reports)
+            self.run_state.save(reports)
             self._tell_end(reports, stopped_by)
         self.processes.wait()
         return FitResult(self.step, stopped_by, tuple(reports.held_out))
@@ -234,8 +236,8 @@ class Trainer:
             self._report_step(loss, grad_norm, reports)
             self._measure_held_out(reports)
             self._take_samples(reports)
-            if self.ledger.save_is_due:
-                self.ledger.save(reports)
+            if self.run_state.save_is_due:
+                self.run_state.save(reports)
             # A signal may reach one process alone; all must stop after the same step.
             if self.processes.sum_count(int(stop.reason is not None)):
                 reason = stop.reason or "signal to another process"
@@ -257,7 +259,7 @@ class Trainer:
             MemoryPlanError: A single example does not fit on the device.
         """
         outcome = self.stepper.take(step_input, step=self.step, learning_rate=self.learning_rate)
-        self.ledger.count_step(step_input, outcome)
+        self.run_state.count_step(step_input, outcome)
         return outcome.loss, outcome.grad_norm
 
     def evaluate(self) -> EvalRecord:
@@ -310,7 +312,7 @@ class Trainer:
             self._collate,
             batch_size=self.config.batch_size,
             num_micro_batches=self.config.gradient_accumulation,
-            num_slots=self.ledger.remaining_slots,
+            num_slots=self.run_state.remaining_slots,
             process_index=self.processes.index,
             num_processes=self.processes.count,
         )
@@ -368,19 +370,19 @@ class Trainer:
         reports.advance(self.step)
         for message in stepper.micro_batches.take_messages() if stepper.micro_batches else ():
             reports.event(self.step, "out_of_memory", message)
-        stepper.governor.after_step(self.step, reports)
-        if self.ledger.log_is_due:
-            memory = stepper.governor.read_memory()
-            record = self.ledger.log_step(loss, grad_norm, memory, reports)
-            stepper.governor.after_record(record, reports)
+        stepper.monitor.after_step(self.step, reports)
+        if self.run_state.log_is_due:
+            memory = stepper.monitor.read_memory()
+            record = self.run_state.log_step(loss, grad_norm, memory, reports)
+            stepper.monitor.after_record(record, reports)
 
     def _measure_held_out(self, reports: Reports) -> None:
         """Measure the held-out loss if there is one and it is due."""
-        if self.eval_stream is None or not self.ledger.evaluation_is_due:
+        if self.eval_stream is None or not self.run_state.evaluation_is_due:
             return
         reports.note(self.step, "evaluating")
         reports.evaluation(self.evaluate())
-        self.ledger.held_out_step = self.step
+        self.run_state.held_out_step = self.step
         self._go_on_training(reports)
 
     def _take_samples(self, reports: Reports) -> None:
@@ -393,9 +395,9 @@ class Trainer:
 
     def _go_on_training(self, reports: Reports) -> None:
         """Put the model back to training; the speeds leave out what was done meanwhile."""
-        self.stepper.governor.after_evaluation()
+        self.stepper.monitor.after_evaluation()
         begin_training(self.model)
         self._restart_clock(reports)
 
     def _restart_clock(self, reports: Reports) -> None:
-        reports.restart_clock(self.ledger.num_tokens, self.ledger.num_target_tokens)
+        reports.restart_clock(self.run_state.num_tokens, self.run_state.num_target_tokens)

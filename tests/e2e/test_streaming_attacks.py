@@ -84,14 +84,14 @@ def test_the_same_rows_in_other_files_are_another_order(tmp_path):
 
 def test_a_quarantine_that_cannot_be_written_skips_no_slot(tmp_path):
     stream = open_pictures(tmp_path, {5}, 20, max_bad_fraction=0.1, shuffle=False)
-    path = stream.portions[0].quarantine.path
+    path = stream.views[0].quarantine.path
     path.mkdir(parents=True)
     iterator = iter(stream)
     keys = [next(iterator).key for _ in range(5)]
     with pytest.raises(SourceError, match="quarantine"):
         next(iterator)
     path.rmdir()
-    stream.portions[0].quarantine.replace([])
+    stream.views[0].quarantine.replace([])
     keys += [example.key for example in iterator]
     assert keys == [f"p{n}" for n in range(20) if n != 5]
     assert stream.state_dict()["position"] == 20

@@ -312,7 +312,7 @@ def run_out_of_memory(folder, stride, targets=("language",)):
         "allocations": num_allocations,
         "failed": len(numbers) + 1,
         "halvings": halvings,
-        "skipped": trainer.ledger.guard.total.item(),
+        "skipped": trainer.run_state.guard.total.item(),
         "largest_gradient_difference": max(gradients),
         "messages": micro.take_messages()[:1],
     }

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gemma_tuner.collators.multimodal import MultimodalCollator
-from gemma_tuner.models.placeholders import _lay_out, media_laid_in
+from gemma_tuner.models.placeholders import _lay_out, merged_media_embeddings
 from gemma_tuner.testing import tiny_model
 from tests.examples import example, picture, sound
 
@@ -24,7 +24,7 @@ def model_and_inputs(request):
 def test_what_arrives_is_what_transformers_lays_in(model_and_inputs):
     model, inputs = model_and_inputs
     expected = model.model(**inputs, use_cache=False).last_hidden_state
-    with media_laid_in(model, inputs) as rest:
+    with merged_media_embeddings(model, inputs) as rest:
         found = model.model(**rest, use_cache=False).last_hidden_state
     assert torch.equal(found, expected)
     assert ("pixel_values" in rest) == (model.config.model_type == "gemma3n")
@@ -39,7 +39,7 @@ def test_another_number_of_features_makes_the_loss_undefined(model_and_inputs):
     for token in (model.config.image_token_id, model.config.audio_token_id):
         ids = inputs["input_ids"].clone()
         ids[0, (ids[0] == token).nonzero()[0]] = 10
-        with media_laid_in(model, {**inputs, "input_ids": ids}) as rest:
+        with merged_media_embeddings(model, {**inputs, "input_ids": ids}) as rest:
             hidden = model.model(**rest, use_cache=False).last_hidden_state
         assert hidden[0].isnan().any()
 
@@ -51,7 +51,7 @@ def test_a_forward_that_looks_ids_up_in_another_way_is_an_error(model_and_inputs
     with (
         pytest.raises(RuntimeError, match="looked its ids up 0 times"),
         torch.no_grad(),
-        media_laid_in(model, inputs),
+        merged_media_embeddings(model, inputs),
     ):
         pass
     assert not model.get_input_embeddings()._forward_hooks

@@ -10,12 +10,12 @@ from gemma_tuner.errors import ConfigError, MemoryPlanError
 from gemma_tuner.models.embeddings import find_mapped_embedding
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.loss import target_loss_sum
-from gemma_tuner.models.meta import build_hollow_like
+from gemma_tuner.models.meta import build_meta_copy
 from gemma_tuner.models.modes import begin_training
 from gemma_tuner.planning.choice import widen
-from gemma_tuner.planning.loaded import plan_without_trial
+from gemma_tuner.planning.loaded import plan_without_trace
 from gemma_tuner.planning.plan import plan
-from gemma_tuner.planning.trace import HollowStep
+from gemma_tuner.planning.trace import StepTracer
 from gemma_tuner.testing import sample_data, save_tiny_model, tiny_model
 from gemma_tuner.training.step import request_plan
 from tests.runs import build_trainer
@@ -67,7 +67,7 @@ def make_example(family, modality):
 def test_predicted_bytes_are_those_of_a_real_step(family, modality):
     model, example = make_example(family, modality)
     num_layers = len(model.get_base_model().model.language_model.layers)
-    step = HollowStep(build_hollow_like(model), CPU, accumulates=True)
+    step = StepTracer(build_meta_copy(model), CPU, accumulates=True)
     for rows, tokens, share, chunk in ((2, 192, 0.25, 64), (1, 256, 1.0, 32)):
         batch = widen(example, rows=rows, tokens=tokens, target_share=share)
         for layers in (0, num_layers // 2, num_layers):
@@ -201,7 +201,7 @@ def test_a_large_loss_chunk_counts_in_what_no_step_needs(tmp_path):
     trainer = build_trainer(tmp_path)
     rows = [trainer.collator([trainer.stream[0]])]
     told = [
-        plan_without_trial(
+        plan_without_trace(
             trainer.model,
             rows,
             request_plan(rows, replace(trainer.config, loss_chunk_tokens=chunk), 64),

@@ -5,7 +5,7 @@ import torch
 
 from gemma_tuner.batch import Row, pad_rows
 from gemma_tuner.errors import MemoryPlanError
-from gemma_tuner.planning.choice import Level
+from gemma_tuner.planning.choice import CheckpointingLevel
 from gemma_tuner.records import Example
 from gemma_tuner.training.feed import StepInput
 from gemma_tuner.training.micro_batches import MicroBatches, retry_once
@@ -135,7 +135,9 @@ def collate(examples):
 
 
 def test_each_micro_batch_takes_the_first_level_that_holds_it():
-    micro = MicroBatches([Level(0, 1500), Level(5, 4000)], 0.25, CPU, collate)
+    micro = MicroBatches(
+        [CheckpointingLevel(0, 1500), CheckpointingLevel(5, 4000)], 0.25, CPU, collate
+    )
     step = step_of((2, 512, 8), (4, 512, 8), (1, 2000, 8), (3, 2000, 8), (1, 512, 400))
     seen = micro.run(lambda parts: [(len(b), b.labels.shape[1], k) for b, k in parts], step)
     assert seen == [

@@ -1,4 +1,4 @@
-"""The governor says what a run does to the machine, once, and gives pools back seldom."""
+"""The monitor says what a run does to the machine, once, and gives pools back seldom."""
 
 import gc
 import json
@@ -15,9 +15,9 @@ from gemma_tuner.errors import MemoryPlanError
 from gemma_tuner.training.metrics import StepRecord
 from gemma_tuner.training.monitor import (
     MANY_SHAPES,
-    Governor,
     GrowthWatch,
     PoolPolicy,
+    RunMonitor,
     SpeedWatch,
     SwapWatch,
     shape_of,
@@ -98,7 +98,7 @@ class PoolingAllocator:
 
 @given(st.lists(st.sampled_from([256, 384, 512, 768, 1024, 1536, 2048]), max_size=200))
 def test_pools_stay_bounded_over_many_lengths_at_few_waits(lengths):
-    """Without the governor they would grow to 8.3 GiB; the budget is 6 GiB."""
+    """Without the monitor they would grow to 8.3 GiB; the budget is 6 GiB."""
     allocator, policy, times = PoolingAllocator(), PoolPolicy(6 * GIB), 0
     for step, length in enumerate(lengths):
         if step > 0 and length != lengths[step - 1]:
@@ -225,14 +225,14 @@ def record_of(step, speed=1000.0):
 
 
 def test_shapes_are_counted_as_the_device_sees_them():
-    governor = Governor(CPU)
+    monitor = RunMonitor(CPU)
     for length in (32, 48, 32, 64, 48):
-        placed = governor.place(batch_of(length))
+        placed = monitor.place(batch_of(length))
         assert placed.inputs["input_ids"].shape == (1, length)
-    assert len(governor.shapes) == 3
-    governor.place(batch_of(32, targets=16))
-    governor.place(batch_of(32, rows=2))
-    assert len(governor.shapes) == governor.read_memory().num_shapes == 5
+    assert len(monitor.shapes) == 3
+    monitor.place(batch_of(32, targets=16))
+    monitor.place(batch_of(32, rows=2))
+    assert len(monitor.shapes) == monitor.read_memory().num_shapes == 5
 
 
 def test_media_count_towards_the_shape():
@@ -245,38 +245,38 @@ def test_media_count_towards_the_shape():
 
 
 def test_shapes_warn_only_where_they_cost_something(tmp_path, reports):
-    governor = Governor(CPU)
+    monitor = RunMonitor(CPU)
     for length in range(4 * MANY_SHAPES):
-        governor.place(batch_of(8 + length))
-        governor.after_step(length + 1, reports)
+        monitor.place(batch_of(8 + length))
+        monitor.after_step(length + 1, reports)
     assert read_events(tmp_path) == []
 
 
 def test_the_memory_line_is_what_the_process_holds(reports):
-    governor = Governor(CPU)
+    monitor = RunMonitor(CPU)
     held = torch.ones(16 * 2**20)  # 64 MiB
-    governor.after_step(1, reports)
+    monitor.after_step(1, reports)
     del held
-    line = governor.read_memory()
+    line = monitor.read_memory()
     assert line.peak_bytes >= line.driver_bytes + 60 * 2**20
-    assert governor.read_memory().peak_bytes < line.peak_bytes
+    assert monitor.read_memory().peak_bytes < line.peak_bytes
     assert line.num_emptied == {}
 
 
 def test_a_quiet_run_says_nothing(tmp_path, reports):
-    governor = Governor(CPU)
+    monitor = RunMonitor(CPU)
     for step in range(1, 61):
-        governor.place(batch_of(32))
-        governor.after_step(step, reports)
-        governor.after_record(record_of(step), reports)
-    governor.after_evaluation()
+        monitor.place(batch_of(32))
+        monitor.after_step(step, reports)
+        monitor.after_record(record_of(step), reports)
+    monitor.after_evaluation()
     assert read_events(tmp_path) == []
 
 
 def test_memory_that_is_never_freed_is_reported(tmp_path, reports, monkeypatch):
     monkeypatch.setattr(GrowthWatch, "MIN_GROWTH", 0.0)
     monkeypatch.setattr(GrowthWatch, "MIN_GROWTH_BYTES", 48 * 2**20)
-    governor = Governor(CPU)
+    monitor = RunMonitor(CPU)
     held = []
     for step in range(1, 41):
         if step > 15:
@@ -284,7 +284,7 @@ def test_memory_that_is_never_freed_is_reported(tmp_path, reports, monkeypatch):
             # step: 12 steps to the limit, and 10 to be sure.
             held.append(mmap.mmap(-1, 4 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
             held[-1].write(bytes(4 * 2**20))
-        governor.after_record(record_of(step), reports)
+        monitor.after_record(record_of(step), reports)
     (event,) = read_events(tmp_path)
     assert event["name"] == "memory_growth"
     assert "memory held by the process (host memory) has grown" in event["message"]

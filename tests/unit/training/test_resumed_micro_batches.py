@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gemma_tuner.planning.choice import Level
+from gemma_tuner.planning.choice import CheckpointingLevel
 from gemma_tuner.training.cuts import Cuts, cut_as_before, read_cuts
 from gemma_tuner.training.step import Stepper
 from tests.runs import build_trainer
@@ -53,7 +53,10 @@ def planned(tmp_path_factory):
 
 def test_cuts_are_kept_as_json_and_taken_up(planned, capsys):
     plan, config = planned
-    before = replace(read_cuts(plan, plan.levels, config), levels=(Level(0, 30), Level(8, 60)))
+    before = replace(
+        read_cuts(plan, plan.levels, config),
+        levels=(CheckpointingLevel(0, 30), CheckpointingLevel(8, 60)),
+    )
     before = Cuts.from_dict(before.to_dict())
     found = cut_as_before(plan, before, config)
     assert found.levels == before.levels
@@ -64,11 +67,11 @@ def test_cuts_are_kept_as_json_and_taken_up(planned, capsys):
 
 def test_other_settings_or_less_memory_cut_anew(planned, capsys):
     plan, config = planned
-    before = replace(read_cuts(plan, plan.levels, config), levels=(Level(0, 30),))
+    before = replace(read_cuts(plan, plan.levels, config), levels=(CheckpointingLevel(0, 30),))
     asked = replace(config, gradient_checkpointing=True)
     assert cut_as_before(plan, before, asked) is plan
     assert capsys.readouterr().err == ""
-    scarce = replace(plan, levels=(Level(8, 30),))
+    scarce = replace(plan, levels=(CheckpointingLevel(8, 30),))
     # 0: there was so much room that nothing was tried
     for found, needs in ((plan, plan.usable_bytes + 1), (scarce, 0)):
         assert cut_as_before(found, replace(before, peak_bytes=needs), config) is found

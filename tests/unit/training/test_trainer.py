@@ -84,10 +84,10 @@ def test_the_bar_moves_with_each_step_and_not_with_each_record(tmp_path, monkeyp
 
 def test_a_checkpoint_is_due_every_hundred_steps_unless_configured(tmp_path):
     def due(**settings):
-        ledger = build_trainer(tmp_path, max_steps=1000, **settings).ledger
+        run_state = build_trainer(tmp_path, max_steps=1000, **settings).run_state
         steps = []
-        for ledger.step in range(1, 301):
-            steps += [ledger.step] if ledger.save_is_due else []
+        for run_state.step in range(1, 301):
+            steps += [run_state.step] if run_state.save_is_due else []
         return steps
 
     assert due() == [100, 200, 300]

@@ -22,7 +22,7 @@ from gemma_tuner.streaming.quarantine import Quarantine
 Locality = Literal["shard"]
 
 
-class Portion:
+class DatasetView:
     """Some rows of a manifest, how they are shuffled, and what loads them.
 
     Args:
