@@ -131,17 +131,9 @@ class Batch:
 
 
 def bucket_length(length: int) -> int:
-    """Round a length up to one of few.
-
-    A device that compiles a graph for each new shape (MPS) then sees two shapes per octave, at
-    the cost of at most half as many positions again, a fifth on average.
-
-    Args:
-        length: At least 0.
-
-    Returns:
-        The smallest of 16, 24, 32, 48, 64, 96, 128, … that holds it.
-    """
+    """Round a length up to one of few."""
+    # A device that compiles a graph for each new shape (MPS) then sees two shapes per octave, at
+    # the cost of at most half as many positions again, a fifth on average.
     bucket = 16
     while bucket < length:
         bucket = bucket * 3 // 2 if bucket & (bucket - 1) == 0 else bucket * 4 // 3
@@ -156,17 +148,7 @@ def _round_up(count: int) -> int:
 def pad_rows(
     rows: Sequence[Row], *, max_tokens: int, pad_token_id: int, token_type_name: str
 ) -> Batch:
-    """Pad rows on the right to one bucketed length and lay out their targets.
-
-    Args:
-        rows: At least one, none longer than ``max_tokens``.
-        max_tokens: The longest length that padding may reach.
-        pad_token_id: Fills ``input_ids``.
-        token_type_name: The model's name for token types.
-
-    Returns:
-        The batch. Padding has attention 0 and no label.
-    """
+    """Pad rows on the right to one bucketed length and lay out their targets."""
     longest = max(len(row.input_ids) for row in rows)
     length = min(bucket_length(longest), max_tokens)
 
@@ -208,14 +190,8 @@ def pad_rows(
 
 
 def _lay_out_by_row(targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Table the positions before targets, row by row.
-
-    Args:
-        targets: ``[B, T]`` bool, False at each row's first token.
-
-    Returns:
-        ``target_rows`` and ``target_slots`` of :class:`Batch`, the latter not padded.
-    """
+    """Table the positions before targets, row by row."""
+    # targets: ``[B, T]`` bool, False at each row's first token.
     counts = targets.sum(1)
     width = min(_round_up(int(counts.max())), targets.shape[1])
     row, column = targets.nonzero(as_tuple=True)

@@ -13,17 +13,9 @@ T = TypeVar("T")
 
 
 def name_nearest(kind: type[T]) -> type[T]:
-    """Make a dataclass answer an unknown setting with the one that was meant.
-
-    A decorator, to stand above ``@dataclass``. The class is the same one; its signature, fields
-    and ``repr`` stay as they are.
-
-    Args:
-        kind: A dataclass of settings.
-
-    Returns:
-        ``kind``; making one with an unknown keyword raises a ConfigError.
-    """
+    """Make a dataclass answer an unknown setting with the one that was meant."""
+    # A decorator, to stand above ``@dataclass``. The class is the same one; its signature, fields
+    # and ``repr`` stay as they are.
     create = kind.__init__
     known = [field.name for field in dataclasses.fields(kind) if field.init]  # pyright: ignore[reportArgumentType]
     # ``lr`` is learning_rate and ``bs`` batch_size, as far from them as their letters are.

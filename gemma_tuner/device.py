@@ -34,15 +34,12 @@ def announce(message: str) -> None:
 
 
 def prepare_environment() -> None:
-    """Set what torch reads from the environment on a Mac, unless the user has.
-
-    Operators that MPS lacks must not run on the CPU unnoticed; accelerate would set
-    ``PYTORCH_ENABLE_MPS_FALLBACK=1``, and child processes inherit what is set.
-
-    Memory must run out before the machine swaps: torch's own limit, 1.7 times what Metal
-    recommends, is more than there is. The limits count from when the allocator starts, with the
-    first tensor on the device.
-    """
+    """Set what torch reads from the environment on a Mac, unless the user has."""
+    # Operators that MPS lacks must not run on the CPU unnoticed; accelerate would set
+    # ``PYTORCH_ENABLE_MPS_FALLBACK=1``, and child processes inherit what is set.
+    # Memory must run out before the machine swaps: torch's own limit, 1.7 times what Metal
+    # recommends, is more than there is. The limits count from when the allocator starts, with the
+    # first tensor on the device.
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "0")
     high = os.environ.setdefault("PYTORCH_MPS_HIGH_WATERMARK_RATIO", _MPS_HIGH_WATERMARK)
     # torch refuses to start with a low mark above the high one. Source: MPSAllocator.mm,
@@ -55,19 +52,7 @@ def prepare_environment() -> None:
 
 
 def choose_device(device: str | torch.device | None = None) -> tuple[torch.device, str]:
-    """Choose where to compute: MPS, else CUDA, else the CPU.
-
-    Args:
-        device: The user's choice (``mps``, ``cuda``, ``cuda:1``, ``cpu``), or None.
-
-    Returns:
-        The device and the reason for it. An accelerator has passed a real allocation, before
-        which :func:`prepare_environment` was called.
-
-    Raises:
-        ConfigError: An unknown device, one that is absent or does not work, or MPS with a torch
-            that computes wrong results on it.
-    """
+    """Choose where to compute: MPS, else CUDA, else the CPU."""
     prepare_environment()
     if device is not None:
         chosen = parse_device(device)
@@ -85,17 +70,7 @@ def choose_device(device: str | torch.device | None = None) -> tuple[torch.devic
 
 
 def parse_device(device: str | torch.device) -> torch.device:
-    """Read a device's name; whether it is there is not asked.
-
-    Args:
-        device: ``mps``, ``cuda``, ``cuda:1`` or ``cpu``.
-
-    Returns:
-        The device; ``cuda`` is the process's own where ``accelerate launch`` has started several.
-
-    Raises:
-        ConfigError: Another name.
-    """
+    """Read a device's name; whether it is there is not asked."""
     try:
         chosen = torch.device(device)
     except RuntimeError as error:
@@ -147,19 +122,7 @@ def choose_dtype(
     dtype: str | torch.dtype | None = None,
     checkpoint_dtype: str | torch.dtype | None = None,
 ) -> tuple[torch.dtype, str]:
-    """Choose the dtype of the frozen weights; adapters are always float32.
-
-    Args:
-        device: Where they will be.
-        dtype: The user's choice, a torch dtype or its name, or None.
-        checkpoint_dtype: What the checkpoint holds, if its configuration tells.
-
-    Returns:
-        The dtype and the reason for it.
-
-    Raises:
-        ConfigError: float16, which Gemma's vision pooler overflows, or an unknown dtype.
-    """
+    """Choose the dtype of the frozen weights; adapters are always float32."""
     if dtype is not None:
         name = _name_dtype(dtype)
         if name not in _DTYPES:
@@ -211,11 +174,7 @@ def memory_driver_bytes(device: torch.device) -> int:
 
 
 def take_peak_bytes(device: torch.device) -> int | None:
-    """The most that live tensors have held since this was last asked.
-
-    Returns:
-        Bytes, or None on devices that do not count it (CPU, MPS).
-    """
+    """The most that live tensors have held since this was last asked."""
     if device.type != "cuda":
         return None
     peak_bytes = torch.cuda.max_memory_allocated(device)
@@ -246,14 +205,7 @@ def memory_total_bytes(device: torch.device) -> int:
 
 
 def memory_budget_bytes(device: torch.device) -> tuple[int, str]:
-    """Bytes that this process may hold on a device, what it holds already included.
-
-    Args:
-        device: One that is there.
-
-    Returns:
-        The bytes, and where the number is from.
-    """
+    """Bytes that this process may hold on a device, what it holds already included."""
     match device.type:
         case "cuda":
             free, _ = torch.cuda.mem_get_info(device)
@@ -305,14 +257,7 @@ def empty_cache(device: torch.device) -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device has no memory for another tensor.
-
-    Args:
-        error: What an operator raised.
-
-    Returns:
-        True for CUDA's own kind of error, and for that of MPS, which is known by its text.
-    """
+    """Whether an error says that the device has no memory for another tensor."""
     # Source: torch's MPSAllocator.mm; accelerate.utils.memory matches the same words.
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError)
@@ -321,14 +266,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def random_generators(device: torch.device) -> dict[str, torch.Generator]:
-    """The default generators that training on a device draws from (dropout), by device type.
-
-    Args:
-        device: Where training runs; an accelerator must have been used already.
-
-    Returns:
-        The CPU's generator and the device's own: their states resume a run exactly.
-    """
+    """The default generators that training on a device draws from (dropout), by device type."""
     generators = {"cpu": torch.default_generator}
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
@@ -342,18 +280,10 @@ def random_generators(device: torch.device) -> dict[str, torch.Generator]:
 def replayed(
     generator: torch.Generator,
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Let a checkpointed layer draw in its recomputation what it drew in its forward pass.
-
-    ``torch.utils.checkpoint`` does so for the CPU's generator and for those of devices that say
-    whether they are initialized; torch.mps does not, and dropout there would drop others: the
-    gradient would be wrong without a word (pytorch#127676).
-
-    Args:
-        generator: What the layer draws from.
-
-    Returns:
-        What checkpointing takes from its ``context_fn``: a context for each of the two.
-    """
+    """Let a checkpointed layer draw in its recomputation what it drew in its forward pass."""
+    # ``torch.utils.checkpoint`` does so for the CPU's generator and for those of devices that say
+    # whether they are initialized; torch.mps does not, and dropout there would drop others: the
+    # gradient would be wrong without a word (pytorch#127676).
     return nullcontext(), _drawing_from(generator, generator.get_state())
 
 

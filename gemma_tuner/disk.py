@@ -15,18 +15,7 @@ _MARGIN_BYTES = 16 * 2**20
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """Yield a hidden sibling that takes a path's place once the block has made it.
-
-    Args:
-        path: A file or a folder, or where one shall be, in a folder that exists. What is there
-            stays until its successor is whole and on the disk; if the block fails, for good.
-
-    Yields:
-        The sibling, which is not there: the block makes a file or a folder of it.
-
-    Raises:
-        OSError: The disk fails, or a file is to take a folder's place, or a folder a file's.
-    """
+    """Yield a hidden sibling that takes a path's place once the block has made it."""
     old = None
     with temporary_sibling(path) as temporary:
         yield temporary
@@ -42,17 +31,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def temporary_sibling(path: Path) -> Iterator[Path]:
-    """Yield a hidden path beside another, and remove afterwards what the block leaves there.
-
-    Args:
-        path: Beside which; ``.name.tmp`` is yielded for ``name``.
-
-    Yields:
-        The sibling, which is not there: what a killed process has left is removed.
-
-    Raises:
-        OSError: The place cannot be written.
-    """
+    """Yield a hidden path beside another, and remove afterwards what the block leaves there."""
     temporary = path.with_name(f".{path.name}.tmp")
     _remove(temporary)
     try:
@@ -90,15 +69,7 @@ def sync_all(path: Path) -> None:
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
-    """Fail now where a disk would be full halfway.
-
-    Args:
-        folder: On the disk in question.
-        num_bytes: What shall be written to it; a margin for small things is added.
-
-    Raises:
-        OSError: There is no room.
-    """
+    """Fail now where a disk would be full halfway."""
     needed, free = num_bytes + _MARGIN_BYTES, shutil.disk_usage(folder).free
     if free < needed:
         shown = f"{-(-needed // 10**6):,} MB are needed and {free // 10**6:,} MB are free"
@@ -109,15 +80,7 @@ def check_room(folder: Path, num_bytes: int) -> None:
 def disk_errors_explained(
     explain: Callable[[str], Exception], *others: type[Exception]
 ) -> Iterator[None]:
-    """Turn what can go wrong with a disk into an error with a remedy.
-
-    Args:
-        explain: Given the reason, makes the error; an OSError's own text holds the path.
-        *others: What libraries raise instead of OSError, with texts that hold no path.
-
-    Raises:
-        Exception: What ``explain`` makes, instead of the block's OSError.
-    """
+    """Turn what can go wrong with a disk into an error with a remedy."""
     try:
         yield
     except (OSError, *others) as error:

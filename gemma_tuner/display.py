@@ -38,60 +38,27 @@ _CELL = "text-align:left;vertical-align:top;padding:2px 16px 2px 0;white-space:p
 
 
 def escape(text: str) -> str:
-    """Escape a text, and cut it where it is too long for a page, which is said.
-
-    Args:
-        text: Anything.
-
-    Returns:
-        HTML without tags.
-    """
+    """Escape a text, and cut it where it is too long for a page, which is said."""
     if len(text) <= MAX_CHARACTERS:
         return html.escape(text)
     return f"{html.escape(text[:MAX_CHARACTERS])}… ({len(text):,} characters)"
 
 
 def element(tag: str, content: str, style: str = "") -> str:
-    """Put HTML into an element.
-
-    Args:
-        tag: Its name.
-        content: HTML; texts are to be escaped.
-        style: CSS.
-
-    Returns:
-        HTML.
-    """
+    """Put HTML into an element."""
     attribute = f' style="{html.escape(style)}"' if style else ""
     return f"<{tag}{attribute}>{content}</{tag}>"
 
 
 def make_card(title: str, note: str, *content: str) -> str:
-    """Frame an object.
-
-    Args:
-        title: Text: what it is.
-        note: Text beside the title, which matters less.
-        content: HTML, one below the other.
-
-    Returns:
-        HTML.
-    """
+    """Frame an object."""
     heading = element("b", escape(title)) + element("span", f"&ensp;{escape(note)}", QUIET)
     frame = "border-left:3px solid #8886;padding:2px 0 2px 12px;margin:6px 0;line-height:1.5"
     return element("div", element("div", heading) + "".join(content), frame)
 
 
 def make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Make a table of cells that are HTML.
-
-    Args:
-        head: Names of the columns, text; none for a table without them.
-        rows: HTML, escaped where it is text.
-
-    Returns:
-        HTML.
-    """
+    """Make a table of cells that are HTML."""
     lines = [_make_row("th", map(escape, head))] if head else []
     lines += [_make_row("td", row) for row in rows]
     return element("table", "".join(lines), "border-collapse:collapse;margin:4px 0")
@@ -102,28 +69,12 @@ def _make_row(tag: str, cells: Iterable[str]) -> str:
 
 
 def make_details(summary: str, content: str) -> str:
-    """Fold away what few want to see.
-
-    Args:
-        summary: Text that stays.
-        content: HTML.
-
-    Returns:
-        HTML.
-    """
+    """Fold away what few want to see."""
     return element("details", element("summary", escape(summary), QUIET) + content)
 
 
 def make_bar(parts: Iterable[tuple[float, str, str]], title: str) -> str:
-    """Draw a bar of parts.
-
-    Args:
-        parts: The share of each, 0 to 1, the CSS of its background, and its name.
-        title: What a screen reader says of all of it.
-
-    Returns:
-        HTML.
-    """
+    """Draw a bar of parts."""
     pieces = "".join(
         f'<div title="{html.escape(name)}" style="width:{100 * share:.3f}%;background:{color}">'
         "</div>"
@@ -134,14 +85,7 @@ def make_bar(parts: Iterable[tuple[float, str, str]], title: str) -> str:
 
 
 def make_thumbnail(picture: PIL.Image.Image) -> str:
-    """Show a picture, small, with its size below.
-
-    Args:
-        picture: Decoded.
-
-    Returns:
-        HTML that holds the pixels.
-    """
+    """Show a picture, small, with its size below."""
     small = picture.copy()
     small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
     buffer = io.BytesIO()
@@ -154,15 +98,8 @@ def make_thumbnail(picture: PIL.Image.Image) -> str:
 
 
 def make_player(samples: numpy.ndarray, rate_hz: int) -> str:
-    """Make a sound playable, with its length below.
-
-    Args:
-        samples: ``[frames]`` or ``[frames, channels]`` float, full scale at 1.
-        rate_hz: Frames a second.
-
-    Returns:
-        HTML that holds the first ``MAX_SECONDS``, in 16 bits.
-    """
+    """Make a sound playable, with its length below."""
+    # samples: ``[frames]`` or ``[frames, channels]`` float, full scale at 1.
     heard = samples[: int(MAX_SECONDS * rate_hz)]
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
@@ -180,14 +117,7 @@ def make_player(samples: numpy.ndarray, rate_hz: int) -> str:
 
 
 def show_bytes(num_bytes: float) -> str:
-    """Write a size with its unit.
-
-    Args:
-        num_bytes: The size.
-
-    Returns:
-        Three figures, in units of a thousand.
-    """
+    """Write a size with its unit."""
     units = ["bytes", "kB", "MB", "GB", "TB"]
     while num_bytes >= 1000 and len(units) > 1:
         num_bytes /= 1000

@@ -150,14 +150,7 @@ class Example:
 
 
 def write_html(example: Example) -> str:
-    """Write an example as notebooks show it, its pictures and sounds inside.
-
-    Args:
-        example: Media that are not decoded are named only.
-
-    Returns:
-        HTML, its texts escaped.
-    """
+    """Write an example as notebooks show it, its pictures and sounds inside."""
     rows = [(element("span", turn.role, QUIET), _turn_html(turn)) for turn in example.turns]
     if example.document is not None:
         rows.append((element("span", "document", QUIET), escape(example.document)))

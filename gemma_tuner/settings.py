@@ -28,21 +28,7 @@ _PATHS = {"cache_dir", "data", "model", "out"}
 
 
 def read_settings(path: str | Path, known: Collection[str]) -> dict[str, Setting]:
-    """Read settings; JSON is read too, as it is YAML.
-
-    Args:
-        path: The file: one mapping of names to a value, or to a list of values. Dashes in a name
-            are read as underscores. Nothing in it is run.
-        known: The names there are, with underscores.
-
-    Returns:
-        Names with underscores, and their values as the file has them. A number such as 1e-4 is a
-        string in YAML: whoever takes it converts it.
-
-    Raises:
-        ConfigError: The file cannot be read, is not such a mapping, or has an unknown name; or it
-            is a recipe's, and ``known`` has no ``RECIPE``.
-    """
+    """Read settings; JSON is read too, as it is YAML."""
     path = Path(path)
     content = _read_mapping(path)
     if RECIPE in content and RECIPE not in known:
@@ -107,18 +93,7 @@ def _read_mapping(path: Path) -> Mapping[Any, Any]:
 
 
 def save_settings(folder: str | Path, settings: Mapping[str, Setting]) -> Path:
-    """Write settings into a run's folder, so that they start the same run again.
-
-    Args:
-        folder: The run's; made if it is missing.
-        settings: Names and values; what is None is left out.
-
-    Returns:
-        The file.
-
-    Raises:
-        ConfigError: It cannot be written.
-    """
+    """Write settings into a run's folder, so that they start the same run again."""
     import yaml  # noqa: PLC0415
 
     path = Path(folder) / FILE_NAME
@@ -137,27 +112,12 @@ def save_settings(folder: str | Path, settings: Mapping[str, Setting]) -> Path:
 
 
 def pin_paths(settings: Mapping[str, Setting]) -> dict[str, Setting]:
-    """Make paths absolute, so that settings mean the same wherever they are read.
-
-    Args:
-        settings: Names and values.
-
-    Returns:
-        The same, where ``data`` and ``model`` are absolute if they are here, and so are ``out``
-        and ``cache_dir``.
-    """
+    """Make paths absolute, so that settings mean the same wherever they are read."""
     return {name: _pin(name, value) for name, value in expand_home(settings).items()}
 
 
 def expand_home(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the user's folder for ``~``, which shells do not in a file or after ``--out=``.
-
-    Args:
-        settings: Names and values, of a file or of flags.
-
-    Returns:
-        The same, where ``cache_dir``, ``data``, ``model`` and ``out`` have no leading ``~``.
-    """
+    """Put the user's folder for ``~``, which shells do not in a file or after ``--out=``."""
     return {name: _expand(value) if name in _PATHS else value for name, value in settings.items()}
 
 

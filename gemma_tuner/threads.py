@@ -35,14 +35,7 @@ class DaemonPool:
         self._closed = False
 
     def submit(self, function: Callable[..., Result], *arguments: object) -> Future[Result]:
-        """Begin ``function(*arguments)`` as soon as a thread is free.
-
-        Returns:
-            What it will return or raise.
-
-        Raises:
-            RuntimeError: The pool is closed, or the system gives no more threads.
-        """
+        """Begin ``function(*arguments)`` as soon as a thread is free."""
         future: Future[Result] = Future()
         with self._changed:
             if self._closed:

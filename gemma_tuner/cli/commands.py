@@ -43,15 +43,7 @@ _DEBUG = inspect.Parameter(
 
 
 def command(function: Callable[..., object]) -> Callable[..., None]:
-    """Make a function a command: its groups of settings become options, its errors a paragraph.
-
-    Args:
-        function: Its parameters are options and arguments of Typer, or dataclasses whose fields
-            are (:mod:`gemma_tuner.cli.settings`), each of which becomes an option of its own.
-
-    Returns:
-        What ``app.command()`` takes; it has ``--debug`` as well.
-    """
+    """Make a function a command: its groups of settings become options, its errors a paragraph."""
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
@@ -88,16 +80,7 @@ def _is_group(kind: object) -> bool:
 
 @contextmanager
 def errors_explained(*, debug: bool, options: Collection[str] = ()) -> Iterator[None]:
-    """Turn an error into one paragraph on stderr and exit status 1; an interrupt into 130.
-
-    Args:
-        debug: Whether its traceback is shown first.
-        options: Names of the command's options: those that an error speaks of as arguments of
-            Python are added to it as flags.
-
-    Raises:
-        SystemExit: Instead of the error.
-    """
+    """Turn an error into one paragraph on stderr and exit status 1; an interrupt into 130."""
     try:
         yield
     except KeyboardInterrupt:

@@ -29,15 +29,7 @@ _GROUPS = (ModelSettings, DataSettings, RowSettings, AdapterSettings, RunSetting
 
 
 def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Let a settings file give what no flag gives; the callback of ``--config``.
-
-    Args:
-        context: The command's.
-        path: The file.
-
-    Returns:
-        The same path.
-    """
+    """Let a settings file give what no flag gives; the callback of ``--config``."""
     if path is not None:
         with errors_explained(debug=False):
             _use_as_defaults(context, path)
@@ -45,15 +37,7 @@ def read_config(context: typer.Context, path: Path | None) -> Path | None:
 
 
 def from_run(*groups: type[Any]) -> Callable[[typer.Context, Path | None], Path | None]:
-    """Let a run's settings give what no flag gives.
-
-    Args:
-        groups: Which of its settings.
-
-    Returns:
-        The callback of an argument or option that takes the folder of a run, or of an adapter,
-        which may lie in a run's.
-    """
+    """Let a run's settings give what no flag gives."""
 
     def read_run(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
@@ -87,14 +71,7 @@ Run = Annotated[
 
 
 def find_settings(run: Path) -> Path | None:
-    """Find the settings of a run by its folder, its adapter's or a checkpoint's.
-
-    Args:
-        run: The folder.
-
-    Returns:
-        The file; None where a script made the run, or a recipe, whose settings say other things.
-    """
+    """Find the settings of a run by its folder, its adapter's or a checkpoint's."""
     folder = run.resolve()
     # What lies above any other folder is not the run's: it may be another's.
     if folder.name == "adapter" and not (folder / FILE_NAME).is_file():
@@ -106,14 +83,7 @@ def find_settings(run: Path) -> Path | None:
 
 
 def list_settings(context: typer.Context) -> dict[str, Setting]:
-    """List what a command runs with, as its settings file has it.
-
-    Args:
-        context: The command's.
-
-    Returns:
-        Names to values, without what is of this call alone; paths are absolute.
-    """
+    """List what a command runs with, as its settings file has it."""
     names = [name for group in _GROUPS for name in group.__annotations__ if name != "resume"]
     values = {name: context.params[name] for name in names if name in context.params}
     values = {name: value for name, value in values.items() if value not in (None, ())}
@@ -123,16 +93,7 @@ def list_settings(context: typer.Context) -> dict[str, Setting]:
 def list_forgotten(
     context: typer.Context, file: Path, settings: Mapping[str, Setting]
 ) -> list[str]:
-    """List the settings that a file has otherwise, and that no flag has asked to be so.
-
-    Args:
-        context: The command's.
-        file: The settings of an earlier call.
-        settings: What this call runs with.
-
-    Returns:
-        Their names.
-    """
+    """List the settings that a file has otherwise, and that no flag has asked to be so."""
     names = [name for group in _GROUPS for name in group.__annotations__]
     saved = read_settings(file, names)
     return [

@@ -54,20 +54,7 @@ def was_given(context: typer.Context, name: str) -> bool:
 def open_streams(
     data: DataSettings, modality: Modality
 ) -> tuple[ExampleStream, ExampleStream | None]:
-    """Open what is trained on and what is held out.
-
-    Args:
-        data: The settings.
-        modality: Whose samples are taken where there is no data.
-
-    Returns:
-        The two streams; the second is None where nothing is held out.
-
-    Raises:
-        ConfigError: A setting that cannot work, or no data and no samples.
-        DataError: A row that cannot be used.
-        SourceError: Data that cannot be read.
-    """
+    """Open what is trained on and what is held out."""
     held_out = data.held_out or (None if data.data else "test")
     try:
         fraction = _HELD_OUT if held_out is None else float(held_out)
@@ -79,21 +66,7 @@ def open_streams(
 
 
 def open_stream(data: DataSettings, modality: Modality, split: str | None) -> ExampleStream:
-    """Open one stream of what ``--data`` names.
-
-    Args:
-        data: The settings.
-        modality: As in :func:`open_streams`.
-        split: Which split; None is all rows, or what the source takes by itself.
-
-    Returns:
-        The stream.
-
-    Raises:
-        ConfigError: As in :func:`open_streams`; likewise the others.
-        DataError: A row that cannot be used.
-        SourceError: Data that cannot be read.
-    """
+    """Open one stream of what ``--data`` names."""
     from gemma_tuner.testing.samples import sample_data
 
     columns = ("messages", "prompt", "response", "text", "system", "image", "audio", "id")
@@ -158,18 +131,7 @@ def _kind_of(place: str) -> str:
 
 
 def load(settings: ModelSettings) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a model and its processor, or make the tiny one, and say so.
-
-    Args:
-        settings: Which.
-
-    Returns:
-        The two.
-
-    Raises:
-        ConfigError: As ``load_model`` does.
-        CheckpointError: Likewise.
-    """
+    """Load a model and its processor, or make the tiny one, and say so."""
     if settings.model == TINY:
         from gemma_tuner.testing.models.tiny import tiny_model
 
@@ -201,19 +163,7 @@ def _choose_device(device: str | None) -> Any:
 
 
 def load_with_adapter(settings: ModelSettings, run: Path | None) -> tuple[Any, Any]:
-    """Load a model, and put a trained adapter on it.
-
-    Args:
-        settings: Which model; where it is not given, the one that the adapter names.
-        run: The run's folder or the adapter's; None puts none on.
-
-    Returns:
-        The model, wrapped where there is an adapter, and its processor.
-
-    Raises:
-        ConfigError: As ``load_model`` does.
-        CheckpointError: Likewise; or no adapter, or one of another model.
-    """
+    """Load a model, and put a trained adapter on it."""
     if run is None:
         return load(settings)
     from gemma_tuner.training.adapters import (
@@ -263,19 +213,7 @@ def open_base(model: str | None) -> Iterator[str | None]:
 
 
 def make_collator(settings: ModelSettings, rows: RowSettings, processor: Any) -> TextCollator:
-    """Make the collator of a modality.
-
-    Args:
-        settings: The modality.
-        rows: How rows are made.
-        processor: The model's.
-
-    Returns:
-        The collator.
-
-    Raises:
-        ConfigError: A setting that cannot work.
-    """
+    """Make the collator of a modality."""
     from gemma_tuner.collators.audio import AudioCollator
     from gemma_tuner.collators.image import ImageCollator
     from gemma_tuner.collators.multimodal import MultimodalCollator
@@ -300,19 +238,7 @@ def make_collator(settings: ModelSettings, rows: RowSettings, processor: Any) ->
 
 
 def make_lora(adapter: AdapterSettings, model: ModelSettings, seed: int = 0) -> LoraConfig:
-    """Say what of a model is trained.
-
-    Args:
-        adapter: The settings.
-        model: Whose towers are trained beside the language part, if nothing else is asked for.
-        seed: Decides the first weights.
-
-    Returns:
-        What ``add_lora`` takes.
-
-    Raises:
-        ConfigError: A setting that cannot work.
-    """
+    """Say what of a model is trained."""
     from gemma_tuner.models.lora import LoraConfig
 
     towers = {"image": ["vision"], "audio": ["audio"], "multimodal": ["vision", "audio"]}

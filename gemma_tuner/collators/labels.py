@@ -66,23 +66,14 @@ class TurnMarkers:
 
 
 def mark_targets(ids: Sequence[int], markers: TurnMarkers, train_on: TrainOn) -> list[bool]:
-    r"""Mark the tokens of a rendered conversation that carry loss.
-
-    ::
-
-        <bos> <|turn> user \n 2 + 2 ? <turn|> \\n <|turn> model \n 4 <turn|> \n
-          .      .     .   .  . . . .    .    .     .      .   .  x    x     .
-
-    Args:
-        ids: Token ids ``[T]``, media placeholders already expanded.
-        markers: The family's turn markers.
-        train_on: ``assistant``: every model turn with its closing token; ``last``: the last one;
-            ``all``: every token that can be trained.
-
-    Returns:
-        ``[T]`` booleans. A tool's response is not the model's, save the ``<|tool_response>``
-        right after a call: there generation stops (it is among the checkpoint's eos ids).
-    """
+    """Mark the tokens of a rendered conversation that carry loss."""
+    # ::
+    #     <bos> <|turn> user \n 2 + 2 ? <turn|> \\n <|turn> model \n 4 <turn|> \n
+    #       .      .     .   .  . . . .    .    .     .      .   .  x    x     .
+    # ids: Token ids ``[T]``, media placeholders already expanded.
+    # Returns: ``[T]`` booleans. A tool's response is not the model's, save the
+    # ``<|tool_response>`` right after a call: there generation stops (it is among the checkpoint's
+    # eos ids).
     if train_on == "all":
         return [token not in markers.untrained for token in ids]
     spans = list(_model_turns(ids, markers))
@@ -96,16 +87,10 @@ def mark_targets(ids: Sequence[int], markers: TurnMarkers, train_on: TrainOn) ->
 def mark_removable(
     ids: Sequence[int], targets: Sequence[bool], markers: TurnMarkers
 ) -> list[bool]:
-    """Mark the prompt tokens that a cut may take: plain text, never structure, media or targets.
-
-    Args:
-        ids: Token ids ``[T]``.
-        targets: What :func:`mark_targets` returned for them.
-        markers: The family's turn markers.
-
-    Returns:
-        ``[T]`` booleans.
-    """
+    """Mark the prompt tokens that a cut may take."""
+    # Plain text, never structure, media or targets.
+    # ids: Token ids ``[T]``.
+    # Returns: ``[T]`` booleans.
     removable = [
         not target and token not in markers.special
         for token, target in zip(ids, targets, strict=True)

@@ -63,16 +63,7 @@ class Preview:
 
 
 def preview_row(batch: Batch, tokenizer: Any, row: int = 0) -> Preview:
-    """Decode one row of a batch.
-
-    Args:
-        batch: A collated batch on the CPU.
-        tokenizer: The processor's tokenizer.
-        row: Which row.
-
-    Returns:
-        Its segments; a run of one media placeholder is written once, with its count.
-    """
+    """Decode one row of a batch."""
     length = int(batch.inputs["attention_mask"][row].sum())
     ids = batch.inputs["input_ids"][row, :length].tolist()
     trained = (batch.labels[row, :length] != IGNORED).tolist()

@@ -19,25 +19,10 @@ if TYPE_CHECKING:
 def render_prompt(
     processor: ProcessorMixin, family: Family, example: Example, *, enable_thinking: bool = False
 ) -> str:
-    """Render an example to text, one placeholder for each picture or sound.
-
-    The last answer follows exactly the prefix that inference will use. Some templates end the
-    generation prompt with a stub (an empty thought) which they leave out of finished answers;
-    then the stub is put where inference puts it, so that training and inference agree.
-
-    Args:
-        processor: The checkpoint's processor; its chat template is used.
-        family: The model family, for its turn markers.
-        example: A conversation or a document.
-        enable_thinking: Passed to the chat template.
-
-    Returns:
-        The text, with exactly one ``<bos>`` at its start.
-
-    Raises:
-        DataError: Text that holds a control token, an empty answer, roles in an order that the
-            template refuses or garbles, or content that it would drop.
-    """
+    """Render an example to text, one placeholder for each picture or sound."""
+    # The last answer follows exactly the prefix that inference will use. Some templates end the
+    # generation prompt with a stub (an empty thought) which they leave out of finished answers;
+    # then the stub is put where inference puts it, so that training and inference agree.
     tokenizer = processor.tokenizer
     control_tokens = family.control_tokens(tokenizer)
     if example.document is not None:

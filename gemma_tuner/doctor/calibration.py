@@ -50,15 +50,7 @@ _MAX_REPEATS = 50
 
 
 def calibrate(device: torch.device) -> dict[str, Any]:
-    """Measure a device's speeds.
-
-    Args:
-        device: Where; on the CPU with an eighth of the rows.
-
-    Returns:
-        Names with units to values, as JSON has them. ``refused`` says what the device could not
-        do and why.
-    """
+    """Measure a device's speeds."""
     rows = 64 if device.type == "cpu" else 512
     tokens = 128 if device.type == "cpu" else 1_024
     measured: dict[str, Any] = {"refused": {}}
@@ -81,15 +73,7 @@ def calibrate(device: torch.device) -> dict[str, Any]:
 
 
 def estimate_speed(layer: dict[str, Any]) -> dict[str, Any]:
-    """Estimate how fast E2B trains, if all of it does as many operations a second as one layer.
-
-    Args:
-        layer: From the calibration.
-
-    Returns:
-        Tokens a second, checkpointed, as lowest and highest, where all tokens are targets and
-        where a tenth of them is.
-    """
+    """Estimate how fast E2B trains, if all of it does as many operations a second as one layer."""
     rate = layer["flop"] / layer["seconds"]
     estimate: dict[str, Any] = {
         f"{share}_targets_{side}": round(rate / (gflop * 1e9), 1)

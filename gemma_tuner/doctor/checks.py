@@ -47,16 +47,7 @@ class Check:
 
 
 def find_difference(answer: Tensors, expected: Tensors) -> tuple[str, float]:
-    """Compare tensors by name and find the one that is farthest off.
-
-    Args:
-        answer: The device's, of any dtype.
-        expected: The reference, on the CPU.
-
-    Returns:
-        The name of the tensor and how far off it is: the largest absolute difference over the
-        largest absolute value expected. Infinite for NaN, another shape or another name.
-    """
+    """Compare tensors by name and find the one that is farthest off."""
     differences = {
         name: _difference(answer[name], expected[name]) if name in answer else torch.inf
         for name in expected
@@ -76,15 +67,7 @@ def _difference(answer: Tensor, expected: Tensor) -> float:
 
 
 def judge(difference: tuple[str, float], tolerance: float) -> Finding:
-    """Decide whether an answer is right.
-
-    Args:
-        difference: From :func:`find_difference`.
-        tolerance: The largest difference that rounding explains.
-
-    Returns:
-        Result, reason and figures of the check.
-    """
+    """Decide whether an answer is right."""
     name, value = difference
     figures = {
         "difference": value if value < torch.inf else "infinite",
@@ -104,19 +87,7 @@ def run_check(
     source: str | None = None,
     refusal: Result = "wrong",
 ) -> Check:
-    """Run one check; whatever the device refuses becomes its result.
-
-    Args:
-        part: The part of the examination.
-        name: What is computed.
-        measure: Computes and compares.
-        source: Where the fault was reported.
-        refusal: What it counts as that the device raises an error; running out of memory is
-            always ``skipped``.
-
-    Returns:
-        The check.
-    """
+    """Run one check; whatever the device refuses becomes its result."""
     started = time.perf_counter()
     figures: Figures = {}
     try:
@@ -129,11 +100,7 @@ def run_check(
 
 
 def describe_error(error: BaseException) -> str:
-    """The first line of an error, without what it may tell about the user.
-
-    Returns:
-        At most 300 characters; folders of users are ``~``.
-    """
+    """The first line of an error, without what it may tell about the user."""
     line = next(iter(str(error).splitlines()), "")
     line = line.replace(str(Path.home()), "~")
     line = re.sub(r"(/Users|/home)/[^/\s'\"]+", "~", line)

@@ -38,23 +38,9 @@ def examine(
     *,
     announce: Callable[[str], None] = lambda name: None,
 ) -> Report:
-    """Examine this machine.
-
-    The report is written before each check too, with its name, so that a device which ends the
-    process leaves behind what it was doing.
-
-    Args:
-        output: Where the JSON goes.
-        device: ``mps``, ``cuda``, ``cuda:N`` or ``cpu``; None chooses as training does.
-        parts: What to do.
-        announce: Is told the name of each check as it begins.
-
-    Returns:
-        The report.
-
-    Raises:
-        ConfigError: A device that is absent or that training refuses, or no place for the report.
-    """
+    """Examine this machine."""
+    # The report is written before each check too, with its name, so that a device which ends the
+    # process leaves behind what it was doing.
     chosen, reason = choose_device(device)
     machine = describe_machine()
     report = Report(

@@ -44,11 +44,8 @@ class Kernel:
 
 
 def expect(kernel: Kernel) -> tuple[Tensors, Tensors]:
-    """Make a kernel's inputs and the right answers, on the CPU.
-
-    Returns:
-        Inputs in the dtypes that are examined, and answers from their values in float64.
-    """
+    """Make a kernel's inputs and the right answers, on the CPU."""
+    # Returns: Inputs in the dtypes that are examined, and answers from their values in float64.
     generator = torch.Generator().manual_seed(zlib.crc32(kernel.name.encode()))
     inputs = kernel.make(generator)
     exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
@@ -62,15 +59,7 @@ def answer(compute: Compute, inputs: Tensors, device: torch.device) -> Tensors:
 
 
 def check_kernel(kernel: Kernel, device: torch.device) -> Check:
-    """Compare a device's answer with the right one.
-
-    Args:
-        kernel: What to compute.
-        device: Where.
-
-    Returns:
-        The check; a wrong answer says how this library avoids the operation, if it does.
-    """
+    """Compare a device's answer with the right one."""
     check = run_check(
         "kernels",
         kernel.name,
@@ -90,11 +79,7 @@ def _measure(kernel: Kernel, device: torch.device) -> Finding:
 
 
 def surround(x: Tensor) -> Tensor:
-    """Copy a tensor to where large values follow it, so that reading beyond it shows.
-
-    Returns:
-        The same values, contiguous.
-    """
+    """Copy a tensor to where large values follow it, so that reading beyond it shows."""
     buffer = x.new_full((x.numel() + 2**16,), 64.0)
     buffer[: x.numel()] = x.flatten()
     return buffer[: x.numel()].view(x.shape)

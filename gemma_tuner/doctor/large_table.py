@@ -23,14 +23,7 @@ _MARGIN_BYTES = 2 * 2**30
 
 
 def check_large_table(device: torch.device) -> Check:
-    """Write a few rows of a table of E2B's size and look them up.
-
-    Args:
-        device: Where.
-
-    Returns:
-        The check; skipped where there is not the memory.
-    """
+    """Write a few rows of a table of E2B's size and look them up."""
     return run_check(
         "large_table",
         NAME,
@@ -67,14 +60,9 @@ def make_rows(width: int) -> torch.Tensor:
 
 
 def look_up(table: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Write the rows one by one, then read them in three ways.
-
-    Args:
-        table: ``[262144, width]`` bfloat16, of any content.
-
-    Returns:
-        What each way read, ``[rows, width]`` on the CPU.
-    """
+    """Write the rows one by one, then read them in three ways."""
+    # table: ``[262144, width]`` bfloat16, of any content.
+    # Returns: What each way read, ``[rows, width]`` on the CPU.
     for row, values in zip(_ROWS, make_rows(table.shape[1]), strict=True):
         table[row].copy_(values)
     ids = torch.tensor(_ROWS, device=table.device)

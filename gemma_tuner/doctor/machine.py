@@ -33,11 +33,7 @@ _LARGEST_QUIET_SWAP_BYTES = 2 * 2**30
 
 
 def describe_machine() -> dict[str, Any]:
-    """Describe the system, the chip, the memory and the installed packages.
-
-    Returns:
-        Names with units to values, as JSON has them. No host, user or folder is among them.
-    """
+    """Describe the system, the chip, the memory and the installed packages."""
     memory = psutil.virtual_memory()
     return {
         "system": _name_system(),
@@ -55,16 +51,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def describe_device(device: torch.device, reason: str) -> dict[str, Any]:
-    """Describe where training would run.
-
-    Args:
-        device: The device.
-        reason: Why it was chosen.
-
-    Returns:
-        Names with units to values. ``environment`` holds what torch reads on a Mac, as it is set
-        for training.
-    """
+    """Describe where training would run."""
     return {
         "type": device.type,
         "name": _name_device(device),
@@ -80,16 +67,7 @@ def describe_device(device: torch.device, reason: str) -> dict[str, Any]:
 
 
 def find_evidence(device: torch.device, machine: dict[str, Any]) -> dict[str, Any]:
-    """Say what a result of this device on this machine shows, and what it does not.
-
-    Args:
-        device: Where the checks run.
-        machine: From :func:`describe_machine`.
-
-    Returns:
-        ``rung`` (``pretend``, ``cpu``, ``virtual`` or ``chip``), a ``statement``, and
-        ``speeds_not_quotable``: reasons, none where speeds are the machine's own.
-    """
+    """Say what a result of this device on this machine shows, and what it does not."""
     name = _name_device(device)
     if is_pretend(device):
         rung = "pretend"

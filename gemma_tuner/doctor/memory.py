@@ -14,14 +14,7 @@ _TOO_MANY_BYTES = 2**46  # 70 TB
 
 
 def check_memory(device: torch.device) -> Check:
-    """Ask for more memory than there is, and then for a little.
-
-    Args:
-        device: Where; the CPU is skipped, as systems promise it memory that they do not have.
-
-    Returns:
-        The check.
-    """
+    """Ask for more memory than there is, and then for a little."""
     return run_check("memory", "running out is recognised", lambda: _measure(device))
 
 
@@ -36,15 +29,7 @@ def _measure(device: torch.device) -> Finding:
 
 
 def judge_refusal(error: RuntimeError, device: torch.device) -> Finding:
-    """Decide whether an error is known as that of a full device, which works on afterwards.
-
-    Args:
-        error: What the device raised.
-        device: Where.
-
-    Returns:
-        Result, reason and figures of the check.
-    """
+    """Decide whether an error is known as that of a full device, which works on afterwards."""
     said = describe_error(error)
     if not is_out_of_memory(error):
         return "wrong", f"a full device is not recognised by: {said}", {"error": said}

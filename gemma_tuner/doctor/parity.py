@@ -53,15 +53,8 @@ Step = tuple[float, dict[str, Tensor]]
 
 
 def check_family(family: str, device: torch.device) -> list[Check]:
-    """Compare steps of one family: each modality, float32 and bfloat16, checkpointing on and off.
-
-    Args:
-        family: One of ``testing.FAMILIES``.
-        device: Where the steps run that are compared with the CPU's.
-
-    Returns:
-        A check for each case.
-    """
+    """Compare steps of one family."""
+    # Each modality, float32 and bfloat16, checkpointing on and off.
     batches = {modality: make_batch(family, modality) for modality in MODALITIES[family]}
     on_cpu = {
         dtype: {
@@ -90,15 +83,7 @@ def check_family(family: str, device: torch.device) -> list[Check]:
 
 
 def make_model(family: str, dtype: torch.dtype) -> Any:
-    """A tiny model with adapters that do something, on the CPU.
-
-    Args:
-        family: One of ``testing.FAMILIES``.
-        dtype: Of the frozen weights; adapters are float32.
-
-    Returns:
-        The PEFT model; every time the same.
-    """
+    """A tiny model with adapters that do something, on the CPU."""
     tiny: Any = tiny_model(family)[0]
     model = add_lora(tiny.to(dtype), LoraConfig(rank=4, targets=_TARGETS[family]))
     generator = torch.Generator().manual_seed(0)
@@ -119,17 +104,7 @@ def make_batch(family: str, modality: Modality) -> Batch:
 
 
 def take_step(model: Any, batch: Batch, *, checkpointing: bool) -> Step:
-    """Compute a step's mean loss and the gradients of its adapters.
-
-    Args:
-        model: From :func:`make_model`, on the device.
-        batch: On the CPU.
-        checkpointing: Whether layers keep only their inputs.
-
-    Returns:
-        The loss and each adapter's gradient, on the CPU; those that the batch does not reach are
-        left out.
-    """
+    """Compute a step's mean loss and the gradients of its adapters."""
     begin_training(model, checkpointed_layers=None if checkpointing else 0)
     model.zero_grad(set_to_none=True)
     device = next(model.parameters()).device
@@ -177,15 +152,7 @@ class Distance:
 
 
 def find_distance(step: Step, exact: Step) -> Distance:
-    """Measure how far a step is from another.
-
-    Args:
-        step: The loss and gradients of one.
-        exact: Those of the other.
-
-    Returns:
-        The distance.
-    """
+    """Measure how far a step is from another."""
     (loss, gradients), (exact_loss, exact_gradients) = step, exact
     cosines = {
         name: _cosine(gradients[name], exact_gradients[name])
@@ -208,16 +175,7 @@ def find_distance(step: Step, exact: Step) -> Distance:
 
 
 def judge_step(distance: Distance, rounding: Distance) -> Finding:
-    """Decide whether a step is right.
-
-    Args:
-        distance: Of the device's step from the CPU's in float32.
-        rounding: Of the CPU's step in the device's dtype from the same; for float32 it is none,
-            and then every single adapter must be right.
-
-    Returns:
-        Result, reason and figures of the check.
-    """
+    """Decide whether a step is right."""
     faults = []
     is_exact = rounding.loss_difference == 0.0 and rounding.smallest_cosine > 1 - 1e-9
     loss_tolerance = (

@@ -71,14 +71,7 @@ class Report:
         }
 
     def write(self, path: Path) -> None:
-        """Write the JSON, replacing an older one at once.
-
-        Args:
-            path: The file; its folder must exist.
-
-        Raises:
-            ConfigError: No folder, no room or no permission.
-        """
+        """Write the JSON, replacing an older one at once."""
         text = json.dumps(self.to_dict(), indent=2) + "\n"
         with (
             disk_errors_explained(
@@ -93,14 +86,7 @@ class Report:
 
 
 def render_report(report: Report) -> RenderableType:
-    """Lay a report out for a terminal.
-
-    Args:
-        report: What was found.
-
-    Returns:
-        Tables and sentences that rich prints.
-    """
+    """Lay a report out for a terminal."""
     machine, device = report.machine, report.device
     packages = ", ".join(f"{name} {version}" for name, version in machine["packages"].items())
     counts = report.counts

@@ -69,14 +69,8 @@ class AnswerReader:
         self.stop_ids = frozenset(token for token in ends if token is not None)
 
     def find_opening(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
-        """Find what a prompt has of the model's turn: an empty thought, or an opened one.
-
-        Args:
-            prompt_ids: ``[T]``.
-
-        Returns:
-            The tokens after the last header of a model turn.
-        """
+        """Find what a prompt has of the model's turn: an empty thought, or an opened one."""
+        # prompt_ids: ``[T]``.
         header = self._markers.header
         for start in range(len(prompt_ids) - len(header), -1, -1):
             if tuple(prompt_ids[start : start + len(header)]) == header:
@@ -84,15 +78,7 @@ class AnswerReader:
         return ()
 
     def read(self, ids: Sequence[int], opening: Sequence[int] = ()) -> tuple[str, str | None]:
-        """Separate an answer from the thoughts before it.
-
-        Args:
-            ids: What the model wrote, or the part that is there yet.
-            opening: What the prompt has of the model's turn.
-
-        Returns:
-            The answer and the thoughts; None where there are none.
-        """
+        """Separate an answer from the thoughts before it."""
         spoken: list[int] = []
         thought: list[int] = []
         inside = False

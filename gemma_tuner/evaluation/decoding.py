@@ -98,16 +98,7 @@ class Decoding:
 
 
 def build_config(gemma: Any, decoding: Decoding, stop_ids: frozenset[int]) -> GenerationConfig:
-    """Put the wanted settings over the checkpoint's own.
-
-    Args:
-        gemma: A Gemma model, not wrapped by PEFT.
-        decoding: What is wanted.
-        stop_ids: Stop tokens beside those that the checkpoint names.
-
-    Returns:
-        A new configuration; the model's own is as it was.
-    """
+    """Put the wanted settings over the checkpoint's own."""
     config = copy.deepcopy(gemma.generation_config)
     own = config.eos_token_id
     own_ids = own if isinstance(own, list) else [] if own is None else [own]
@@ -125,16 +116,7 @@ def build_config(gemma: Any, decoding: Decoding, stop_ids: frozenset[int]) -> Ge
 
 
 def check_length(gemma: Any, row: Row, config: GenerationConfig) -> None:
-    """Refuse a prompt that leaves no room for its answer.
-
-    Args:
-        gemma: A Gemma model, not wrapped by PEFT.
-        row: The prompt.
-        config: For ``max_new_tokens``.
-
-    Raises:
-        DataError: Prompt and answer together are longer than the model's context.
-    """
+    """Refuse a prompt that leaves no room for its answer."""
     context = gemma.config.get_text_config().max_position_embeddings
     new_tokens = int(config.max_new_tokens or 0)
     if len(row.input_ids) + new_tokens > context:
@@ -155,20 +137,7 @@ def complete(
     seed: int | None = None,
     **options: Any,
 ) -> list[tuple[int, ...]]:
-    """Continue prompts.
-
-    Args:
-        model: A Gemma model, as loaded or wrapped by PEFT, whose adapters are used as they are
-            set. It is left in the mode that it was found in, checkpointing included.
-        collator: For its family and tokenizer.
-        rows: At least one prompt.
-        config: From :func:`build_config`.
-        seed: Makes sampling repeatable.
-        **options: Further arguments of ``generate`` in transformers.
-
-    Returns:
-        The new tokens of each row, up to its stop token and with it.
-    """
+    """Continue prompts."""
     gemma = unwrap_peft(model)
     inputs = {name: tensor.to(gemma.device) for name, tensor in pad_left(collator, rows).items()}
     with ExitStack() as stack:
@@ -181,15 +150,8 @@ def complete(
 
 
 def pad_left(collator: TextCollator, rows: Sequence[Row]) -> dict[str, Tensor]:
-    """Pad prompts on the left, so that every answer begins at the same place.
-
-    Args:
-        collator: For its family and tokenizer.
-        rows: At least one prompt.
-
-    Returns:
-        The model's inputs, ``[B, T]`` int64, and media tensors.
-    """
+    """Pad prompts on the left, so that every answer begins at the same place."""
+    # Returns: The model's inputs, ``[B, T]`` int64, and media tensors.
     lengths = [len(row.input_ids) for row in rows]
     batch = pad_rows(
         rows,
@@ -208,11 +170,7 @@ def pad_left(collator: TextCollator, rows: Sequence[Row]) -> dict[str, Tensor]:
 
 @contextmanager
 def in_eval_mode(model: Any) -> Iterator[None]:
-    """Switch off dropout and checkpointing, which a training run has on in some modules only.
-
-    Args:
-        model: A Gemma model, as loaded or wrapped by PEFT; afterwards it is as it was.
-    """
+    """Switch off dropout and checkpointing, which a training run has on in some modules only."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -46,31 +46,13 @@ class Generator:
         self._seed = decoding.seed
 
     def encode(self, example: Example) -> PromptRow:
-        """Encode an example that ends with an answer, or a placeholder for one.
-
-        Args:
-            example: The conversation.
-
-        Returns:
-            The prompt and that answer.
-
-        Raises:
-            DataError: It cannot be used, or leaves no room for ``max_new_tokens``.
-        """
+        """Encode an example that ends with an answer, or a placeholder for one."""
         prompt = encode_prompt(self.collator, example)
         check_length(unwrap_peft(self.model), prompt.row, self.config)
         return prompt
 
     def answer(self, prompts: Sequence[PromptRow], **options: Any) -> list[Generation]:
-        """Answer prompts in one batch.
-
-        Args:
-            prompts: At least one.
-            **options: Further arguments of ``generate`` in transformers.
-
-        Returns:
-            An answer for each.
-        """
+        """Answer prompts in one batch."""
         rows = [prompt.row for prompt in prompts]
         written = complete(
             self.model, self.collator, rows, self.config, seed=self._seed, **options
@@ -92,15 +74,7 @@ class Generator:
 
 
 def check_modalities(model: Any, examples: Sequence[Example]) -> None:
-    """Refuse media for which the model has no part.
-
-    Args:
-        model: A Gemma model, as loaded or wrapped by PEFT.
-        examples: Their media need not be decoded yet.
-
-    Raises:
-        ConfigError: It was loaded without a tower that an example needs.
-    """
+    """Refuse media for which the model has no part."""
     loaded = loaded_modalities(unwrap_peft(model))
     for example in examples:
         for part in example.media:

@@ -23,26 +23,14 @@ _LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z0-9]+)*", re.IGNORECASE)
 
 
 def normalizer_for(language: str | None) -> Normalizer:
-    """Choose the normaliser of published speech recognition scores, Whisper's.
-
-    English: lower case; contractions, numbers, currencies and titles in one spelling; fillers
-    (``um``), punctuation, diacritics and what stands in brackets left out. British and American
-    spellings stay apart, as Whisper's table of them is not part of transformers.
-
-    Other languages, and None: lower case; punctuation, symbols and what stands in brackets left
-    out; each letter a word where a language puts no spaces between words. Marks count as symbols,
-    so the vowel signs of Indic scripts part words, in both texts alike: for those languages give
-    the scores a normaliser of your own.
-
-    Args:
-        language: A code such as ``en``, ``de``, ``pt-BR``; None where it is unknown or mixed.
-
-    Returns:
-        A function from text to text.
-
-    Raises:
-        ConfigError: Not a language's code.
-    """
+    """Choose the normaliser of published speech recognition scores, Whisper's."""
+    # English: lower case; contractions, numbers, currencies and titles in one spelling; fillers
+    # (``um``), punctuation, diacritics and what stands in brackets left out. British and American
+    # spellings stay apart, as Whisper's table of them is not part of transformers.
+    # Other languages, and None: lower case; punctuation, symbols and what stands in brackets left
+    # out; each letter a word where a language puts no spaces between words. Marks count as
+    # symbols, so the vowel signs of Indic scripts part words, in both texts alike: for those
+    # languages give the scores a normaliser of your own.
     if language is None:
         return _basic(split_letters=False)
     if not isinstance(language, str) or not _LANGUAGE.fullmatch(language):

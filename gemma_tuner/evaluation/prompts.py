@@ -54,24 +54,7 @@ class PromptRow:
 def read_prompts(
     prompts: Prompt | Sequence[Prompt], *, image: Any = None, audio: Any = None
 ) -> tuple[list[Example], bool]:
-    """Make examples, still without an answer, of one prompt or a list of them.
-
-    Args:
-        prompts: One prompt, or a list of prompts.
-        image: The pictures of one prompt, one or a list; for a list of prompts, such an entry (or
-            None) for each. A picture is a path, encoded bytes, a ``PIL.Image``, a dictionary as
-            Hugging Face's datasets have it, or an ``Image``.
-        audio: The sounds likewise; samples come as an ``Audio`` with their rate, or as
-            ``{"array", "sampling_rate"}``.
-
-    Returns:
-        The examples, keyed ``prompt 1`` and so on, and whether one prompt was given by itself.
-        Media without a place in a conversation come before the text of its first user turn.
-
-    Raises:
-        ConfigError: Not a prompt, an empty list, or media lists of another length.
-        DataError: Messages or media that cannot be read, or a conversation that ends in an answer.
-    """
+    """Make examples, still without an answer, of one prompt or a list of them."""
     is_single = isinstance(prompts, str | Example) or _is_messages(prompts)
     entries: list[Any] = [prompts] if is_single else _list_prompts(prompts)
     media: dict[MediaKind, list[Any]] = {}
@@ -95,18 +78,7 @@ def read_prompts(
 
 
 def encode_prompt(collator: TextCollator, example: Example) -> PromptRow:
-    """Encode an example up to its last answer, exactly as training reads it.
-
-    Args:
-        collator: With ``train_on="last"``.
-        example: A conversation that ends with its last answer.
-
-    Returns:
-        The prompt and the answer.
-
-    Raises:
-        DataError: An example that cannot be used.
-    """
+    """Encode an example up to its last answer, exactly as training reads it."""
     row = collator.encode(example)
     end = int(row.targets.nonzero()[-1]) + 1
     start = end

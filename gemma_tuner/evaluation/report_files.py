@@ -21,15 +21,7 @@ _JSON, _MARKDOWN, _MEDIA = "report.json", "report.md", "media"
 
 
 def check_output(output: str | Path) -> None:
-    """Refuse a folder that a report cannot take, before the work that it is to report.
-
-    Args:
-        output: The folder; it may be missing, empty, or hold an earlier report.
-
-    Raises:
-        ConfigError: It holds something else.
-        CheckpointError: It cannot be written.
-    """
+    """Refuse a folder that a report cannot take, before the work that it is to report."""
     folder = Path(output)
     with _errors_explained(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / _JSON).is_file():
@@ -43,19 +35,7 @@ def check_output(output: str | Path) -> None:
 
 
 def write_report(report: Report, output: str | Path, worst: Mapping[str, Example]) -> Report:
-    """Write a report; an earlier one in that folder is replaced once the new one is whole.
-
-    Args:
-        report: What to write.
-        output: The folder.
-        worst: The worst examples with their media decoded, by key and in order.
-
-    Returns:
-        The report with the names of its media files.
-
-    Raises:
-        CheckpointError: No room or no permission; what was there is as it was.
-    """
+    """Write a report; an earlier one in that folder is replaced once the new one is whole."""
     folder = Path(output)
     with _errors_explained(folder), replaced(folder) as temporary:
         temporary.mkdir()
@@ -70,19 +50,7 @@ def write_report(report: Report, output: str | Path, worst: Mapping[str, Example
 
 
 def write_media(example: Example, folder: Path, number: int) -> Iterator[str]:
-    """Write an example's pictures and sounds.
-
-    Args:
-        example: With its media decoded.
-        folder: Where; made if it is missing.
-        number: Begins the files' names; keys may hold anything.
-
-    Yields:
-        The name of each file.
-
-    Raises:
-        OSError: No room or no permission.
-    """
+    """Write an example's pictures and sounds."""
     for index, part in enumerate(example.media, 1):
         source: Any = part.source
         name = f"{number:03d}-{index}{'.png' if isinstance(part, Image) else '.wav'}"

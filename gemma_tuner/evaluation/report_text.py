@@ -27,15 +27,7 @@ Row = tuple[str, ...]
 
 
 def write_text(results: Results) -> str:
-    """Write the figures as a terminal shows them.
-
-    Args:
-        results: What was measured.
-
-    Returns:
-        Lines as wide as the terminal at most, or as 80 characters where there is none; what
-        programs made the answers is told in files alone.
-    """
+    """Write the figures as a terminal shows them."""
     head, *rows = _make_table(results)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for place, name in enumerate(head):
@@ -52,15 +44,7 @@ def write_text(results: Results) -> str:
 
 
 def write_markdown(results: Results, num_worst: int) -> str:
-    """Write figures and the worst examples as Markdown.
-
-    Args:
-        results: What was measured; its media are linked.
-        num_worst: How many examples to show.
-
-    Returns:
-        The text.
-    """
+    """Write figures and the worst examples as Markdown."""
     head, *rows = _make_table(results)
     lines = [
         f"# Evaluation of {_escape_markdown(results.model)}",
@@ -87,15 +71,7 @@ def write_markdown(results: Results, num_worst: int) -> str:
 
 
 def write_html(results: Results, num_worst: int) -> str:
-    """Write figures and the worst examples as HTML, for notebooks.
-
-    Args:
-        results: What was measured.
-        num_worst: How many examples to show.
-
-    Returns:
-        A fragment without scripts, styles or links.
-    """
+    """Write figures and the worst examples as HTML, for notebooks."""
     head, *rows = _make_table(results)
     facts = "".join(element("li", escape(line)) for line in _describe(results))
     worst = results.find_worst(num_worst)

@@ -88,14 +88,7 @@ class Results:
         raise KeyError(f"{name}; the report has {', '.join(s.name for s in self.scores)}")
 
     def find_worst(self, count: int) -> tuple[Answered, ...]:
-        """List the examples that the first system answers worst, by the first score.
-
-        Args:
-            count: How many at most.
-
-        Returns:
-            The worst first; of equally bad ones those that the other system answers better.
-        """
+        """List the examples that the first system answers worst, by the first score."""
         if not self.scores:
             return self.examples[:count]
         score = self.scores[0]
@@ -109,15 +102,7 @@ class Results:
 
 
 def compare(score: Score, tallies: Mapping[str, Sequence[Tally]]) -> ScoreResult:
-    """Score each system, and the first against the second.
-
-    Args:
-        score: Which.
-        tallies: The rows' parts by system, in the same order of rows.
-
-    Returns:
-        The values, their difference, and the interval of a paired bootstrap over rows.
-    """
+    """Score each system, and the first against the second."""
     values = {system: combine(rows) for system, rows in tallies.items()}
     result = ScoreResult(score.name, score.higher_is_better, values)
     if len(tallies) < 2:
@@ -133,15 +118,8 @@ def _as_array(rows: Sequence[Tally]) -> np.ndarray:
 
 
 def _bootstrap(first: np.ndarray, second: np.ndarray) -> tuple[float, float] | None:
-    """Resample rows, the same of both systems, and see how far the difference moves.
-
-    Args:
-        first: ``[rows, 2]``: amount and what it is out of.
-        second: Likewise.
-
-    Returns:
-        The interval's ends. Source: Efron & Tibshirani 1993, the percentile interval.
-    """
+    """Resample rows, the same of both systems, and see how far the difference moves."""
+    # first: ``[rows, 2]``: amount and what it is out of.
     rng = np.random.default_rng(0)
     differences = np.empty(_NUM_RESAMPLES)
     for index in range(_NUM_RESAMPLES):

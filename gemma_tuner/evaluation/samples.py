@@ -209,15 +209,7 @@ class SampleGenerations:
 
 
 def target_probabilities(model: Any, batch: Batch) -> list[float]:
-    """Give the probability of each target token of a batch.
-
-    Args:
-        model: A Gemma model, as loaded or wrapped by PEFT, in eval mode.
-        batch: On the CPU.
-
-    Returns:
-        One number for each of the ``num_target_tokens``.
-    """
+    """Give the probability of each target token of a batch."""
     gemma = unwrap_peft(model)
     placed = batch.to(gemma.device)
     hidden = predicting_hidden_states(model, placed)

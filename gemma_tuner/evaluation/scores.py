@@ -104,18 +104,10 @@ def exact_match() -> Score:
 
 
 def word_error_rate(normalizer: Normalizer | None = None) -> Score:
-    """Make the word error rate: words to replace, delete and insert, per word of the references.
-
-    A row without words in its reference adds what must be deleted from the prediction to the
-    errors, and no words. Of several references the one with the lowest rate counts.
-
-    Args:
-        normalizer: Makes texts comparable; by default Whisper's for any language
-            (:func:`~gemma_tuner.evaluation.normalizers.normalizer_for`).
-
-    Returns:
-        The score; 0 is perfect, and an empty prediction has 1.
-    """
+    """Make the word error rate."""
+    # Words to replace, delete and insert, per word of the references.
+    # A row without words in its reference adds what must be deleted from the prediction to the
+    # errors, and no words. Of several references the one with the lowest rate counts.
     return Score("wer", _edits(normalizer, _count_word_edits), higher_is_better=False)
 
 
@@ -125,14 +117,9 @@ def character_error_rate(normalizer: Normalizer | None = None) -> Score:
 
 
 def anls() -> Score:
-    """Make the average normalised Levenshtein similarity of document question answering.
-
-    The likeness to the nearest reference, ``1 - edits / longer length``, in lower case; below one
-    half it counts as none.
-
-    Returns:
-        The score. Source: Biten et al. 2019, "Scene Text Visual Question Answering".
-    """
+    """Make the average normalised Levenshtein similarity of document question answering."""
+    # The likeness to the nearest reference, ``1 - edits / longer length``, in lower case; below
+    # one half it counts as none.
 
     def tally(prediction: str, references: Sequence[str]) -> Tally:
         answer = _fold(prediction)
@@ -160,19 +147,7 @@ SCORES: dict[str, Callable[[Normalizer], Score]] = {
 def find_scores(
     scores: Sequence[str | Score | UserScore], language: str | None = None
 ) -> tuple[Score, ...]:
-    """Find scores by name.
-
-    Args:
-        scores: Names, :class:`Score` objects, and functions ``(prediction, references) -> float``
-            of which more is better.
-        language: Chooses the normaliser of ``wer`` and ``cer``.
-
-    Returns:
-        The scores.
-
-    Raises:
-        ConfigError: An unknown name, something else, or two of one name.
-    """
+    """Find scores by name."""
     if isinstance(scores, str):
         raise ConfigError(f"scores is the string {scores!r}; write [{scores!r}]")
     normalizer = normalizer_for(language)

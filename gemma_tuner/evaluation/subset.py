@@ -63,14 +63,7 @@ class Subset:
         return len(self._bad)
 
     def read_rows(self, indices: Iterable[int]) -> Iterator[Example | None]:
-        """Read rows by their place in the subset; None for each that is of no use.
-
-        Args:
-            indices: From 0.
-
-        Yields:
-            The examples.
-        """
+        """Read rows by their place in the subset; None for each that is of no use."""
         wanted = list(indices)
         good = [position for position in wanted if position not in self._bad]
         examples = self._stream.read_rows([self._rows[position] for position in good])

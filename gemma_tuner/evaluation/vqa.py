@@ -67,19 +67,10 @@ def normalize_answer(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, references: Sequence[str]) -> float:
-    """Score an answer by how many people gave it.
-
-    Three who agree make an answer right, on the average over leaving each of the people out. With
-    fewer than four people, all but the one left out must agree; a single reference is equal or it
-    is not.
-
-    Args:
-        prediction: The answer.
-        references: What people answered, ten in the challenge.
-
-    Returns:
-        From 0 to 1.
-    """
+    """Score an answer by how many people gave it."""
+    # Three who agree make an answer right, on the average over leaving each of the people out.
+    # With fewer than four people, all but the one left out must agree; a single reference is equal
+    # or it is not.
     answer = normalize_answer(prediction)
     matches = [normalize_answer(reference) == answer for reference in references]
     num_others = len(matches) - 1

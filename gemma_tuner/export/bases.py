@@ -14,19 +14,7 @@ from gemma_tuner.models.identity import hash_decoder_norms, portable_name
 
 
 def find_base(adapter: Adapter, base: str | Path | None, revision: str | None) -> Path:
-    """Find the checkpoint that an adapter belongs to.
-
-    Args:
-        adapter: It may name its base.
-        base: A folder or a name on the Hub, instead of the one that the adapter names.
-        revision: Of the base on the Hub; by default the adapter's.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: Nothing names it, or it is neither a folder nor in the local cache.
-    """
+    """Find the checkpoint that an adapter belongs to."""
     source = base if base is not None else adapter.base
     if source is None:
         raise CheckpointError("the adapter does not name its base; pass base=FOLDER_OR_HUB_NAME")
@@ -36,16 +24,7 @@ def find_base(adapter: Adapter, base: str | Path | None, revision: str | None) -
 
 
 def check_same_base(adapter: Adapter, folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Refuse a base of the same shapes that is another release, where the adapter can tell.
-
-    Args:
-        adapter: From ``export_adapter`` it has the base's fingerprint; else it may have a commit.
-        folder: The base.
-        tensors: The base's.
-
-    Raises:
-        CheckpointError: It is another.
-    """
+    """Refuse a base of the same shapes that is another release, where the adapter can tell."""
     name = portable_name(str(folder))
     if adapter.norms_sha256 is not None:
         if adapter.norms_sha256 != hash_decoder_norms(tensors, lambda key: tensors[key].read()):
@@ -66,21 +45,7 @@ def check_same_base(adapter: Adapter, folder: Path, tensors: Mapping[str, Stored
 def check_fits(
     adapter: Adapter, tensors: Mapping[str, StoredTensor], folder: Path, model_type: str
 ) -> dict[str, Delta | Replacement]:
-    """Check that an adapter is one for this checkpoint.
-
-    Args:
-        adapter: The adapter.
-        tensors: The checkpoint's.
-        folder: The checkpoint's, named in messages.
-        model_type: Of its configuration.
-
-    Returns:
-        The adapter's deltas by the names that the checkpoint's files use.
-
-    Raises:
-        CheckpointError: It adapts weights that the checkpoint does not have, or has in another
-            shape.
-    """
+    """Check that an adapter is one for this checkpoint."""
     base = portable_name(str(folder))
     deltas = {stored_name(name, model_type): delta for name, delta in adapter.deltas.items()}
     differences = []
@@ -105,18 +70,9 @@ def check_fits(
 
 
 def stored_name(name: str, model_type: str) -> str:
-    """Tell the name that a weight has in the files of a checkpoint.
-
-    Args:
-        name: In transformers' modules.
-        model_type: Of the checkpoint's configuration.
-
-    Returns:
-        The name in the files.
-
-    Source: ``conversion_mapping.py`` of transformers 5.23, "gemma4_unified"; the other families
-    are stored under the names of their modules.
-    """
+    """Tell the name that a weight has in the files of a checkpoint."""
+    # Source: ``conversion_mapping.py`` of transformers 5.23, "gemma4_unified"; the other families
+    # are stored under the names of their modules.
     if model_type == "gemma4_unified":
         return name.replace(".multimodal_embedder.embedding_projection", ".embedding_projection")
     return name

@@ -30,17 +30,7 @@ def write_adapter_card(
     training: Mapping[str, Any] | None,
     plan: str | None,
 ) -> None:
-    """Write an adapter's ``README.md``.
-
-    Args:
-        folder: The adapter's.
-        config: ``adapter_config.json``.
-        template: The chat template that it was trained with.
-        data: The training stream's state.
-        scores: Score names to numbers, or to numbers by model (``{"wer": {"base": 0.4}}``).
-        training: The training settings as JSON.
-        plan: What ``trainer.plan()`` printed.
-    """
+    """Write an adapter's ``README.md``."""
     base = config["base_model_name_or_path"]
     lines = [
         *_front_matter(base, "peft", "adapter", ["lora"]),
@@ -73,14 +63,7 @@ def write_adapter_card(
 
 
 def write_merged_card(folder: Path, adapter: Adapter, lost: float, dtypes: Sequence[str]) -> None:
-    """Write the ``README.md`` of a merged checkpoint.
-
-    Args:
-        folder: The checkpoint's.
-        adapter: What was merged.
-        lost: The share of it that rounding took away.
-        dtypes: Of the merged weights.
-    """
+    """Write the ``README.md`` of a merged checkpoint."""
     base = portable_name(adapter.base)
     lines = [
         *_front_matter(base, "transformers", "finetune", []),

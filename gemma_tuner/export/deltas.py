@@ -82,10 +82,8 @@ class Delta:
         return matrix if self.parameter == "weight" else (self.num_experts, *matrix)
 
     def split_experts(self) -> tuple[Tensor, Tensor]:
-        """Return ``a [experts, rank, in]`` and ``b [experts, out, rank]``.
-
-        Source: ``ParamWrapper.get_delta_weight`` of PEFT 0.21.
-        """
+        """Return ``a [experts, rank, in]`` and ``b [experts, out, rank]``."""
+        # Source: ``ParamWrapper.get_delta_weight`` of PEFT 0.21.
         count = self.num_experts
         return (
             self.a.reshape(count, self.rank, -1),
@@ -93,19 +91,11 @@ class Delta:
         )
 
     def merge(self, weight: Tensor, index: int, rows: slice) -> Tensor:
-        """Merge some rows of one matrix.
-
-        Args:
-            weight: ``[rows, in]`` as it is stored.
-            index: Which expert's matrix; 0 for a linear layer.
-            rows: Which rows of it.
-
-        Returns:
-            The merged rows, ``[rows, in]``: float32 where a stored number has two bytes, else
-            float64, so that rounding them is all the error there is.
-
-        Source: ``DoraLinearVariant.merge_safe`` of PEFT 0.21.
-        """
+        """Merge some rows of one matrix."""
+        # weight: ``[rows, in]`` as it is stored.
+        # Returns: The merged rows, ``[rows, in]``: float32 where a stored number has two bytes,
+        # else float64, so that rounding them is all the error there is.
+        # Source: ``DoraLinearVariant.merge_safe`` of PEFT 0.21.
         a, b = self.split_experts() if self.parameter != "weight" else (self.a[None], self.b[None])
         # float64 changes nothing of what two bytes can hold, and takes four times as long.
         dtype = torch.float32 if weight.dtype.itemsize == 2 else torch.float64
@@ -139,16 +129,9 @@ class Replacement:
         return tuple(self.weight.shape)
 
     def merge(self, weight: Tensor, index: int, rows: slice) -> Tensor:
-        """Give some rows, as :meth:`Delta.merge` does.
-
-        Args:
-            weight: ``[rows, in]``, what is replaced.
-            index: 0.
-            rows: Which rows.
-
-        Returns:
-            The trained rows, ``[rows, in]`` float32.
-        """
+        """Give some rows, as :meth:`Delta.merge` does."""
+        # weight: ``[rows, in]``, what is replaced.
+        # Returns: The trained rows, ``[rows, in]`` float32.
         return self.weight[rows]
 
 
@@ -177,17 +160,7 @@ class Adapter:
         return self.config.get("revision")
 
     def require_lora(self, program: str) -> list[Delta]:
-        """The adapter for a program that adds to weights and does not replace them.
-
-        Args:
-            program: Its name, for the message.
-
-        Returns:
-            The deltas.
-
-        Raises:
-            CheckpointError: Some weights were trained themselves.
-        """
+        """The adapter for a program that adds to weights and does not replace them."""
         deltas = [delta for delta in self.deltas.values() if isinstance(delta, Delta)]
         if len(deltas) < len(self.deltas):
             raise CheckpointError(
@@ -198,18 +171,8 @@ class Adapter:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """Read a PEFT LoRA adapter.
-
-    Args:
-        path: The adapter's folder, such as ``Trainer.save`` or a training checkpoint made.
-
-    Returns:
-        The adapter, in memory, float32.
-
-    Raises:
-        CheckpointError: Files are missing or damaged, or it is an adapter of a kind that a weight
-            cannot take in.
-    """
+    """Read a PEFT LoRA adapter."""
+    # Returns: The adapter, in memory, float32.
     folder = Path(path)
     name = folder.resolve().name
     if not (folder / CONFIG).is_file():
@@ -251,19 +214,7 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
 def collect_deltas(
     name: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, Delta | Replacement]:
-    """Pair the tensors of an adapter.
-
-    Args:
-        name: The adapter's, for messages.
-        config: ``adapter_config.json``.
-        tensors: ``adapter_model.safetensors``.
-
-    Returns:
-        One entry a weight, by its full name.
-
-    Raises:
-        CheckpointError: A tensor lacks its partner or is of a kind that LoRA does not have.
-    """
+    """Pair the tensors of an adapter."""
     parts: dict[str, dict[str, Tensor]] = {}
     deltas: dict[str, Delta | Replacement] = {}
     replaced = tuple(f".{module}.weight" for module in config.get("modules_to_save") or ())
@@ -308,12 +259,10 @@ def collect_deltas(
 
 
 def _split_parameter(config: Mapping[str, Any], path: str) -> tuple[str, str]:
-    """Return the module and the parameter that an adapter's path means.
-
-    PEFT wraps a module once for each of its adapted parameters, in the order in which the module
-    has them (``gate_up_proj`` first, so innermost); each wrapper inside another is a
-    ``base_layer``.
-    """
+    """Return the module and the parameter that an adapter's path means."""
+    # PEFT wraps a module once for each of its adapted parameters, in the order in which the module
+    # has them (``gate_up_proj`` first, so innermost); each wrapper inside another is a
+    # ``base_layer``.
     module = path.replace(".base_layer", "")
     adapted = {
         target.rpartition(".")[2]
@@ -328,15 +277,7 @@ def _split_parameter(config: Mapping[str, Any], path: str) -> tuple[str, str]:
 
 
 def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """Tell an adapter's rank and what ``b @ a`` is multiplied by.
-
-    Args:
-        config: ``adapter_config.json``.
-        module: The adapted module, or the parameter where PEFT adapts a parameter.
-
-    Returns:
-        Rank and scale.
-    """
+    """Tell an adapter's rank and what ``b @ a`` is multiplied by."""
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     rank = ranks.get(get_pattern_key(list(ranks), module), config["r"])
     alpha = alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"])

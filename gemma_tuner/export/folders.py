@@ -17,19 +17,7 @@ _SETTINGS_BYTES = 48 * 2**20
 
 @contextmanager
 def new_folder(path: str | Path, num_bytes: int) -> Iterator[Path]:
-    """Yield a hidden sibling that becomes the folder ``path`` once the block has filled it.
-
-    Args:
-        path: The folder that shall be there afterwards.
-        num_bytes: How large the tensors in it will be.
-
-    Yields:
-        The sibling, an empty folder; if the block fails, it is removed.
-
-    Raises:
-        CheckpointError: Something is there already, the disk has no room, or it fails while it is
-            written.
-    """
+    """Yield a hidden sibling that becomes the folder ``path`` once the block has filled it."""
     with new_file(path, num_bytes) as temporary:
         temporary.mkdir()
         yield temporary
@@ -37,18 +25,7 @@ def new_folder(path: str | Path, num_bytes: int) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: str | Path, num_bytes: int) -> Iterator[Path]:
-    """Yield a hidden sibling that becomes the file ``path``, as :func:`new_folder`.
-
-    Args:
-        path: The file that shall be there afterwards.
-        num_bytes: How large the tensors in it will be.
-
-    Yields:
-        The sibling, which is not there.
-
-    Raises:
-        CheckpointError: As in :func:`new_folder`.
-    """
+    """Yield a hidden sibling that becomes the file ``path``, as :func:`new_folder`."""
     path = Path(path)
     _refuse_existing(path)
     with disk_errors_explained(

@@ -335,10 +335,8 @@ def _encode(
 def _encode_padded(
     base: _Base, kind: GGMLQuantizationType, num_missing: int, report: MergeReport
 ) -> Iterator[bytes]:
-    """Yield the per-layer embedding's bytes with a row for every token.
-
-    Gemma 3n's has none for media tokens; transformers gives these the first row.
-    """
+    """Yield the per-layer embedding's bytes with a row for every token."""
+    # Gemma 3n's has none for media tokens; transformers gives these the first row.
     yield from _encode(base, [_PER_LAYER_EMBEDDING], kind, report)
     _, _, block = next(base.tensors[_PER_LAYER_EMBEDDING].blocks())
     yield encode(_PER_LAYER_EMBEDDING, block[:1].float(), kind).tobytes() * num_missing

@@ -34,13 +34,7 @@ _SUPPRESSED = "tokenizer.ggml.suppress_tokens"
 
 
 def add_sizes(writer: GGUFWriter, model_type: str, text: Mapping[str, Any]) -> None:
-    """Write the decoder's settings.
-
-    Args:
-        writer: The file's.
-        model_type: Of the checkpoint's configuration.
-        text: Its decoder's part, as transformers reads it and ``complete_config`` completes it.
-    """
+    """Write the decoder's settings."""
     rope = text["rope_parameters"]
     writer.add_context_length(text["max_position_embeddings"])
     writer.add_embedding_length(text["hidden_size"])
@@ -109,16 +103,9 @@ def full_head_size(text: Mapping[str, Any]) -> int:
 
 
 def rope_factors(text: Mapping[str, Any]) -> torch.Tensor:
-    """Return what Gemma 4's full attention divides rotary frequencies by.
-
-    The first pairs of a head turn; an endless factor holds the others still.
-
-    Args:
-        text: The decoder's settings.
-
-    Returns:
-        ``[head_size / 2]`` float32.
-    """
+    """Return what Gemma 4's full attention divides rotary frequencies by."""
+    # The first pairs of a head turn; an endless factor holds the others still.
+    # Returns: ``[head_size / 2]`` float32.
     size = full_head_size(text)
     share = text["rope_parameters"]["full_attention"].get("partial_rotary_factor", 1.0)
     factors = torch.ones(size // 2)
@@ -127,16 +114,7 @@ def rope_factors(text: Mapping[str, Any]) -> torch.Tensor:
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, num_tokens: int) -> None:
-    """Write vocabulary, merges, special tokens and chat template of ``tokenizer.json``.
-
-    Args:
-        writer: The file's.
-        folder: The checkpoint.
-        num_tokens: Rows of the embedding; ids that the tokenizer lacks become unused tokens.
-
-    Raises:
-        CheckpointError: There is no such tokenizer, or it is of another kind than Gemma's.
-    """
+    """Write vocabulary, merges, special tokens and chat template of ``tokenizer.json``."""
     tokenizer = read_json(folder / "tokenizer.json")
     model = tokenizer.get("model", {})
     if model.get("type") != "BPE" or not model.get("byte_fallback") or not model.get("merges"):

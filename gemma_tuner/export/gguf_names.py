@@ -85,18 +85,7 @@ class Names:
         self._names = gguf.get_tensor_name_map(kind, num_layers)
 
     def translate(self, name: str) -> str | None:
-        """Translate the name of a weight.
-
-        Args:
-            name: As the checkpoint's files have it.
-
-        Returns:
-            The name in llama.cpp, of AltUp's projections the same for all, as it has them in one
-            pile; None for weights of the towers and their projectors.
-
-        Raises:
-            CheckpointError: A weight of the decoder that llama.cpp does not have.
-        """
+        """Translate the name of a weight."""
         if name != "lm_head.weight" and not name.startswith(_DECODER):
             return None
         for end, own in _SCALES.items():
@@ -117,28 +106,12 @@ class Names:
 
 
 def is_adaptable(name: str) -> bool:
-    """Tell whether llama.cpp uses an adapter on a weight.
-
-    Args:
-        name: In llama.cpp.
-
-    Returns:
-        Whether it does.
-    """
+    """Tell whether llama.cpp uses an adapter on a weight."""
     return name.startswith("blk.") and name.split(".")[2] in _ADAPTABLE
 
 
 def check_runs(model_type: str, text: Mapping[str, Any]) -> None:
-    """Refuse what llama.cpp would load and compute differently.
-
-    Args:
-        model_type: Of the checkpoint's configuration.
-        text: Its decoder's part, as transformers reads it.
-
-    Raises:
-        CheckpointError: It has settings that llama.cpp does not read from a file and that are
-            others there.
-    """
+    """Refuse what llama.cpp would load and compute differently."""
     found = dict(text)
     num_layers, num_shared = text["num_hidden_layers"], text["num_kv_shared_layers"]
     fixed: dict[str, Any] = dict(_FIXED)

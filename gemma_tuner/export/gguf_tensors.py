@@ -66,16 +66,7 @@ class GgufTensor:
 def choose_kind(
     name: str, shape: Sequence[int], kind: GGMLQuantizationType
 ) -> GGMLQuantizationType:
-    """Choose how a tensor is kept in a file of some kind.
-
-    Args:
-        name: In llama.cpp.
-        shape: The tensor's.
-        kind: The file's.
-
-    Returns:
-        The tensor's kind.
-    """
+    """Choose how a tensor is kept in a file of some kind."""
     if len(shape) <= 1 or name.endswith(_ALWAYS_F32) or not name.endswith(".weight"):
         return GGMLQuantizationType.F32
     if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
@@ -84,19 +75,8 @@ def choose_kind(
 
 
 def encode(name: str, weight: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
-    """Round numbers to a kind.
-
-    Args:
-        name: The weight's, for messages.
-        weight: ``[rows, in]`` or ``[in]`` float32.
-        kind: How they are kept.
-
-    Returns:
-        As many rows of bytes.
-
-    Raises:
-        CheckpointError: Numbers are infinite, undefined or beyond the kind's range.
-    """
+    """Round numbers to a kind."""
+    # weight: ``[rows, in]`` or ``[in]`` float32.
     if not weight.sum().isfinite():  # faster than looking at each
         raise CheckpointError(
             f"{name} has infinite or undefined numbers; if the adapter is on it, its training "
@@ -114,14 +94,7 @@ def encode(name: str, weight: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
 
 
 def write_gguf(writer: GGUFWriter, path: Path, tensors: Sequence[GgufTensor], what: str) -> None:
-    """Write a file; show progress.
-
-    Args:
-        writer: Holds the metadata.
-        path: The new file.
-        tensors: In the order in which they are made.
-        what: For the progress bar.
-    """
+    """Write a file; show progress."""
     for tensor in tensors:
         writer.add_tensor_info(
             tensor.name,

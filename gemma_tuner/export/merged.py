@@ -144,33 +144,18 @@ def _merge(
 
 
 def copy_settings(source: Path, target: Path) -> None:
-    """Copy what belongs to a checkpoint beside its weights: tokenizer, processor, template.
-
-    Args:
-        source: The checkpoint.
-        target: A folder.
-    """
+    """Copy what belongs to a checkpoint beside its weights: tokenizer, processor, template."""
     for file in sorted(source.iterdir()):
         if file.suffix in _COPIED and file.name != INDEX and file.is_file():
             shutil.copyfile(file, target / file.name)
 
 
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what MLX and llama.cpp's converter read and transformers 5 no longer writes.
-
-    Where these are missing MLX takes those of one release, or fails; the converter fails.
-
-    Args:
-        config: ``config.json``.
-
-    Returns:
-        The same, completed; transformers reads it as before. The folder that it once came from is
-        left out.
-
-    Source: ``ModelArgs`` and ``TextConfig`` of gemma4, gemma4_text and gemma3n in mlx-lm 0.32.2,
-    ``VisionConfig`` of gemma4_unified in mlx-vlm 0.7.10; ``Gemma4Model.set_gguf_parameters`` in
-    llama.cpp 0.5.0.
-    """
+    """Add what MLX and llama.cpp's converter read and transformers 5 no longer writes."""
+    # Where these are missing MLX takes those of one release, or fails; the converter fails.
+    # Source: ``ModelArgs`` and ``TextConfig`` of gemma4, gemma4_text and gemma3n in mlx-lm 0.32.2,
+    # ``VisionConfig`` of gemma4_unified in mlx-vlm 0.7.10; ``Gemma4Model.set_gguf_parameters`` in
+    # llama.cpp 0.5.0.
     named = {name: value for name, value in config.items() if name != "_name_or_path"}
     text = dict(config.get("text_config") or {})
     if not text:

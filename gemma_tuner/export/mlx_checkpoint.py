@@ -62,18 +62,10 @@ class _Source:
 def dequantise(
     packed: Tensor, scales: Tensor, biases: Tensor, *, bits: int, group_size: int
 ) -> Tensor:
-    """Unpack an affinely quantised MLX tensor, bit-equal to ``mx.dequantize`` on the CPU.
-
-    Args:
-        packed: ``[..., columns * bits / 32]`` uint32.
-        scales: ``[..., columns / group_size]``, of the checkpoint's dtype.
-        biases: Likewise.
-        bits: 2, 3, 4, 5, 6 or 8.
-        group_size: 32, 64 or 128.
-
-    Returns:
-        ``[..., columns]`` in the dtype of the scales.
-    """
+    """Unpack an affinely quantised MLX tensor, bit-equal to ``mx.dequantize`` on the CPU."""
+    # packed: ``[..., columns * bits / 32]`` uint32.
+    # scales: ``[..., columns / group_size]``, of the checkpoint's dtype.
+    # Returns: ``[..., columns]`` in the dtype of the scales.
     # Eight numbers fill whole bytes whatever their bits are: as many bytes as each has bits.
     in_bytes = packed.contiguous().view(torch.uint8).unflatten(-1, (-1, bits)).long()
     words = (in_bytes << (8 * torch.arange(bits))).sum(-1, keepdim=True)

@@ -24,11 +24,7 @@ _MLX_LANGUAGE = "language_model.model."
 
 
 def check_program(program: str) -> None:
-    """Raise unless the program is one of MLX's.
-
-    Raises:
-        ConfigError: It is not.
-    """
+    """Raise unless the program is one of MLX's."""
     if program not in get_args(Program):
         raise ConfigError(f"program is {program!r}; it may be {' or '.join(get_args(Program))}")
 

@@ -69,22 +69,14 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> Tensor:
-        """Read it.
-
-        Returns:
-            The tensor, on the CPU.
-        """
+        """Read it."""
         with safe_open(self.path, "pt") as file:
             return file.get_tensor(self.name)
 
     def blocks(self) -> Iterator[tuple[int, slice, Tensor]]:
-        """Read a matrix, or a pile of them, in blocks of rows that take little memory.
-
-        A vector, such as a norm's weight, is one block.
-
-        Yields:
-            For each block the matrix's number, its rows, and the block ``[rows, in]``.
-        """
+        """Read a matrix, or a pile of them, in blocks of rows that take little memory."""
+        # A vector, such as a norm's weight, is one block.
+        # Yields: For each block the matrix's number, its rows, and the block ``[rows, in]``.
         if len(self.shape) < 2:
             yield 0, slice(None), self.read()
             return
@@ -133,18 +125,7 @@ class NewTensor:
 
 
 def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """Find the folder of a checkpoint without using a network.
-
-    Args:
-        name_or_path: A folder, or a name on the Hugging Face Hub that is in the local cache.
-        revision: A branch, tag or commit on the Hub.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: It is neither.
-    """
+    """Find the folder of a checkpoint without using a network."""
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder
@@ -161,17 +142,7 @@ def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Pa
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file of a checkpoint.
-
-    Args:
-        path: The file.
-
-    Returns:
-        The object in it.
-
-    Raises:
-        CheckpointError: It is missing or damaged.
-    """
+    """Read a JSON file of a checkpoint."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -185,17 +156,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def list_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """List all tensors of a checkpoint, in the order of its files.
-
-    Args:
-        folder: Holds ``model.safetensors``, or shards and their index.
-
-    Returns:
-        Names and places.
-
-    Raises:
-        CheckpointError: A shard is missing or damaged, or a tensor is in none.
-    """
+    """List all tensors of a checkpoint, in the order of its files."""
     name = folder.resolve().name
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map", {})
@@ -222,17 +183,7 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def list_file(path: Path) -> dict[str, StoredTensor]:
-    """List the tensors of one safetensors file, in the order of their bytes.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Names and places.
-
-    Raises:
-        CheckpointError: It is missing, damaged or cut off.
-    """
+    """List the tensors of one safetensors file, in the order of their bytes."""
     try:
         with safe_open(path, "pt"):  # checks the header against the file's size
             pass
@@ -274,14 +225,7 @@ def tensor_bytes(tensor: Tensor) -> Iterator[bytes]:
 def write_weights(
     folder: Path, tensors: Sequence[NewTensor], what: str, shard_bytes: int = SHARD_BYTES
 ) -> None:
-    """Write tensors one by one into as few files as ``shard_bytes`` allows; show progress.
-
-    Args:
-        folder: Gets ``model.safetensors``, or shards and their index.
-        tensors: In the order in which they are made.
-        what: For the progress bar.
-        shard_bytes: The most tensor bytes of a file; a larger tensor has a file of its own.
-    """
+    """Write tensors one by one into as few files as ``shard_bytes`` allows; show progress."""
     shards = _group(tensors, shard_bytes)
     names = (
         ["model.safetensors"]
@@ -307,15 +251,7 @@ def write_weights(
 
 @contextmanager
 def progress_shown(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on stderr.
-
-    Args:
-        what: Beside the bar.
-        num_bytes: In all.
-
-    Yields:
-        What to call with each number of bytes that are written.
-    """
+    """Show a progress bar on stderr."""
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
     console = Console(stderr=True)
     # Without widgets, notebooks cannot show it.
@@ -340,10 +276,8 @@ def _group(tensors: Sequence[NewTensor], shard_bytes: int) -> list[list[NewTenso
 
 
 def _header(tensors: Sequence[NewTensor]) -> bytes:
-    """Return a safetensors header: its length, then names, dtypes, shapes and places.
-
-    Source: the safetensors README, "Format".
-    """
+    """Return a safetensors header: its length, then names, dtypes, shapes and places."""
+    # Source: the safetensors README, "Format".
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:

@@ -53,27 +53,16 @@ def decode_audio(
     key: str,
     sample_rate_hz: int | None = None,
 ) -> np.ndarray:
-    """Decode a sound to 16 kHz mono, the mean of its channels.
-
-    WAV, FLAC, MP3 and OGG (Vorbis, Opus) among others, as libsndfile reads them. Samples beyond
-    ±1 in float data are kept: clipping them would distort. A sound cut short is refused where its
-    container says how long it is: WAV, AIFF, FLAC, OGG, and MP3 with a Xing or Info header; other
-    MP3s are read to the end that libsndfile estimates, which only a constant bit rate makes exact.
-
-    Args:
-        source: A local path, encoded bytes, or samples ``[frames]`` or ``[frames, channels]``:
-            float, or integers of 8, 16 or 32 bits, which are scaled from full range to ±1.
-        key: The example that it belongs to.
-        sample_rate_hz: The rate of samples, needed for an array. Encoded sound says it itself;
-            where it is given as well, the two must agree.
-
-    Returns:
-        Samples ``[frames]`` float32 at 16 kHz, contiguous; ``source`` itself where it is that.
-
-    Raises:
-        DataError: No such file, not a sound, truncated, empty, longer than :data:`MAX_SECONDS` or
-            :data:`MAX_FRAMES`, not finite, without a usable rate, or an array of another shape.
-    """
+    """Decode a sound to 16 kHz mono, the mean of its channels."""
+    # WAV, FLAC, MP3 and OGG (Vorbis, Opus) among others, as libsndfile reads them. Samples beyond
+    # ±1 in float data are kept: clipping them would distort. A sound cut short is refused where
+    # its container says how long it is: WAV, AIFF, FLAC, OGG, and MP3 with a Xing or Info header;
+    # other MP3s are read to the end that libsndfile estimates, which only a constant bit rate
+    # makes exact.
+    # source: A local path, encoded bytes, or samples ``[frames]`` or ``[frames, channels]``:
+    # float, or integers of 8, 16 or 32 bits, which are scaled from full range to ±1.
+    # Returns: Samples ``[frames]`` float32 at 16 kHz, contiguous; ``source`` itself where it is
+    # that.
     name = describe_source(source, "audio")
     if isinstance(source, np.ndarray):
         rate_hz = _check_rate(sample_rate_hz, name, key)
@@ -165,14 +154,10 @@ def _resample(mono: np.ndarray, rate_hz: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=8)
 def _build_resampler(ratio: Fraction) -> Resample:
-    """Build the filter of one ratio of rates, kept because it costs more than a short clip.
-
-    Source: "kaiser_best" in torchaudio's resampling tutorial. torchaudio's own defaults let a
-    9 kHz tone alias to 7 kHz at -17 dB; these at -118 dB and below (both measured).
-
-    Returns:
-        A module from ``[frames]`` to ``[ceil(frames * ratio)]`` float32.
-    """
+    """Build the filter of one ratio of rates, kept because it costs more than a short clip."""
+    # Source: "kaiser_best" in torchaudio's resampling tutorial. torchaudio's own defaults let a 9
+    # kHz tone alias to 7 kHz at -17 dB; these at -118 dB and below (both measured).
+    # Returns: A module from ``[frames]`` to ``[ceil(frames * ratio)]`` float32.
     from torchaudio.transforms import Resample
 
     return Resample(
@@ -186,10 +171,8 @@ def _build_resampler(ratio: Fraction) -> Resample:
 
 
 def _check_whole(stream: BinaryIO, name: str, key: str) -> None:
-    """Refuse WAV, AIFF and OGG that are cut short, which libsndfile decodes without a word.
-
-    Source: RIFF and EA IFF 85 chunk sizes (8 bytes of header not counted); RFC 3533 section 6.
-    """
+    """Refuse WAV, AIFF and OGG that are cut short, which libsndfile decodes without a word."""
+    # Source: RIFF and EA IFF 85 chunk sizes (8 bytes of header not counted); RFC 3533 section 6.
     num_bytes = stream.seek(0, io.SEEK_END)
     stream.seek(0)
     head = stream.read(8)

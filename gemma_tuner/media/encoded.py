@@ -41,19 +41,7 @@ def describe_source(source: object, kind: MediaKind) -> str:
 
 
 def open_encoded(source: str | Path | bytes, *, key: str, kind: MediaKind) -> BinaryIO:
-    """Open encoded media for reading from its first byte.
-
-    Args:
-        source: A local path, or the encoded bytes.
-        key: The example that it belongs to.
-        kind: What it should hold, for messages.
-
-    Returns:
-        A seekable binary stream, to be closed by the caller.
-
-    Raises:
-        DataError: A URI, no such file, no permission, zero bytes, or another type of source.
-    """
+    """Open encoded media for reading from its first byte."""
     name = describe_source(source, kind)
     scheme = read_uri_scheme(source)
     if scheme is not None:

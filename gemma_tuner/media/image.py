@@ -68,26 +68,11 @@ def decode_image(
     key: str,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> PIL.Image.Image:
-    """Decode a picture to upright RGB.
-
-    Transparency is laid on white. Greyscale of more than 8 bits is scaled, not clipped: 16-bit
-    pictures over their whole range; 32-bit and float pictures, whose files do not say what white
-    is, to the least of 1 (float only), 255, 65,535 and 2³¹-1 that none of their pixels exceeds.
-    A damaged EXIF block is logged and the picture taken as upright.
-
-    Args:
-        source: A local path, encoded bytes, or a picture in memory (any mode, current frame).
-        key: The example that it belongs to.
-        max_pixels: Width times height that is refused beyond, from the header, before any pixel
-            is decoded. Pillow itself refuses above twice ``PIL.Image.MAX_IMAGE_PIXELS``.
-
-    Returns:
-        A picture in mode ``RGB`` without EXIF data; ``source`` itself where it is one already.
-
-    Raises:
-        DataError: No such file, not a picture, truncated or damaged, too large, of zero size, or
-            with pixels that have no place between black and white.
-    """
+    """Decode a picture to upright RGB."""
+    # Transparency is laid on white. Greyscale of more than 8 bits is scaled, not clipped: 16-bit
+    # pictures over their whole range; 32-bit and float pictures, whose files do not say what white
+    # is, to the least of 1 (float only), 255, 65,535 and 2³¹-1 that none of their pixels exceeds.
+    # A damaged EXIF block is logged and the picture taken as upright.
     name = describe_source(source, "image")
     try:
         if isinstance(source, PIL.Image.Image):

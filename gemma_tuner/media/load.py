@@ -12,19 +12,9 @@ from gemma_tuner.records import Audio, Example, Image
 
 
 def load_media(example: Example, *, root: Path | None = None) -> Example:
-    """Replace every picture and sound of an example by its decoded form.
-
-    Args:
-        example: Turns with media as local paths, encoded bytes, or decoded already.
-        root: The folder that relative paths start from; None is the working directory.
-
-    Returns:
-        The example with upright RGB pictures and 16 kHz mono float32 samples in place; the same
-        object where there is nothing to decode, so calling it twice costs nothing.
-
-    Raises:
-        DataError: A part that cannot be decoded, or a URI: nothing is fetched here.
-    """
+    """Replace every picture and sound of an example by its decoded form."""
+    # Returns: The example with upright RGB pictures and 16 kHz mono float32 samples in place; the
+    # same object where there is nothing to decode, so calling it twice costs nothing.
 
     def load(part: Image | Audio) -> Image | Audio:
         source = _resolve(part.source, root)

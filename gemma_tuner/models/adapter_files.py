@@ -29,22 +29,9 @@ far a run was that has saved it."""
 
 
 def save_adapter(model: PeftModel, path: str | Path, step: int | None = None) -> Path:
-    """Write the adapter as a standard PEFT folder.
-
-    An existing folder keeps its other files; its adapter is replaced once the new one is
-    complete.
-
-    Args:
-        model: From ``add_lora``.
-        path: The folder; made if it is missing.
-        step: Of the run that saves it; None where it is no run of a trainer.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: No room or no permission; an adapter that was there is as it was.
-    """
+    """Write the adapter as a standard PEFT folder."""
+    # An existing folder keeps its other files; its adapter is replaced once the new one is
+    # complete.
     folder = Path(path)
     with saving_explained("save an adapter", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -60,13 +47,7 @@ def save_adapter(model: PeftModel, path: str | Path, step: int | None = None) ->
 
 
 def write_adapter(model: PeftModel, folder: Path, *, step: int | None = None) -> None:
-    """Write an adapter's files into a folder that is empty.
-
-    Args:
-        model: From ``add_lora``.
-        folder: Where.
-        step: As in :func:`save_adapter`.
-    """
+    """Write an adapter's files into a folder that is empty."""
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     # The model card that PEFT adds names the base by its local path.
     (folder / "README.md").unlink(missing_ok=True)
@@ -87,15 +68,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
 
 
 def saving_explained(what: str, folder: Path) -> AbstractContextManager[None]:
-    """Turn what can go wrong with a disk into a CheckpointError with a remedy.
-
-    Args:
-        what: What the block does, such as "save an adapter".
-        folder: Where.
-
-    Returns:
-        What the block runs in.
-    """
+    """Turn what can go wrong with a disk into a CheckpointError with a remedy."""
     return disk_errors_explained(
         lambda reason: CheckpointError(
             f"cannot {what} in {folder.resolve().name!r}: {reason}. What was saved before is "

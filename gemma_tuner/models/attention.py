@@ -54,22 +54,11 @@ def attend(
     has_pictures: bool = True,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute a layer's attention, as transformers' attention interface has it.
-
-    Args:
-        module: The layer's attention.
-        query: ``[B, H, Q, D]``.
-        key: ``[B, key heads, K, D]``.
-        value: Likewise.
-        attention_mask: Of ``make_mask``, or ``[B or 1, 1, Q, K]`` as a kernel takes it.
-        sliding_window: How many positions, its own included, a query looks back on; None for all.
-        has_pictures: Whether rows may hold pictures, whose positions see each other in both
-            directions in some families; what is known of a batch may say no.
-        **kwargs: What transformers' own attention takes.
-
-    Returns:
-        ``[B, Q, H, D]``, and no weights.
-    """
+    """Compute a layer's attention, as transformers' attention interface has it."""
+    # query: ``[B, H, Q, D]``.
+    # key: ``[B, key heads, K, D]``.
+    # attention_mask: Of ``make_mask``, or ``[B or 1, 1, Q, K]`` as a kernel takes it.
+    # Returns: ``[B, Q, H, D]``, and no weights.
     run = partial(sdpa_attention_forward, module, **kwargs)
     if isinstance(attention_mask, Tensor):
         return run(query, key, value, attention_mask)
@@ -100,11 +89,7 @@ def attend(
 
 
 def use_attention(model: Any) -> None:
-    """Let a model's decoder, and a vision tower that can, use this attention.
-
-    Args:
-        model: A Gemma model, not wrapped by PEFT.
-    """
+    """Let a model's decoder, and a vision tower that can, use this attention."""
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, make_mask)
     parts = {"text_config": ATTENTION}
@@ -114,18 +99,9 @@ def use_attention(model: Any) -> None:
 
 
 def set_query_chunk(model: Module, tokens: int | None) -> None:
-    """Choose how many queries the decoder's layers take at a time.
-
-    The scores of each chunk are computed again in backward: less memory, more time. What takes
-    fewer queries is not cut.
-
-    Args:
-        model: A Gemma model that uses this attention, not wrapped by PEFT.
-        tokens: How many; None for all.
-
-    Raises:
-        ConfigError: Less than one.
-    """
+    """Choose how many queries the decoder's layers take at a time."""
+    # The scores of each chunk are computed again in backward: less memory, more time. What takes
+    # fewer queries is not cut.
     if tokens is not None and tokens < 1:
         raise ConfigError(f"a query chunk of {tokens} tokens; give at least 1, or None for all")
     gemma: Any = model

@@ -76,24 +76,16 @@ class MappedEmbedding(nn.Module):
         return self._table.nbytes
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Look up rows; waits for the ids where they are on a device.
-
-        Args:
-            input_ids: ``[...]`` int64.
-
-        Returns:
-            ``[..., columns]`` in the embedding's dtype, on the device of the ids.
-        """
+        """Look up rows; waits for the ids where they are on a device."""
+        # input_ids: ``[...]`` int64.
+        # Returns: ``[..., columns]`` in the embedding's dtype, on the device of the ids.
         rows = self._gather(input_ids).view(self._stored_dtype)
         rows = rows.to(input_ids.device).to(self._dtype)
         return rows * torch.tensor(self._scale, dtype=self._dtype)
 
     def warm(self, input_ids: Tensor) -> None:
-        """Bring rows that will be looked up soon from the disk into the system's page cache.
-
-        Args:
-            input_ids: ``[...]`` int64 on the CPU.
-        """
+        """Bring rows that will be looked up soon from the disk into the system's page cache."""
+        # input_ids: ``[...]`` int64 on the CPU.
         self._gather(input_ids)
 
     def _gather(self, input_ids: Tensor) -> Tensor:
@@ -104,19 +96,7 @@ class MappedEmbedding(nn.Module):
 def choose_placement(
     config: PreTrainedConfig, device: torch.device, wanted: str | None
 ) -> Placement | None:
-    """Decide where the per-layer table is.
-
-    Args:
-        config: The checkpoint's.
-        device: Where training runs.
-        wanted: The user's choice, or None: on disk for MPS, whose memory is the machine's.
-
-    Returns:
-        The place; None where the model has no such table.
-
-    Raises:
-        ConfigError: A choice that there is not.
-    """
+    """Decide where the per-layer table is."""
     if wanted not in (None, *get_args(Placement)):
         raise ConfigError(f"per_layer_embeddings={wanted!r}; give 'disk', 'device' or None")
     if not getattr(config.get_text_config(), "hidden_size_per_layer_input", 0):
@@ -129,19 +109,7 @@ def choose_placement(
 def map_per_layer_embeddings(
     model: nn.Module, find_file: Callable[[str], Path | None], dtype: torch.dtype
 ) -> MappedEmbedding:
-    """Give a model that was loaded without its per-layer table one that is mapped.
-
-    Args:
-        model: The full multimodal class.
-        find_file: Finds a file of the checkpoint by its name; None where there is none.
-        dtype: The model's.
-
-    Returns:
-        The table.
-
-    Raises:
-        CheckpointError: No file of the checkpoint holds it.
-    """
+    """Give a model that was loaded without its per-layer table one that is mapped."""
     gemma: Any = model
     index = find_file("model.safetensors.index.json")
     name = "model.safetensors"

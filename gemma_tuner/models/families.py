@@ -98,31 +98,16 @@ class Family:
         return self.image_token_budgets or (processor.image_seq_length,)
 
     def max_audio_seconds(self, processor: Any) -> float:
-        """Tell the longest clip; the feature extractors of Gemma 4 and 3n drop the rest silently.
-
-        Args:
-            processor: A processor of this family.
-
-        Returns:
-            Seconds.
-
-        Source: ``max_length=480_000`` samples of both feature extractors in transformers 5.23;
-        Gemma 4's processors state it as ``audio_seq_length`` tokens of ``audio_ms_per_token``.
-        """
+        """Tell the longest clip."""
+        # The feature extractors of Gemma 4 and 3n drop the rest silently.
+        # Source: ``max_length=480_000`` samples of both feature extractors in transformers 5.23;
+        # Gemma 4's processors state it as ``audio_seq_length`` tokens of ``audio_ms_per_token``.
         if self.audio_fixed_tokens:
             return 480_000 / 16_000
         return processor.audio_seq_length * processor.audio_ms_per_token / 1000
 
     def count_image_tokens(self, inputs: Mapping[str, Tensor]) -> list[int]:
-        """Count the features that the vision part returns for each picture.
-
-        Args:
-            inputs: The processor's tensors: ``image_position_ids [N, patches, 2]`` int64, padding
-                -1 (Gemma 4), or ``pixel_values [N, 3, height, width]`` (3n).
-
-        Returns:
-            One count a picture, in reading order; empty without pictures.
-        """
+        """Count the features that the vision part returns for each picture."""
         if "pixel_values" not in inputs:
             return []
         if self.image_fixed_tokens:
@@ -131,15 +116,7 @@ class Family:
         return (valid_patches // self.pooling**2).tolist()
 
     def count_audio_tokens(self, inputs: Mapping[str, Tensor]) -> list[int]:
-        """Count the features that the audio part returns for each clip.
-
-        Args:
-            inputs: The processor's tensors: ``input_features_mask [N, frames]`` bool, True where
-                a frame is valid.
-
-        Returns:
-            One count a clip, in reading order; empty without clips.
-        """
+        """Count the features that the audio part returns for each clip."""
         if "input_features_mask" not in inputs:
             return []
         mask = inputs["input_features_mask"]
@@ -207,17 +184,7 @@ _FAMILIES = (_GEMMA4, _GEMMA4_UNIFIED, _GEMMA3N)
 
 
 def family_of(config: PreTrainedConfig) -> Family:
-    """Find the family of a model's configuration.
-
-    Args:
-        config: ``model.config``, or one read by ``AutoConfig``.
-
-    Returns:
-        The family, with the numbers of this configuration.
-
-    Raises:
-        CheckpointError: Another kind of model.
-    """
+    """Find the family of a model's configuration."""
     model_type = getattr(config, "model_type", None)
     for family in _FAMILIES:
         if family.model_type == model_type:
@@ -238,14 +205,7 @@ def family_of(config: PreTrainedConfig) -> Family:
 
 
 def loaded_modalities(model: Any) -> tuple[Modality, ...]:
-    """Find what a model can read: towers that were left out when it was loaded are not there.
-
-    Args:
-        model: A Gemma model, not wrapped by PEFT.
-
-    Returns:
-        Some of ``text``, ``image`` and ``audio``.
-    """
+    """Find what a model can read: towers that were left out when it was loaded are not there."""
     towers = family_of(model.config).towers
     return tuple(
         modality
@@ -255,17 +215,7 @@ def loaded_modalities(model: Any) -> tuple[Modality, ...]:
 
 
 def family_of_processor(processor: Any) -> Family:
-    """Find the family of a processor, for code that has no model.
-
-    Args:
-        processor: A checkpoint's processor.
-
-    Returns:
-        The family, with the numbers of this processor.
-
-    Raises:
-        CheckpointError: Another kind of processor.
-    """
+    """Find the family of a processor, for code that has no model."""
     classes = {cls.__name__ for cls in type(processor).__mro__}
     for family in _FAMILIES:
         if family.processor_class in classes:

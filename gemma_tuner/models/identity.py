@@ -33,16 +33,7 @@ _NOT_STRUCTURE = {
 
 
 def describe_model(model: PeftModel) -> dict[str, Any]:
-    """Everything that must be equal for a saved run to continue on a model.
-
-    Args:
-        model: From ``add_lora``.
-
-    Returns:
-        JSON: the base's kind and configuration, a hash of its norms (an instruction-tuned release
-        has the configuration of the one it was tuned from), the LoRA config, and the shapes of
-        the parameters that train. Names of paths are left out.
-    """
+    """Everything that must be equal for a saved run to continue on a model."""
     base = cast(PreTrainedModel, model.get_base_model())
     base_config = json.loads(base.config.to_json_string(use_diff=False))
     lora = {
@@ -61,15 +52,8 @@ def describe_model(model: PeftModel) -> dict[str, Any]:
 
 
 def hash_decoder_norms(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
-    """Fingerprint a release: a few small tensors tell it from another of the same shapes.
-
-    Args:
-        names: The tensors of a model that is not wrapped, or of a checkpoint.
-        read: Gives one of them; only norms of the decoder's layers are asked for.
-
-    Returns:
-        SHA-256, the same for a checkpoint in bfloat16 and in float32.
-    """
+    """Fingerprint a release: a few small tensors tell it from another of the same shapes."""
+    # Returns: SHA-256, the same for a checkpoint in bfloat16 and in float32.
     digest = hashlib.sha256()
     norms = {match[3]: name for name in names if (match := _DECODER_NORMS.fullmatch(name))}
     for short_name, name in sorted(norms.items()):

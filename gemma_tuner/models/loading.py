@@ -163,18 +163,7 @@ def load_model(
 
 
 def read_config(source: str, revision: str | None) -> PreTrainedConfig:
-    """Read a checkpoint's configuration.
-
-    Args:
-        source: A folder, or a name on the Hub.
-        revision: A branch, tag or commit on the Hub.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        CheckpointError: It cannot be read.
-    """
+    """Read a checkpoint's configuration."""
     with _explained(source):
         return transformers.AutoConfig.from_pretrained(
             source, revision=revision, trust_remote_code=False
@@ -217,14 +206,9 @@ def _check_processor(
 
 
 def _check_tokenizer(name: str, tokenizer: Any, family: Family, config: PreTrainedConfig) -> None:
-    """Refuse a tokenizer that is not the model's.
-
-    Without a tokenizer.json transformers makes one that knows control tokens alone, and says
-    nothing.
-
-    Raises:
-        CheckpointError: It does not know words, or not the ids of the configuration.
-    """
+    """Refuse a tokenizer that is not the model's."""
+    # Without a tokenizer.json transformers makes one that knows control tokens alone, and says
+    # nothing.
     unknown = tokenizer.unk_token_id in tokenizer("model\n", add_special_tokens=False)["input_ids"]
     ids = {
         "image_token_id": tokenizer.convert_tokens_to_ids(family.image_token),

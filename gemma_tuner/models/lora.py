@@ -164,19 +164,7 @@ def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> peft.P
 def find_adapters(
     model: PreTrainedModel, config: LoraConfig
 ) -> tuple[peft.LoraConfig, dict[str, int]]:
-    """Find the modules of a model that are meant, and say it in PEFT's terms.
-
-    Args:
-        model: Not wrapped; it is left as it is.
-        config: Where adapters go.
-
-    Returns:
-        PEFT's configuration, and how many modules each target has.
-
-    Raises:
-        ConfigError: A target that the model does not have, or one that matches nothing or
-            something that is not linear.
-    """
+    """Find the modules of a model that are meant, and say it in PEFT's terms."""
     modules = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     layers = _choose_layers(model, config)
     patterns: list[str] = []
@@ -217,16 +205,9 @@ def find_adapters(
 
 
 def wrap_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int = 0) -> peft.PeftModel:
-    """Put adapters on where PEFT's own configuration says.
-
-    Args:
-        model: Frozen.
-        config: PEFT's.
-        seed: Decides the adapters' first weights.
-
-    Returns:
-        The model, wrapped, in the mode that it was in; what trains is float32 and contiguous.
-    """
+    """Put adapters on where PEFT's own configuration says."""
+    # Returns: The model, wrapped, in the mode that it was in; what trains is float32 and
+    # contiguous.
     training = model.training
     with seeded(model.device, seed), warnings.catch_warnings():
         # PEFT 0.21 asks for it by the name that transformers 6 will not have.

@@ -72,13 +72,8 @@ class RoundedLinear(nn.Linear):
 
 
 def use_lean_adapters(model: nn.Module) -> None:
-    """Let adapters compute as this module says; weights and gradients stay float32.
-
-    DoRA is left to PEFT: its norms need float32.
-
-    Args:
-        model: Wrapped by PEFT.
-    """
+    """Let adapters compute as this module says; weights and gradients stay float32."""
+    # DoRA is left to PEFT: its norms need float32.
     for layer in model.modules():
         if isinstance(layer, ModulesToSaveWrapper):
             if layer.original_module.get_parameter("weight").dtype != torch.float32:
@@ -101,19 +96,12 @@ class AdaptedLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
     ) -> Tensor:
-        """Multiply by the layer's weight and the adapter's.
-
-        Args:
-            ctx: Autograd's context.
-            x: ``[rows, in]``.
-            weight: ``[out, in]``, of ``x``'s dtype.
-            lora_a: ``[rank, in]``, any float dtype; rounded to ``x``'s.
-            lora_b: ``[out, rank]``, likewise.
-            scale: Of the adapter.
-
-        Returns:
-            ``[rows, out]``, of ``x``'s dtype.
-        """
+        """Multiply by the layer's weight and the adapter's."""
+        # x: ``[rows, in]``.
+        # weight: ``[out, in]``, of ``x``'s dtype.
+        # lora_a: ``[rank, in]``, any float dtype; rounded to ``x``'s.
+        # lora_b: ``[out, rank]``, likewise.
+        # Returns: ``[rows, out]``, of ``x``'s dtype.
         inner = x @ lora_a.to(x.dtype).T  # [rows, rank]
         output = x @ weight.T  # [rows, out]
         output.addmm_(inner, lora_b.to(x.dtype).T, alpha=scale)

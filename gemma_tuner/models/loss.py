@@ -30,20 +30,9 @@ before 2.14, and by batched products still. Source: pytorch issues 193487 and 19
 
 
 def target_loss_sum(model: Module, batch: Batch, *, chunk_tokens: int) -> Tensor:
-    """Sum the cross-entropy of a batch's target tokens.
-
-    Args:
-        model: A Gemma model, as loaded or wrapped by PEFT.
-        batch: On the model's device.
-        chunk_tokens: Rows of the vocabulary head that are alive at a time.
-
-    Returns:
-        A float32 scalar: the sum, not the mean, over target tokens. Divided by the number of
-        targets of the whole optimizer step, every token weighs the same however they are batched.
-
-    Raises:
-        ConfigError: A head that is being trained.
-    """
+    """Sum the cross-entropy of a batch's target tokens."""
+    # Returns: A float32 scalar: the sum, not the mean, over target tokens. Divided by the number
+    # of targets of the whole optimizer step, every token weighs the same however they are batched.
     gemma = unwrap_peft(model)
     head = gemma.get_output_embeddings()
     if head.weight.requires_grad:
@@ -59,16 +48,9 @@ def target_loss_sum(model: Module, batch: Batch, *, chunk_tokens: int) -> Tensor
 
 
 def predicting_hidden_states(model: Module, batch: Batch) -> Tensor:
-    """Compute the final hidden states that predict a batch's targets.
-
-    Args:
-        model: A Gemma model, as loaded or wrapped by PEFT.
-        batch: On the model's device.
-
-    Returns:
-        ``[N, H]``, in the order of ``batch.target_ids``; where that is :data:`IGNORED`, the state
-        of some other position.
-    """
+    """Compute the final hidden states that predict a batch's targets."""
+    # Returns: ``[N, H]``, in the order of ``batch.target_ids``; where that is :data:`IGNORED`, the
+    # state of some other position.
     return target_only_of(unwrap_peft(model)).hidden_states(
         batch.inputs, batch.target_rows, batch.target_slots
     )
@@ -86,19 +68,11 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         chunk_tokens: int,
     ) -> Tensor:
-        """Sum the losses of ``hidden`` ``[N, H]`` against ``target_ids`` ``[N]``.
-
-        Args:
-            ctx: Autograd's context.
-            hidden: ``[N, H]``, any float dtype.
-            weight: ``[V, H]``, the frozen head.
-            target_ids: ``[N]`` int64, ``IGNORED`` where there is no target.
-            softcap: ``c`` in ``c * tanh(logits / c)``; None for none.
-            chunk_tokens: Rows at a time.
-
-        Returns:
-            A float32 scalar.
-        """
+        """Sum the losses of ``hidden`` ``[N, H]`` against ``target_ids`` ``[N]``."""
+        # hidden: ``[N, H]``, any float dtype.
+        # weight: ``[V, H]``, the frozen head.
+        # target_ids: ``[N]`` int64, ``IGNORED`` where there is no target.
+        # Returns: A float32 scalar.
         wants_gradient = ctx.needs_input_grad[0]
         # Kept in float32 until it is scaled: rounded twice, it would lean to one side.
         gradient = torch.empty_like(hidden, dtype=torch.float32) if wants_gradient else None

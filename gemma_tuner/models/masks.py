@@ -59,14 +59,8 @@ class AttentionMask:
         return self if queries.shape == self._queries.shape else self._with_queries(queries)
 
     def take(self, rows: Tensor) -> AttentionMask:
-        """Ask for other queries.
-
-        Args:
-            rows: ``[B, M]`` int64: their positions.
-
-        Returns:
-            The mask of these queries and all keys.
-        """
+        """Ask for other queries."""
+        # rows: ``[B, M]`` int64: their positions.
         return self._with_queries(rows)
 
     def _with_queries(self, queries: Tensor) -> AttentionMask:
@@ -92,17 +86,8 @@ class AttentionMask:
         return self._ask(positions[:, None, :, None], keys[None, None, None, :])
 
     def band(self, first: int, num_blocks: int, block: int, width: int) -> Tensor:
-        """Make the mask of blocks of queries and the keys up to each block's end.
-
-        Args:
-            first: The first block.
-            num_blocks: How many.
-            block: Positions in one; those behind the last query are padding.
-            width: Keys that a block meets: its own, and those before it.
-
-        Returns:
-            ``[B * num_blocks, 1, block, width]`` bool.
-        """
+        """Make the mask of blocks of queries and the keys up to each block's end."""
+        # Returns: ``[B * num_blocks, 1, block, width]`` bool.
         wanted = (first, num_blocks, block, width)
         if wanted not in self._made:
             device = self._queries.device
@@ -138,21 +123,8 @@ def make_mask(
     device: torch.device | str,
     **_: Any,
 ) -> AttentionMask:
-    """Note what transformers asks of a mask interface; nothing is computed yet.
-
-    Args:
-        batch_size: Rows.
-        q_length: Queries.
-        kv_length: Keys, those of a cache included.
-        q_offset: Position of the first query.
-        kv_offset: Position of the first key.
-        mask_function: Of row, head, query and key indices.
-        attention_mask: ``[B, tokens]`` bool: what is not padding.
-        device: Of the positions.
-
-    Returns:
-        The mask that ``attend`` reads.
-    """
+    """Note what transformers asks of a mask interface; nothing is computed yet."""
+    # attention_mask: ``[B, tokens]`` bool: what is not padding.
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None:
         mask_function = and_masks(mask_function, padding_mask_function(padding))

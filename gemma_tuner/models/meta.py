@@ -47,20 +47,7 @@ def build_meta_model(
     dtype: torch.dtype,
     per_layer_embeddings: embeddings.Placement | None,
 ) -> Any:
-    """Build what ``load_model`` would return, on torch's meta device.
-
-    Args:
-        config: The checkpoint's; left as it is.
-        modalities: As in ``load_model``.
-        dtype: Of the weights.
-        per_layer_embeddings: Where the per-layer table is; None where it is no matter.
-
-    Returns:
-        The model in eval mode, every parameter frozen.
-
-    Raises:
-        ConfigError: A modality that the checkpoint lacks.
-    """
+    """Build what ``load_model`` would return, on torch's meta device."""
     config = copy.deepcopy(config)
     family = family_of(config)
     left_out = choose_left_out("the checkpoint", family, config, modalities)
@@ -87,14 +74,7 @@ def build_meta_model(
 
 
 def build_meta_copy(model: PeftModel) -> PeftModel:
-    """Build a model as another one is, adapters included, without its weights.
-
-    Args:
-        model: From ``add_lora``.
-
-    Returns:
-        The model, on torch's meta device.
-    """
+    """Build a model as another one is, adapters included, without its weights."""
     gemma: Any = unwrap_peft(model)
     is_mapped = embeddings.find_mapped_embedding(model) is not None
     meta_model = build_meta_model(
@@ -107,13 +87,7 @@ def build_meta_copy(model: PeftModel) -> PeftModel:
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:
-    """Replace a model's meta tensors by fake ones on a device; tied ones stay tied.
-
-    Args:
-        model: Built on the meta device, adapters included.
-        mode: Whose fakes they become.
-        device: Where they say that they are; it need not be there.
-    """
+    """Replace a model's meta tensors by fake ones on a device; tied ones stay tied."""
     fakes: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:

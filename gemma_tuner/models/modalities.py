@@ -15,20 +15,7 @@ if TYPE_CHECKING:
 def choose_left_out(
     name: str, family: Family, config: PreTrainedConfig, modalities: Sequence[Modality]
 ) -> list[str]:
-    """Check the modalities, and find the submodules of ``model.model`` that they do not need.
-
-    Args:
-        name: The checkpoint's, for errors.
-        family: Its family.
-        config: Its configuration.
-        modalities: What the data holds.
-
-    Returns:
-        Names of submodules.
-
-    Raises:
-        ConfigError: A modality that is unknown or that the checkpoint lacks.
-    """
+    """Check the modalities, and find the submodules of ``model.model`` that they do not need."""
     if isinstance(modalities, str):
         raise ConfigError(f"modalities is the string {modalities!r}; write ({modalities!r},)")
     offered = family.modalities(config)
@@ -56,20 +43,9 @@ def without_modules(
     config: PreTrainedConfig,
     left_out: Collection[str],
 ) -> type[PreTrainedModel]:
-    """Derive the class that loads without some parts; their keys are passed over silently.
-
-    Where the configuration can say that a tower is absent, it does (``config`` is changed);
-    Gemma 3n always builds its towers, so they are taken off again, while they have no memory.
-
-    Args:
-        model_class: The full multimodal class.
-        family: Its family.
-        config: Its configuration.
-        left_out: Names of submodules of ``model.model``.
-
-    Returns:
-        A subclass whose instances may become plain ``model_class`` after loading.
-    """
+    """Derive the class that loads without some parts; their keys are passed over silently."""
+    # Where the configuration can say that a tower is absent, it does (``config`` is changed);
+    # Gemma 3n always builds its towers, so they are taken off again, while they have no memory.
     if family.towers_optional:
         for modality, part in (("image", "vision_config"), ("audio", "audio_config")):
             if set(family.towers[modality]) & set(left_out):

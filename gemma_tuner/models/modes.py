@@ -13,15 +13,9 @@ from gemma_tuner.models.lora import unwrap_peft
 
 
 def begin_training(model: Any, *, checkpointed_layers: int | None = None) -> None:
-    """Turn on the adapters' dropout and activation checkpointing.
-
-    Everything else stays in eval mode: in train mode Gemma 3n clamps frozen AltUp weights in
-    place, and batch norms of a frozen tower would drift.
-
-    Args:
-        model: A Gemma model wrapped by PEFT.
-        checkpointed_layers: As in :func:`checkpoint_layers`; None means all.
-    """
+    """Turn on the adapters' dropout and activation checkpointing."""
+    # Everything else stays in eval mode: in train mode Gemma 3n clamps frozen AltUp weights in
+    # place, and batch norms of a frozen tower would drift.
     gemma = unwrap_peft(model)
     gemma.activation_checkpointing_enable(checkpointing_options(gemma.device))
     if checkpointed_layers is not None:
@@ -34,14 +28,7 @@ def begin_training(model: Any, *, checkpointed_layers: int | None = None) -> Non
 
 
 def checkpointing_options(device: torch.device) -> dict[str, Any]:
-    """What ``torch.utils.checkpoint`` has to be told so that gradients are right.
-
-    Args:
-        device: Where training runs.
-
-    Returns:
-        Its keyword arguments.
-    """
+    """What ``torch.utils.checkpoint`` has to be told so that gradients are right."""
     # Reentrant checkpointing loses the gradients of shared keys and values, silently.
     options: dict[str, Any] = {"use_reentrant": False}
     if device.type == "mps":
@@ -50,12 +37,7 @@ def checkpointing_options(device: torch.device) -> dict[str, Any]:
 
 
 def checkpoint_layers(model: Any, count: int) -> None:
-    """Choose which layers keep only their inputs and compute the rest again in backward.
-
-    Args:
-        model: In training.
-        count: How many decoder layers, from the first on. With any, the towers' layers do, too.
-    """
+    """Choose which layers keep only their inputs and compute the rest again in backward."""
     gemma = unwrap_peft(model)
     layers = gemma.model.language_model.layers
     if all(layer.gradient_checkpointing == (i < count) for i, layer in enumerate(layers)):

@@ -60,13 +60,8 @@ _STOCK = {lean: stock for stock, lean in _LEAN.items()}
 
 
 def use_lean_norms(model: nn.Module) -> None:
-    """Let a model's norms keep only their input for backward.
-
-    A family whose norm computes something else than this module knows keeps it, which is said.
-
-    Args:
-        model: Any model of a family; its weights and names stay.
-    """
+    """Let a model's norms keep only their input for backward."""
+    # A family whose norm computes something else than this module knows keeps it, which is said.
     for stock, lean in _LEAN.items():
         norms = [module for module in model.modules() if type(module) is stock]
         if norms and not _is_known(stock, lean):
@@ -80,11 +75,7 @@ def use_lean_norms(model: nn.Module) -> None:
 
 
 def use_stock_norms(model: nn.Module) -> None:
-    """Give a model back the norms that transformers gave it.
-
-    Args:
-        model: After :func:`use_lean_norms`.
-    """
+    """Give a model back the norms that transformers gave it."""
     for module in model.modules():
         if type(module) in _STOCK:
             module.__class__ = _STOCK[type(module)]
@@ -106,17 +97,9 @@ class NormKeepingInput(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        """Normalize ``hidden`` ``[..., H]`` over its last axis.
-
-        Args:
-            ctx: Autograd's context.
-            hidden: Any float dtype.
-            weight: ``[H]``; None for none.
-            eps: Added to the mean square.
-
-        Returns:
-            ``[..., H]``, of ``hidden``'s dtype.
-        """
+        """Normalize ``hidden`` ``[..., H]`` over its last axis."""
+        # weight: ``[H]``; None for none.
+        # Returns: ``[..., H]``, of ``hidden``'s dtype.
         wide = hidden.float()
         # pow as in transformers: rsqrt rounds otherwise
         factor = (wide.pow(2).mean(-1, keepdim=True) + eps).pow(-0.5)

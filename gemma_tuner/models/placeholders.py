@@ -30,21 +30,9 @@ _AUDIO = ("input_features", "input_features_mask")
 def merged_media_embeddings(
     gemma: Any, inputs: Mapping[str, Tensor]
 ) -> Iterator[Mapping[str, Tensor]]:
-    """Compute the features of a batch's media and lay them in during one forward of the model.
-
-    Where they are not as many as their placeholders, they become NaN, and so does the loss: to
-    compare the two on the host would mean to wait for the device.
-
-    Args:
-        gemma: A Gemma model, not wrapped by PEFT.
-        inputs: Keyword arguments of the model, on its device.
-
-    Yields:
-        The arguments for that forward.
-
-    Raises:
-        RuntimeError: The forward did not look its ids up as this module knows it.
-    """
+    """Compute the features of a batch's media and lay them in during one forward of the model."""
+    # Where they are not as many as their placeholders, they become NaN, and so does the loss: to
+    # compare the two on the host would mean to wait for the device.
     names = {name for name in (*_IMAGE, *_AUDIO) if name in inputs}
     if not names or gemma.config.model_type not in _MODEL_TYPES:
         yield inputs
@@ -81,16 +69,11 @@ def merged_media_embeddings(
 
 
 def _lay_out(features: Tensor, valid: Tensor | None, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Give each placeholder its feature, in reading order.
-
-    Args:
-        features: ``[F, H]``.
-        valid: ``[F]`` bool: which of them are some; None for all.
-        places: ``[B, S]`` bool: the placeholders.
-
-    Returns:
-        ``[B, S, H]``, whose values count at placeholders only, and ``[B, S, 1]`` bool.
-    """
+    """Give each placeholder its feature, in reading order."""
+    # features: ``[F, H]``.
+    # valid: ``[F]`` bool: which of them are some; None for all.
+    # places: ``[B, S]`` bool: the placeholders.
+    # Returns: ``[B, S, H]``, whose values count at placeholders only, and ``[B, S, 1]`` bool.
     rank = places.flatten().cumsum(0) - 1
     if valid is None:
         num_valid: Tensor | int = len(features)

@@ -80,16 +80,10 @@ class TargetOnly:
         return self._gemma.model.language_model.layers
 
     def hidden_states(self, inputs: Mapping[str, Tensor], rows: Tensor, slots: Tensor) -> Tensor:
-        """Compute the final hidden states (after the last norm) at wanted positions.
-
-        Args:
-            inputs: Keyword arguments of the model, ``input_ids [B, S]`` among them.
-            rows: ``[B, M]`` int64: positions within each row, of which every one may see itself.
-            slots: ``[N]`` int64: indices into the flattened ``[B * M]``.
-
-        Returns:
-            ``[N, H]``, differentiable.
-        """
+        """Compute the final hidden states (after the last norm) at wanted positions."""
+        # rows: ``[B, M]`` int64: positions within each row, of which every one may see itself.
+        # slots: ``[N]`` int64: indices into the flattened ``[B * M]``.
+        # Returns: ``[N, H]``, differentiable.
         length = inputs["input_ids"].shape[1]
         if self.reason is None and (reason := self._find_replaced_forward()):
             self.reason = reason  # since the last call; wrapping it would undo that

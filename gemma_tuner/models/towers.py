@@ -133,17 +133,7 @@ class Tower:
             self.switch_off(f"the model's forward does not call {self.spec.method}")
 
     def run(self, *args: Any, project: bool, **kwargs: Any) -> tuple[Any, list[Tensor]]:
-        """Call the model's method.
-
-        Args:
-            *args: Its arguments.
-            project: Whether the projector does its work; else it hands on what it is given.
-            **kwargs: Likewise.
-
-        Returns:
-            What the method returns, and what the projector was given and returned, one after the
-            other for each of its calls.
-        """
+        """Call the model's method."""
         seen: list[Tensor] = []
         forward = self.projector.forward
 
@@ -208,16 +198,9 @@ class Tower:
         return [item[:count] for item, count in zip(given, counts, strict=True)]
 
     def lay_out(self, features: Sequence[Tensor], length: int) -> Tensor:
-        """Put features of all items together as the projector is given them.
-
-        Args:
-            features: ``[T, D]`` each, all on one device.
-            length: ``T`` to pad to where items have an axis of their own, as those of clips and
-                of Gemma 3n's pictures.
-
-        Returns:
-            ``[tokens, D]`` or ``[N, T, D]``, on their device.
-        """
+        """Put features of all items together as the projector is given them."""
+        # features: ``[T, D]`` each, all on one device.
+        # Returns: ``[tokens, D]`` or ``[N, T, D]``, on their device.
         if self.is_flat:
             return torch.cat(list(features))
         laid = features[0].new_zeros(len(features), length, features[0].shape[1])

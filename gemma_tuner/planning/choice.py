@@ -43,17 +43,7 @@ ANY_SIZE = CheckpointingLevel(0, 2**62)
 
 
 def widen(example: Batch, *, rows: int, tokens: int, target_share: float) -> Batch:
-    """Make the largest micro-batch that a plan allows out of one example.
-
-    Args:
-        example: One row, on the CPU.
-        rows: How many rows.
-        tokens: How long each is; the example is lengthened with text.
-        target_share: Of each row's tokens.
-
-    Returns:
-        The batch; each row has the example's media.
-    """
+    """Make the largest micro-batch that a plan allows out of one example."""
     (length,) = example.inputs["attention_mask"].sum(1).tolist()
     tokens = max(tokens, length)
     by_token = {
@@ -113,18 +103,7 @@ def choose(
     layer_counts: Sequence[int],
     usable: int,
 ) -> PlanChoice | None:
-    """Find the fastest way to train that fits.
-
-    Args:
-        step: The step to try.
-        example: One row with the media of the largest.
-        request: What the run asks for.
-        layer_counts: Numbers of checkpointed layers to choose from, the fastest first.
-        usable: Bytes.
-
-    Returns:
-        The choice; None where not even a single row of the longest fits.
-    """
+    """Find the fastest way to train that fits."""
     if step.resident_bytes >= usable:
         return None
     if request.checkpointing is not None:
@@ -187,18 +166,11 @@ class _Trial:
         return self._step.measure_least(row)
 
     def _find_tokens(self, layers: int) -> int:
-        """Find how many padded tokens fit at a number of checkpointed layers; 0 for too few.
-
-        Bytes are linear in rows. In a row's tokens they are nearly convex, as attention grows with
-        their square and all else with them, so that the straight line between two lengths lies
-        above; but sliding layers grow by blocks of queries, so the length found by it is tried.
-
-        Args:
-            layers: That many are checkpointed.
-
-        Returns:
-            Tokens.
-        """
+        """Find how many padded tokens fit at a number of checkpointed layers; 0 for too few."""
+        # Bytes are linear in rows. In a row's tokens they are nearly convex, as attention grows
+        # with their square and all else with them, so that the straight line between two lengths
+        # lies above; but sliding layers grow by blocks of queries, so the length found by it is
+        # tried.
         rows, longest = self._wanted.batch_size, self._wanted.max_tokens
         one = self._measure(layers, 1, longest).peak_bytes
         if one > self._usable:

@@ -28,19 +28,7 @@ if TYPE_CHECKING:
 
 
 def plan_training(model: PeftModel, rows: Sequence[Batch], request: PlanRequest) -> Plan:
-    """Plan the training of a model that is loaded.
-
-    Args:
-        model: From ``add_lora``.
-        rows: Some of the data, each a batch of its own.
-        request: What the run asks for.
-
-    Returns:
-        The plan.
-
-    Raises:
-        MemoryPlanError: Nothing fits; the error names the nearest plans that would.
-    """
+    """Plan the training of a model that is loaded."""
     gemma = unwrap_peft(model)
     return make_plan(
         _name_of(model),
@@ -56,16 +44,7 @@ def plan_training(model: PeftModel, rows: Sequence[Batch], request: PlanRequest)
 def plan_without_trace(
     model: PeftModel, rows: Sequence[Batch], request: PlanRequest
 ) -> Plan | None:
-    """Plan where nothing needs to be tried: the user has decided, or there is ample room.
-
-    Args:
-        model: As in :func:`plan_training`, like the others.
-        rows: Some of the data.
-        request: What the run asks for.
-
-    Returns:
-        The plan, without a footprint; None where steps have to be tried.
-    """
+    """Plan where nothing needs to be tried: the user has decided, or there is ample room."""
     gemma = unwrap_peft(model)
     num_layers = len(gemma.model.language_model.layers)
     budget_bytes, source = read_budget(gemma.device, request.memory_gib)
@@ -114,19 +93,9 @@ def _count_media(row: Batch) -> int:
 
 
 def _bound_bytes(gemma: Any, rows: Sequence[Batch], request: PlanRequest) -> int:
-    """Bytes that no step can exceed without checkpointing, several times too many.
-
-    Every layer is taken to keep three float32 copies of each of its inputs and outputs at every
-    position of text and media, and every head four of its scores.
-
-    Args:
-        gemma: The model.
-        rows: Some of the data.
-        request: What the run asks for.
-
-    Returns:
-        Bytes, weights included.
-    """
+    """Bytes that no step can exceed without checkpointing, several times too many."""
+    # Every layer is taken to keep three float32 copies of each of its inputs and outputs at every
+    # position of text and media, and every head four of its scores.
     media = max(
         sum(x.numel() // x.shape[-1] for x in row.inputs.values() if x.is_floating_point())
         for row in rows

@@ -23,19 +23,7 @@ def write_plan(
     margin_bytes: int,
     budget_bytes: int,
 ) -> str:
-    """Write a plan as HTML: a bar of what a step holds, its parts, and why.
-
-    Args:
-        title: What was planned.
-        note: For what.
-        footprint: What a step holds; None where no plan was needed.
-        reasons: Why each choice was made, by its name.
-        margin_bytes: What is left to the allocator.
-        budget_bytes: What the device may hold.
-
-    Returns:
-        HTML, its texts escaped.
-    """
+    """Write a plan as HTML: a bar of what a step holds, its parts, and why."""
     why = make_table((), [(escape(name), escape(reason)) for name, reason in reasons.items()])
     if footprint is None:
         return make_card(title, note, why)

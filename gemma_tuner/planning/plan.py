@@ -204,18 +204,7 @@ def _choose_budget(
 
 
 def read_budget(device: torch.device, memory_gib: float | None) -> tuple[int, str]:
-    """What a device may hold.
-
-    Args:
-        device: Where training runs.
-        memory_gib: What the user gave; None asks the device.
-
-    Returns:
-        Bytes, and where the number is from, in words.
-
-    Raises:
-        ConfigError: ``memory_gib`` is no number of GiB, or the device cannot be asked.
-    """
+    """What a device may hold."""
     if memory_gib is None:
         return memory_budget_bytes(device)
     if not is_number(memory_gib) or not 0 < memory_gib < 2**20:
@@ -242,23 +231,7 @@ def make_plan(
     budget: tuple[int, str],
     placement: Placement | None,
 ) -> Plan:
-    """Try steps of a model without weights, and choose how to train.
-
-    Args:
-        name: Of the model, for people.
-        meta_model: The model, wrapped with its adapters, without weights.
-        example: The largest row that is expected.
-        request: What the run asks for.
-        device: Where it will train.
-        budget: From :func:`read_budget`.
-        placement: Where the per-layer table is.
-
-    Returns:
-        The plan.
-
-    Raises:
-        MemoryPlanError: Nothing fits; the error names the nearest plans that would.
-    """
+    """Try steps of a model without weights, and choose how to train."""
     gemma = unwrap_peft(meta_model)
     dtype, modalities = gemma.dtype, loaded_modalities(gemma)
     num_layers = len(gemma.model.language_model.layers)

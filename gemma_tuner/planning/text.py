@@ -13,16 +13,7 @@ GIB = 2**30
 
 
 def list_parts(footprint: Footprint, *, margin_bytes: int, budget_bytes: int) -> Iterator[str]:
-    """The bytes of a plan, largest first within what stays and what comes and goes.
-
-    Args:
-        footprint: What a step holds.
-        margin_bytes: What is left to the allocator.
-        budget_bytes: What the device may hold.
-
-    Yields:
-        Lines of a table.
-    """
+    """The bytes of a plan, largest first within what stays and what comes and goes."""
     for kind, parts in (("stays", footprint.resident), ("at the peak", footprint.step)):
         for name, held in sorted(parts.items(), key=lambda part: -part[1]):
             if held >= 0.0005 * GIB:
@@ -35,17 +26,7 @@ def list_parts(footprint: Footprint, *, margin_bytes: int, budget_bytes: int) ->
 def explain(
     choice: PlanChoice, request: PlanRequest, placement: Placement | None, num_layers: int
 ) -> dict[str, str]:
-    """Say why each choice was made.
-
-    Args:
-        choice: What was chosen.
-        request: What the run asks for.
-        placement: Where the per-layer table is.
-        num_layers: Of the decoder.
-
-    Returns:
-        Reasons by the name of what was chosen.
-    """
+    """Say why each choice was made."""
     whole = request.batch_size * request.max_tokens
     first, last = choice.levels[0], choice.levels[-1]
     steps = []
@@ -85,19 +66,7 @@ def explain(
 def describe_misfit(
     name: str, step: StepTracer, example: Batch, request: PlanRequest, usable: int, num_layers: int
 ) -> str:
-    """Say what is missing, and which plans near the one asked for would fit.
-
-    Args:
-        name: The model.
-        step: Tries plans.
-        example: A row of the data.
-        request: What the run asks for.
-        usable: Bytes that it may hold.
-        num_layers: Of the decoder.
-
-    Returns:
-        A sentence or two for the user.
-    """
+    """Say what is missing, and which plans near the one asked for would fit."""
 
     def hold(tokens: int, share: float, trained_layers: int = num_layers) -> int:
         return step.measure_least(

@@ -107,17 +107,7 @@ class StepTracer:
         loss_chunk_tokens: int,
         query_chunk_tokens: int | None,
     ) -> Footprint:
-        """Run a micro-batch and return what it held.
-
-        Args:
-            batch: On the CPU, with real ids and masks.
-            checkpointed_layers: As in ``begin_training``.
-            loss_chunk_tokens: As ``chunk_tokens`` in ``target_loss_sum``.
-            query_chunk_tokens: As in ``set_query_chunk``.
-
-        Returns:
-            Bytes by part.
-        """
+        """Run a micro-batch and return what it held."""
         model = self._model
         batch = batch.with_bucketed_targets() if self._is_mps else batch
         begin_training(model, checkpointed_layers=checkpointed_layers)
@@ -137,15 +127,7 @@ class StepTracer:
         return Footprint(self.resident, trace.peak)
 
     def measure_least(self, batch: Batch, *, frozen_layers: int = 0) -> int:
-        """The peak bytes of a micro-batch when nothing is spared in time.
-
-        Args:
-            batch: On the CPU, with real ids and masks.
-            frozen_layers: Decoder layers, from the first on, that are taken to have no adapters.
-
-        Returns:
-            Bytes.
-        """
+        """The peak bytes of a micro-batch when nothing is spared in time."""
         layers = unwrap_peft(self._model).model.language_model.layers[:frozen_layers]
         frozen = [p for p in layers.parameters() if p.requires_grad]
         for parameter in frozen:

@@ -29,20 +29,7 @@ def make_worst_case(
     max_seconds: float,
     revision: str | None,
 ) -> Batch:
-    """Make one row with the largest media that a collator of these settings lets through.
-
-    Args:
-        source: The checkpoint: a folder or a name on the Hub; its processor is read for media.
-        config: Its configuration.
-        modalities: What the row holds.
-        max_tokens: The longest row.
-        image_tokens: As in ``ImageCollator``.
-        max_seconds: As in ``AudioCollator``.
-        revision: Of the checkpoint.
-
-    Returns:
-        A batch of one row, its text short; ``widen`` makes it as long as is request.
-    """
+    """Make one row with the largest media that a collator of these settings lets through."""
     if set(modalities) == {"text"}:
         ids = torch.ones(16, dtype=torch.int64)
         row = Row("", ids, torch.zeros_like(ids), ids > 0)

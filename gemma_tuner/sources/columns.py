@@ -77,21 +77,7 @@ class Columns:
 
 
 def recognise_columns(available: Collection[str], keywords: Keywords) -> Columns:
-    """Decide which column plays which part.
-
-    Args:
-        available: The names of the columns there are.
-        keywords: The user's choice by part (:data:`KEYWORDS`): a column, False for none, or None
-            to go by the conventional names.
-
-    Returns:
-        The columns by part.
-
-    Raises:
-        ConfigError: Keywords that exclude each other.
-        SourceError: A keyword names a column that is not there, two columns could play one part,
-            or the columns make no example.
-    """
+    """Decide which column plays which part."""
     chosen = {part: column for part, column in keywords.items() if isinstance(column, str)}
     for part, column in chosen.items():
         if column not in available:

@@ -37,11 +37,7 @@ class Source(Protocol):
         ...
 
     def read_summary(self) -> dict[str, Any]:
-        """Return what the last complete iteration met, as JSON.
-
-        Returns:
-            ``format layout columns unused splits notes num_files``.
-        """
+        """Return what the last complete iteration met, as JSON."""
         ...
 
     def __iter__(self) -> Iterator[tuple[str, Outcome]]:
@@ -73,19 +69,7 @@ class ExampleReader:
         self._splits: Counter[str] = Counter()
 
     def read(self, rows: Iterable[Row], locate: Locate) -> Iterator[tuple[str, Outcome]]:
-        """Make an example of each row of the split.
-
-        Args:
-            rows: The rows.
-            locate: Called for each picture and sound that is named and not held by the row.
-
-        Yields:
-            Where the row stands, and its example or what is wrong with it.
-
-        Raises:
-            DataError: A row that shows that those before it were misread.
-            SourceError: There are rows and none of the split.
-        """
+        """Make an example of each row of the split."""
         num_rows = 0
         for row in rows:
             if isinstance(row.values, DataError):
@@ -110,11 +94,7 @@ class ExampleReader:
             )
 
     def read_summary(self) -> dict[str, Any]:
-        """Return what the rows read so far made, as JSON.
-
-        Returns:
-            ``layout columns unused splits notes``.
-        """
+        """Return what the rows read so far made, as JSON."""
         return {
             "layout": self.columns.layout,
             "columns": dict(self.columns.names),
@@ -149,19 +129,7 @@ class ExampleReader:
 
 
 def is_in_bucket(source: str, kind: str, *, key: str) -> bool:
-    """Tell a ``gs:`` URI from a path.
-
-    Args:
-        source: Where a picture or sound is.
-        kind: ``image`` or ``audio``.
-        key: The example that it belongs to.
-
-    Returns:
-        Whether it is in a bucket.
-
-    Raises:
-        DataError: It is a URI of another kind.
-    """
+    """Tell a ``gs:`` URI from a path."""
     scheme, is_uri, _ = source.partition("://")
     if is_uri and scheme != "gs":
         raise DataError(

@@ -51,12 +51,7 @@ class DataFile(Protocol):
         ...
 
     def open(self) -> BinaryIO:
-        """Open it for reading from its first byte; seekable, to be closed by the caller.
-
-        Raises:
-            OSError: It cannot be opened.
-            SourceError: The same, of a file that is not local.
-        """
+        """Open it for reading from its first byte; seekable, to be closed by the caller."""
         ...
 
     def cut(self, start: int, num_bytes: int) -> StoredObject:
@@ -107,20 +102,7 @@ class Row:
 
 
 def list_columns(files: Sequence[DataFile], file_format: RowFormat) -> list[str]:
-    """List the columns of all files, in the order in which they appear.
-
-    Args:
-        files: The data files.
-        file_format: What they hold.
-
-    Returns:
-        Column names: of CSV and Parquet all; of JSON lines those of the first
-        :data:`PEEKED_ROWS` rows of each file.
-
-    Raises:
-        DataError: The first row of all is no JSON object.
-        SourceError: A file that cannot be read, or no columns.
-    """
+    """List the columns of all files, in the order in which they appear."""
     names: dict[str, None] = {}
     for file in files:
         if file_format == "parquet":
@@ -142,36 +124,14 @@ def list_columns(files: Sequence[DataFile], file_format: RowFormat) -> list[str]
 def read_rows(
     file: DataFile, file_format: RowFormat, columns: Columns
 ) -> Iterator[tuple[int, Mapping[str, Any] | DataError]]:
-    """Read the rows of a file.
-
-    Args:
-        file: The data file.
-        file_format: What it holds.
-        columns: Which columns are needed; Parquet reads no other.
-
-    Returns:
-        The number of each row, from 1, and its values by column, or what is wrong with it.
-
-    Raises:
-        SourceError: The file cannot be read, or not to its end.
-    """
+    """Read the rows of a file."""
     if file_format == "parquet":
         return _read_parquet(file, set(columns.names.values()))
     return _read_csv(file) if file_format == "csv" else _read_json(file)
 
 
 def read_text(file: DataFile) -> str:
-    """Read a whole text file.
-
-    Args:
-        file: UTF-8, with or without a byte order mark.
-
-    Returns:
-        Its text.
-
-    Raises:
-        SourceError: It cannot be read, or is not UTF-8.
-    """
+    """Read a whole text file."""
     return "".join(line for _, line in _read_lines(file))
 
 

@@ -58,19 +58,7 @@ class FileSetReader:
     summary: dict[str, Any] = field(default_factory=dict)
 
     def read(self, found: FileSet, locate: Locate) -> Iterator[tuple[str, Outcome]]:
-        """Read every row of the files.
-
-        Args:
-            found: The files.
-            locate: As :meth:`ExampleReader.read`.
-
-        Yields:
-            Where the row stands (file and number), and its example or what is wrong with it.
-
-        Raises:
-            DataError: A row that shows that those before it were misread.
-            SourceError: Files or columns that cannot be read, or a split that is not there.
-        """
+        """Read every row of the files."""
         reader = ExampleReader(_list_columns(found), self.keywords, split=self.split)
         files, notes = found.files, list(found.notes)
         if self.split is None or "split" not in reader.columns.names:

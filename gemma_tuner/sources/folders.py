@@ -88,20 +88,7 @@ class LocalFiles:
 
 
 def find_files(paths: Paths, file_format: str | None = None) -> LocalFiles:
-    """Find the data files that paths, globs and folders mean.
-
-    Args:
-        paths: A file, a glob, a folder, or a list of them.
-        file_format: One of :data:`FORMATS`, to read files of another name as it, and to choose
-            where a folder holds files of more than one; None to go by the names.
-
-    Returns:
-        The files, sorted within each folder and glob; one given twice is read once.
-
-    Raises:
-        ConfigError: A format that is not known.
-        SourceError: Nothing found, or files of two formats.
-    """
+    """Find the data files that paths, globs and folders mean."""
     wanted = check_format(file_format)
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
@@ -127,11 +114,7 @@ def find_files(paths: Paths, file_format: str | None = None) -> LocalFiles:
 
 
 def check_format(file_format: str | None) -> Format | None:
-    """Return the format that the user asks for.
-
-    Raises:
-        ConfigError: It is not one of :data:`FORMATS`.
-    """
+    """Return the format that the user asks for."""
     if file_format is None:
         return None
     for known in FORMATS:
@@ -141,15 +124,7 @@ def check_format(file_format: str | None) -> Format | None:
 
 
 def choose_manifest(names: Collection[str], wanted: Format | None) -> dict[str, Format]:
-    """Choose a folder's manifest.
-
-    Args:
-        names: Of the files that lie in the folder itself.
-        wanted: The format that the user asks for.
-
-    Returns:
-        The manifest and its format; empty where there is none.
-    """
+    """Choose a folder's manifest."""
     for name, kind in MANIFESTS.items():
         if wanted in (None, kind) and name in names:
             return {name: kind}
@@ -159,19 +134,7 @@ def choose_manifest(names: Collection[str], wanted: Format | None) -> dict[str, 
 def choose_files(
     names: Collection[str], wanted: Format | None, *, folder: str
 ) -> dict[str, Format]:
-    """Choose the files that a folder without a manifest means.
-
-    Args:
-        names: Of all files in the folder and its subfolders, relative to it, with slashes.
-        wanted: The format that the user asks for.
-        folder: The folder's name, for errors.
-
-    Returns:
-        The names chosen, sorted, and what the files hold.
-
-    Raises:
-        SourceError: There are no such files.
-    """
+    """Choose the files that a folder without a manifest means."""
     shown = sorted((name for name in names if not _is_hidden(name)), key=_split_path)
     if wanted != "captions":
         for level in ([name for name in shown if "/" not in name], shown):
@@ -201,18 +164,7 @@ def choose_files(
 
 
 def name_format(name: str, wanted: Format | None) -> Format:
-    """Tell what one file holds.
-
-    Args:
-        name: Its name.
-        wanted: The format that the user asks for; read so whatever the name.
-
-    Returns:
-        The format.
-
-    Raises:
-        SourceError: The name does not tell, or the format is not for single files.
-    """
+    """Tell what one file holds."""
     if wanted == "captions":
         raise SourceError(
             "format='captions' reads a folder of media with captions; give the folder"
@@ -228,17 +180,7 @@ def name_format(name: str, wanted: Format | None) -> Format:
 
 
 def choose_one_format(found: Mapping[str, Format]) -> Format:
-    """Return the one format of all files.
-
-    Args:
-        found: Format by name; not empty.
-
-    Returns:
-        The format.
-
-    Raises:
-        SourceError: There are two.
-    """
+    """Return the one format of all files."""
     formats: dict[Format, str] = {kind: name for name, kind in found.items()}
     if len(formats) > 1:
         names = " and ".join(repr(name) for name in formats.values())
@@ -255,17 +197,7 @@ def name_canonically(split: str) -> str:
 
 
 def name_split(name: str, file_format: Format) -> str:
-    """Tell which split a file is of.
-
-    Args:
-        name: Its path from the root of the data, with slashes.
-        file_format: What it holds.
-
-    Returns:
-        ``train``, ``test`` or ``validation`` where a folder above the file or a word of its name
-        says so; else the file's name without ending and shard number (nothing of the name, where
-        it names a picture or sound).
-    """
+    """Tell which split a file is of."""
     *folders, last = name.split("/")
     for part in reversed(folders):
         if part.lower() in _SPLITS:
@@ -283,20 +215,7 @@ def name_split(name: str, file_format: Format) -> str:
 def choose_split(
     names: Iterable[str], file_format: Format, *, split: str | None, is_folder: bool
 ) -> tuple[frozenset[str], list[str]]:
-    """Choose files by the splits that their names tell.
-
-    Args:
-        names: Of the data files, from the root of the data.
-        file_format: What they hold.
-        split: The split that the user asks for; None leaves out those held out of a folder.
-        is_folder: Whether the files are those of one folder.
-
-    Returns:
-        The names to read, and what to say of those left out.
-
-    Raises:
-        SourceError: No file is of the split.
-    """
+    """Choose files by the splits that their names tell."""
     by_split: dict[str, list[str]] = {}
     for name in names:
         by_split.setdefault(name_split(name, file_format), []).append(name)

@@ -110,24 +110,11 @@ class GcsSource:
         }
 
     def read_summary(self) -> dict[str, Any]:
-        """Return what the last complete iteration met, as JSON.
-
-        Returns:
-            ``format layout columns unused splits notes num_files``.
-        """
+        """Return what the last complete iteration met, as JSON."""
         return self._reader.summary
 
     def __iter__(self) -> Iterator[tuple[str, Outcome]]:
-        """Find the data files, and read every row.
-
-        Yields:
-            Where the row stands (file and number), and its example with media as URIs or parts of
-            a tar, or what is wrong with the row.
-
-        Raises:
-            DataError: A row that shows that those before it were misread.
-            SourceError: Files or columns that cannot be read, or a split that is not there.
-        """
+        """Find the data files, and read every row."""
         store = self._open_store()
         formats: dict[str, Format] = {}
         objects: dict[str, StoredObject] = {}

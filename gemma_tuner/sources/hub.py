@@ -93,18 +93,10 @@ class HubSource:
         self._summary: dict[str, Any] = {}
 
     def read_identity(self) -> dict[str, Any]:
-        """Return what decides the examples, as JSON: the arguments, and the files of a folder.
-
-        A data set on the Hub is taken to be what it was: asking for its present commit would need
-        the network at every start, and a run could not go on after an upload. Naming another
-        revision reads it anew.
-
-        Returns:
-            A dictionary that differs whenever the examples may.
-
-        Raises:
-            SourceError: A file of the folder that cannot be read.
-        """
+        """Return what decides the examples, as JSON: the arguments, and the files of a folder."""
+        # A data set on the Hub is taken to be what it was: asking for its present commit would
+        # need the network at every start, and a run could not go on after an upload. Naming
+        # another revision reads it anew.
         return {
             "source": "hub",
             "name": self.wanted.name if self.wanted.folder is None else str(self.wanted.folder),
@@ -117,23 +109,11 @@ class HubSource:
         }
 
     def read_summary(self) -> dict[str, Any]:
-        """Return what the last complete iteration met, as JSON.
-
-        Returns:
-            ``format layout columns unused splits notes num_files``.
-        """
+        """Return what the last complete iteration met, as JSON."""
         return self._summary
 
     def __iter__(self) -> Iterator[tuple[str, Outcome]]:
-        """Read every row of the split, up to ``max_rows``.
-
-        Yields:
-            Where the row stands, and its example or what is wrong with it.
-
-        Raises:
-            DataError: A row that shows that those before it were misread.
-            SourceError: The data set cannot be opened, read on, or makes no example.
-        """
+        """Read every row of the split, up to ``max_rows``."""
         opened = open_split(self.wanted, streaming=self.streaming)
         reader = ExampleReader(list(opened.features), self.keywords)
         rows = _Rows(opened, self.wanted)

@@ -78,21 +78,7 @@ class OpenedSplit:
 
 
 def open_split(wanted: HubName, *, streaming: bool) -> OpenedSplit:
-    """Open one split of a data set.
-
-    Args:
-        wanted: The data set, subset and split.
-        streaming: Whether rows come over the network as they are read; else ``datasets``
-            downloads and converts all of the subset first, and keeps it.
-
-    Returns:
-        The split.
-
-    Raises:
-        ConfigError: A subset or revision of a folder that has none.
-        SourceError: There is no such data set, subset, split or revision, it cannot be reached
-            or read, or it would need code of its own.
-    """
+    """Open one split of a data set."""
     with quiet_libraries():
         try:
             is_saved = wanted.folder and any((wanted.folder / name).exists() for name in _SAVED)

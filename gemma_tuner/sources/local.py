@@ -37,14 +37,7 @@ class LocalSource:
         self._reader = FileSetReader(keywords or {}, split)
 
     def read_identity(self) -> dict[str, Any]:
-        """Return what decides the examples, as JSON: files, sizes, times, and the choices made.
-
-        Returns:
-            A dictionary that differs whenever the examples may.
-
-        Raises:
-            SourceError: A file that is there no longer.
-        """
+        """Return what decides the examples, as JSON: files, sizes, times, and the choices made."""
         files = []
         for path in (*self.found.files, *self.found.captions):
             try:
@@ -68,24 +61,11 @@ class LocalSource:
         }
 
     def read_summary(self) -> dict[str, Any]:
-        """Return what the last complete iteration met, as JSON.
-
-        Returns:
-            ``format layout columns unused splits notes num_files``.
-        """
+        """Return what the last complete iteration met, as JSON."""
         return self._reader.summary
 
     def __iter__(self) -> Iterator[tuple[str, Outcome]]:
-        """Read every row.
-
-        Yields:
-            Where the row stands (file and number), and its example with media located, or what
-            is wrong with the row.
-
-        Raises:
-            DataError: A row that shows that those before it were misread.
-            SourceError: Files or columns that cannot be read, or a split that is not there.
-        """
+        """Read every row."""
         found = self.found
         captions: dict[str, DataFile] = {}
         for path, caption in zip(found.files, found.captions, strict=bool(found.captions)):

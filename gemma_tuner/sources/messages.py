@@ -84,23 +84,7 @@ def describe_type(value: object) -> str:
 
 
 def read_media(value: Any, kind: MediaKind, *, key: str) -> Image | Audio | None:
-    """Make a media part of one value.
-
-    Args:
-        value: A path or URI, encoded bytes, a ``data:`` URI with base64, ``{"bytes", "path"}``
-            (bytes first, as base64 where they are text), ``{"url"}``, ``{"data"}``, BigQuery's
-            ObjectRef (``{"uri", "version", "details"}``), an object that a source has found, or,
-            for audio, ``{"array", "sampling_rate"}`` with one channel of samples between -1 and 1.
-        kind: What the value holds.
-        key: The example that it belongs to.
-
-    Returns:
-        The part, still encoded where it was encoded, or None where the value, or each field of
-        it, holds nothing.
-
-    Raises:
-        DataError: A value of another form, damaged base64, or samples in other than one channel.
-    """
+    """Make a media part of one value."""
     part = Image if kind == "image" else Audio
     if isinstance(value, Mapping):
         if kind == "audio" and value.get("array") is not None:
@@ -133,19 +117,7 @@ def read_media(value: Any, kind: MediaKind, *, key: str) -> Image | Audio | None
 
 
 def read_media_list(value: Any, kind: MediaKind, *, key: str) -> list[Image | Audio]:
-    """Make media parts of one value or a list of them.
-
-    Args:
-        value: One of the forms of :func:`read_media`, a list of them, or None.
-        kind: What the values hold.
-        key: The example that they belong to.
-
-    Returns:
-        The parts in order; an empty list where there is nothing.
-
-    Raises:
-        DataError: As :func:`read_media`, and an empty place within a list.
-    """
+    """Make media parts of one value or a list of them."""
     if not isinstance(value, list):
         part = read_media(value, kind, key=key)
         return [] if part is None else [part]
@@ -167,25 +139,9 @@ def read_turns(
     media: Mapping[MediaKind, Sequence[Image | Audio]],
     unused_fields: Counter[str],
 ) -> tuple[tuple[Turn, ...], list[Image | Audio]]:
-    """Make turns of a row's messages.
-
-    A part without content (``{"type": "image"}``), or the tag ``<image>`` or ``<audio>`` within
-    the text of a row that has such media, takes the next of the row's own media.
-
-    Args:
-        messages: The list of messages, or its JSON.
-        key: The example that they belong to.
-        media: What the row's media columns hold, by kind.
-        unused_fields: Counts message fields that nothing reads, by name.
-
-    Returns:
-        The turns, with the media that placeholders asked for, and the media of those kinds that
-        no placeholder asked for, for the caller to place.
-
-    Raises:
-        DataError: Not a list of messages, an unknown role or part, text of another type, or more
-            or fewer placeholders than media.
-    """
+    """Make turns of a row's messages."""
+    # A part without content (``{"type": "image"}``), or the tag ``<image>`` or ``<audio>`` within
+    # the text of a row that has such media, takes the next of the row's own media.
     if isinstance(messages, str):
         messages = parse_json(messages, "its messages", key=key)
     if not isinstance(messages, list) or not messages:
@@ -210,19 +166,7 @@ def read_turns(
 
 
 def parse_json(text: str, what: str, *, key: str) -> Any:
-    """Parse JSON, with an error that tells nothing of the text.
-
-    Args:
-        text: The JSON.
-        what: What it is, to begin the message with.
-        key: The example that it belongs to.
-
-    Returns:
-        What the JSON says.
-
-    Raises:
-        DataError: It is not valid JSON.
-    """
+    """Parse JSON, with an error that tells nothing of the text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -16,20 +16,7 @@ _BATCH_EXAMPLES = 1000  # as many as a page of a listing holds
 def pin_media(
     outcomes: Iterable[tuple[str, Outcome]], open_store: Callable[[], ObjectStore]
 ) -> Iterator[tuple[str, Outcome]]:
-    """Give every ``gs://`` picture and sound its version, size and checksum.
-
-    Args:
-        outcomes: Where each row stands, and its example or what is wrong with it; media in a
-            bucket as URIs, or as stored objects of which something is not known.
-        open_store: Returns the store; called when the first such media are met, once.
-
-    Yields:
-        The same in the same order, up to 1,000 of them held at a time; an example whose media are
-        not there, are empty, or are not the version that it names, is what is wrong with it.
-
-    Raises:
-        SourceError: The store cannot be asked, or permission is missing.
-    """
+    """Give every ``gs://`` picture and sound its version, size and checksum."""
     store: ObjectStore | None = None
     waiting: list[tuple[str, Outcome]] = []
     uris: dict[str, None] = {}

@@ -46,18 +46,7 @@ class RowReader:
     _num_with_media: int = 0
 
     def read_key(self, row: Mapping[str, Any], origin: str) -> str:
-        """Return the value of the id column as text, or the origin where there is none.
-
-        Args:
-            row: Values by column.
-            origin: File and number of the row.
-
-        Returns:
-            The example's key.
-
-        Raises:
-            DataError: The id is missing, empty, or neither text nor a whole number.
-        """
+        """Return the value of the id column as text, or the origin where there is none."""
         column = self.columns.names.get("id")
         if column is None:
             return origin
@@ -72,20 +61,7 @@ class RowReader:
         return str(value)
 
     def read_example(self, row: Mapping[str, Any], key: str) -> Example:
-        """Make an example of one row.
-
-        Args:
-            row: Values by column.
-            key: The example's key.
-
-        Returns:
-            The example; its media are as the row holds them, paths still relative to the data.
-
-        Raises:
-            DataError: A value of another type than its part takes, an empty answer or prompt,
-                a conversation that does not end with the assistant, or media where the mapping
-                has none or none where it has some.
-        """
+        """Make an example of one row."""
         if self.columns.layout == "document":
             return Example(key, document=self._read_text(row, "text", key, may_be_empty=False))
         media = self._read_media(row, key)
@@ -121,11 +97,7 @@ class RowReader:
         return example
 
     def refuse_rows_before(self) -> None:
-        """Refuse the set where rows held no media until one did: they were read as text alone.
-
-        Raises:
-            DataError: They did; of the first of them.
-        """
+        """Refuse the set where rows held no media until one did: they were read as text alone."""
         if self._num_with_media and self._first_without_media is not None:
             raise self._explain_lack(self._first_without_media)
 

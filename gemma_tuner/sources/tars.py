@@ -92,18 +92,7 @@ class TarReader:
     counts: Counter[str] = field(default_factory=Counter)
 
     def read_samples(self, file: DataFile) -> Iterator[tuple[int, Mapping[str, Any] | DataError]]:
-        """Read the samples of a tar, in one pass.
-
-        Args:
-            file: The tar; not compressed.
-
-        Yields:
-            The number of each sample, from 1, and its values by column, media as
-            :class:`StoredObject` parts, or what is wrong with it.
-
-        Raises:
-            SourceError: It cannot be read, is damaged, or does not reach to its end.
-        """
+        """Read the samples of a tar, in one pass."""
         try:
             stream = file.open()
         except OSError as error:
@@ -203,17 +192,7 @@ class TarReader:
 
 
 def list_tar_columns(files: Sequence[DataFile]) -> list[str]:
-    """List the columns of tars, in the order in which they appear.
-
-    Args:
-        files: The tars; at least one.
-
-    Returns:
-        The columns of the first :data:`PEEKED_SAMPLES` samples of three of them.
-
-    Raises:
-        SourceError: A tar that cannot be read, or no samples.
-    """
+    """List the columns of tars, in the order in which they appear."""
     names: dict[str, None] = {}
     reader = TarReader()
     for place in sorted({0, len(files) // 2, len(files) - 1}):

@@ -112,14 +112,7 @@ class MediaCache:
                 ) from None
 
     def read(self, stored: StoredObject) -> bytes | None:
-        """Return what was written for an object, checked against its checksum.
-
-        Args:
-            stored: The object, or the part of one.
-
-        Returns:
-            The bytes as they are stored; None where they are not here.
-        """
+        """Return what was written for an object, checked against its checksum."""
         if not self._max_bytes:
             return None
         content = None
@@ -138,18 +131,9 @@ class MediaCache:
         return content
 
     def write(self, stored: StoredObject, content: bytes) -> bool:
-        """Keep the bytes of an object.
-
-        An object with neither a generation nor a checksum is not kept: nothing would tell when
-        it has changed. One of them is enough, because both are part of an entry's name.
-
-        Args:
-            stored: The object, or the part of one.
-            content: All its bytes, as they are stored.
-
-        Returns:
-            Whether they are kept now; whatever prevents it is counted and no error.
-        """
+        """Keep the bytes of an object."""
+        # An object with neither a generation nor a checksum is not kept: nothing would tell when
+        # it has changed. One of them is enough, because both are part of an entry's name.
         if not self._max_bytes:
             return False
         path = self._files.locate(stored)
@@ -176,11 +160,7 @@ class MediaCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files in the folder, those of other processes included.
-
-        Raises:
-            SourceError: The folder cannot be read any more.
-        """
+        """Bytes of all files in the folder, those of other processes included."""
         if not self._max_bytes:
             return 0
         try:
@@ -192,11 +172,7 @@ class MediaCache:
             ) from None
 
     def verify(self) -> CacheCheck:
-        """Read every entry and compare it with its checksum; nothing is changed.
-
-        Returns:
-            What was found.
-        """
+        """Read every entry and compare it with its checksum; nothing is changed."""
         entries = num_bytes = damaged = 0
         for entry in self._files.list_entries():
             try:

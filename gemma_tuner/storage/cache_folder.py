@@ -66,17 +66,7 @@ class CacheFolder:
         return self.path / name[:2] / f"{name}.media"
 
     def begin(self, num_bytes: int) -> tuple[Path, int]:
-        """Create a file of its final size, locked as long as its writer lives.
-
-        Args:
-            num_bytes: The size.
-
-        Returns:
-            The file, and a descriptor to write to it.
-
-        Raises:
-            OSError: No room or no permission.
-        """
+        """Create a file of its final size, locked as long as its writer lives."""
         self._incoming.mkdir(mode=0o700, exist_ok=True)
         path = self._incoming / f"{secrets.token_hex(16)}.part"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -90,13 +80,8 @@ class CacheFolder:
 
     @contextmanager
     def locked(self) -> Iterator[int]:
-        """Hold the folder's lock, against other processes and threads alike.
-
-        Each holder opens the file for itself: a lock belongs to one opening of it.
-
-        Yields:
-            The descriptor of the lock file.
-        """
+        """Hold the folder's lock, against other processes and threads alike."""
+        # Each holder opens the file for itself: a lock belongs to one opening of it.
         path, flags = self.path / "media.lock", os.O_RDWR | os.O_CREAT
         try:
             descriptor = os.open(path, flags, 0o600)

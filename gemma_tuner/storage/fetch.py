@@ -137,23 +137,7 @@ class Fetcher:
         self._seconds_waited = 0.0
 
     def fetch(self, stored: StoredObject) -> bytes:
-        """Return an object, or the part of one, from the cache or the store.
-
-        Args:
-            stored: What; its length and checksum are verified where they are known.
-
-        Returns:
-            The bytes; those that are stored zipped by gzip are unzipped.
-
-        Raises:
-            TransientReadError: No attempt succeeded within ``total_timeout_seconds``, though the
-                store answers.
-            CorruptReadError: Damaged twice in a row, or damaged as it is stored.
-            ObjectChangedError: It is no longer what it was when it was found.
-            AccessDeniedError: Credentials or a permission are missing.
-            SourceError: Nothing at all could be read within ``total_timeout_seconds``.
-            RuntimeError: The fetcher is closed.
-        """
+        """Return an object, or the part of one, from the cache or the store."""
         cache = self._get_cache()
         content = cache.read(stored)
         if content is not None:
@@ -172,21 +156,7 @@ class Fetcher:
         return _unzip(content, stored) if content.startswith(_GZIP_MAGIC) else content
 
     def read_range(self, stored: StoredObject, start: int, num_bytes: int) -> bytes:
-        """Return bytes of an object as they are stored, past the cache.
-
-        Args:
-            stored: The object, or the part of one.
-            start: The first byte, from the beginning of ``stored``.
-            num_bytes: How many; they must be there.
-
-        Returns:
-            The bytes, exactly as many; a part's checksum is not known, so only their number is
-            verified.
-
-        Raises:
-            ValueError: Beyond the end of the object.
-            SourceError: As :meth:`fetch`.
-        """
+        """Return bytes of an object as they are stored, past the cache."""
         end = start + num_bytes
         if start < 0 or num_bytes < 0 or (stored.num_bytes is not None and end > stored.num_bytes):
             raise ValueError(f"bytes {start} to {end} of an object of {stored.num_bytes}")
@@ -196,18 +166,7 @@ class Fetcher:
         return self._read(_Piece(stored, first, num_bytes, num_bytes, crc32c=None))
 
     def open(self, stored: StoredObject) -> BinaryIO:
-        """Open an object as a file: seekable, and read some MiB ahead.
-
-        Args:
-            stored: The object, or the part of one, whose size must be known.
-
-        Returns:
-            The open file, of the bytes as they are stored. Reading it raises as
-            :meth:`read_range`.
-
-        Raises:
-            SourceError: Its size is not known.
-        """
+        """Open an object as a file: seekable, and read some MiB ahead."""
         if stored.num_bytes is None:
             raise SourceError(
                 f"{_name(stored)} cannot be opened: its size is not known; find it by "

@@ -35,18 +35,7 @@ _URI = re.compile(r"gs://([a-z0-9][a-z0-9._-]*)/(.*)", re.DOTALL)
 
 
 def split_uri(uri: str, *, needs_name: bool = False) -> tuple[str, str]:
-    """Return the bucket and the name within it.
-
-    Args:
-        uri: ``gs://bucket/name``; of a bucket alone the name is empty.
-        needs_name: Whether a bucket alone is not enough.
-
-    Returns:
-        Bucket and name.
-
-    Raises:
-        SourceError: It is no such URI.
-    """
+    """Return the bucket and the name within it."""
     parts = _URI.fullmatch(uri if uri.count("/") > 2 else f"{uri}/")
     try:
         uri.encode()
@@ -84,20 +73,7 @@ class GcsStore:
         self._unlistable: set[str] = set()
 
     def list_objects(self, uri: str) -> Iterator[StoredObject]:
-        """Find the objects that a URI, a prefix ending in ``/`` or a glob means, by name.
-
-        Args:
-            uri: ``gs://bucket/name``, ``gs://bucket/folder/`` or a glob, in which ``*`` stands
-                for part of a name between slashes and ``**`` for any.
-
-        Yields:
-            The objects; what only marks a folder is left out.
-
-        Raises:
-            ObjectChangedError: There is none.
-            AccessDeniedError: Credentials or the permission are missing.
-            SourceError: It cannot be listed.
-        """
+        """Find the objects that a URI, a prefix ending in ``/`` or a glob means, by name."""
         bucket, name = split_uri(uri)
         is_folder = not name or name.endswith("/")
         if not is_folder and not GLOB.search(name):
@@ -121,23 +97,9 @@ class GcsStore:
             )
 
     def pin_objects(self, uris: Sequence[str]) -> list[StoredObject | SourceError]:
-        """Find each URI's present version, size and checksum, or why there is none.
-
-        Where many lie in one folder most are found by listing it, a page from one that is wanted
-        on at a time; the rest is asked for one by one, 16 at a time.
-
-        Args:
-            uris: ``gs://bucket/name`` each.
-
-        Returns:
-            For each, the object or what is wrong with it.
-
-        Raises:
-            AccessDeniedError: Credentials or a permission are missing.
-            TransientReadError: The service does not answer.
-            ConfigError: The client is none.
-            SourceError: The client's package is not installed.
-        """
+        """Find each URI's present version, size and checksum, or why there is none."""
+        # Where many lie in one folder most are found by listing it, a page from one that is wanted
+        # on at a time; the rest is asked for one by one, 16 at a time.
         found: dict[str, StoredObject | SourceError] = {}
         folders: dict[tuple[str, str], list[str]] = {}
         for uri in dict.fromkeys(uris):
@@ -168,24 +130,7 @@ class GcsStore:
         *,
         timeout_seconds: float,
     ) -> bytes:
-        """Read bytes of the pinned version as they are stored, in one attempt.
-
-        Args:
-            stored: The object.
-            start: The first byte, from the beginning of the object.
-            num_bytes: How many; None reads to the end, and checks the service's own checksum
-                where that is the whole object.
-            timeout_seconds: How long connecting, and each wait for bytes, may take.
-
-        Returns:
-            The bytes.
-
-        Raises:
-            TransientReadError: Worth another attempt.
-            CorruptReadError: Fewer bytes than were asked for, or another checksum.
-            ObjectChangedError: The version is gone.
-            AccessDeniedError: Credentials or the permission are missing.
-        """
+        """Read bytes of the pinned version as they are stored, in one attempt."""
         if num_bytes == 0:
             return b""
         bucket, name = split_uri(stored.uri)

@@ -32,15 +32,7 @@ _PERMISSION = re.compile(r"\bstorage\.[A-Za-z]+\.[A-Za-z]+\b")
 
 @contextmanager
 def explain_errors(bucket: str, name: str = "") -> Iterator[None]:
-    """Turn what the official client raises into errors of a store.
-
-    Args:
-        bucket: The bucket.
-        name: The object; empty for a listing.
-
-    Raises:
-        SourceError: As :func:`explain`.
-    """
+    """Turn what the official client raises into errors of a store."""
     import google.api_core.exceptions as api
     import google.auth.exceptions as auth
     import urllib3.exceptions
@@ -61,18 +53,7 @@ def explain_errors(bucket: str, name: str = "") -> Iterator[None]:
 
 
 def explain(error: Exception, bucket: str, name: str = "") -> SourceError:
-    """Return the error of a store for one of the official client.
-
-    Args:
-        error: What the client raised.
-        bucket: The bucket.
-        name: The object; empty for a listing.
-
-    Returns:
-        :class:`TransientReadError` for what may succeed when it is repeated (408, 429, 5xx, a
-        connection that is lost or silent), :class:`CorruptReadError`, :class:`ObjectChangedError`
-        (404, 412), :class:`AccessDeniedError` (401, 403), or a SourceError for the rest.
-    """
+    """Return the error of a store for one of the official client."""
     import google.api_core.exceptions as api
     import google.auth.exceptions as auth
     from google.cloud.storage.exceptions import DataCorruption

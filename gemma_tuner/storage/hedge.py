@@ -63,32 +63,15 @@ class Racer:
         self._tokens = 0.0
 
     def grant_hedges(self) -> None:
-        """Count a read, which allows ``hedged_fraction`` of a hedge.
-
-        What is saved up is bounded: a store that turns slow is not asked twice for everything.
-        """
+        """Count a read, which allows ``hedged_fraction`` of a hedge."""
+        # What is saved up is bounded: a store that turns slow is not asked twice for everything.
         with self._state:
             most = float(self._config.io_threads)
             self._tokens = min(most, self._tokens + self._config.hedged_fraction)
 
     def race(self, attempt: Attempt, *, what: str, deadline: float) -> bytes:
-        """Make one attempt, and a second beside it when it takes long; the first answer counts.
-
-        A transient failure is no answer as long as the other attempt is under way.
-
-        Args:
-            attempt: Called on another thread.
-            what: What is read, for messages.
-            deadline: When to give up at the latest, by the clock.
-
-        Returns:
-            What the attempt returned that was first to end.
-
-        Raises:
-            TransientReadError: Both failed so, or took too long.
-            SourceError: What else the first to end has raised.
-            RuntimeError: :meth:`close` was called.
-        """
+        """Make one attempt, and a second beside it when it takes long; the first answer counts."""
+        # A transient failure is no answer as long as the other attempt is under way.
         under_way: dict[Future[Any], float] = {}  # and when each is given up
         first = self._begin(attempt, deadline, under_way)
         hedge_at = self._clock() + self._choose_hedge_seconds()

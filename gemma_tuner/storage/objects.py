@@ -42,19 +42,11 @@ class ObjectStore(Protocol):
     """A store of objects under URIs."""
 
     def list_objects(self, uri: str) -> Iterator[StoredObject]:
-        """Find the objects that a URI, a prefix ending in ``/`` or a glob means, by name.
-
-        Raises:
-            SourceError: There is none, or it cannot be listed.
-        """
+        """Find the objects that a URI, a prefix ending in ``/`` or a glob means, by name."""
         ...
 
     def pin_objects(self, uris: Sequence[str]) -> list[StoredObject | SourceError]:
-        """Find each URI's present version, size and checksum, or why there is none.
-
-        Raises:
-            AccessDeniedError: For the whole call: the next ones would fail as well.
-        """
+        """Find each URI's present version, size and checksum, or why there is none."""
         ...
 
     def read_object(
@@ -65,18 +57,5 @@ class ObjectStore(Protocol):
         *,
         timeout_seconds: float,
     ) -> bytes:
-        """Read bytes of the pinned version, in one attempt.
-
-        Args:
-            stored: The object.
-            start: The first byte, from the beginning of the object.
-            num_bytes: How many; None reads to the end, and checks the store's own checksum.
-            timeout_seconds: How long connecting, and each wait for bytes, may take.
-
-        Raises:
-            TransientReadError: Worth another attempt.
-            CorruptReadError: Fewer bytes than were asked for, or another checksum.
-            ObjectChangedError: The version is gone.
-            AccessDeniedError: No permission.
-        """
+        """Read bytes of the pinned version, in one attempt."""
         ...

@@ -171,22 +171,7 @@ def write_manifest(
     read_summary: Callable[[], Mapping[str, Any]],
     pass_over: Callable[[str, DataError], None] | None = None,
 ) -> None:
-    """Write a manifest, replacing what is there only once it is complete.
-
-    Args:
-        path: Where; its folder is created, for the user alone, if need be.
-        outcomes: Origin of each row, and its example or what is wrong with it; read once, a
-            bounded number held at a time.
-        root: The folder that relative media paths start from. Not part of the fingerprint.
-        read_summary: Called after the last example for what to keep about the source (JSON).
-        pass_over: Called with the origin of each row that cannot be kept and what is wrong with
-            it; raises to end the writing. None raises the first.
-
-    Raises:
-        DataError: A row that cannot be kept: what is wrong with it, text that is not valid
-            Unicode, or template fields that are not JSON.
-        SourceError: No rows, two rows with one key, or a folder that cannot be written.
-    """
+    """Write a manifest, replacing what is there only once it is complete."""
     with disk_errors_explained(
         lambda reason: SourceError(
             f"the manifest cannot be written to the folder {path.parent.name!r} ({reason}); free "
@@ -306,15 +291,8 @@ def _refuse_double_keys(manifest: Manifest) -> None:
 
 
 def hash_keys(keys: Iterable[str], salt: str = "") -> np.ndarray:
-    """Hash keys to 64 bits each.
-
-    Args:
-        keys: The keys.
-        salt: Makes hashes that have nothing to do with those of another salt.
-
-    Returns:
-        uint64 ``[keys]``, the same on every machine.
-    """
+    """Hash keys to 64 bits each."""
+    # Returns: uint64 ``[keys]``, the same on every machine.
     prefix = hashlib.blake2b(f"{salt}/".encode(), digest_size=8)
     digests = bytearray()
     for key in keys:

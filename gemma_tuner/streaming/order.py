@@ -52,17 +52,7 @@ class Order:
         return self._num_rows
 
     def __getitem__(self, position: int) -> int:
-        """Return the row at a place of the epoch.
-
-        Args:
-            position: From 0 to ``len(self) - 1``.
-
-        Returns:
-            The row, from 0; every row comes at exactly one place.
-
-        Raises:
-            IndexError: There is no such place.
-        """
+        """Return the row at a place of the epoch."""
         if not 0 <= position < self._num_rows:
             raise IndexError(f"place {position} of an epoch of {self._num_rows} rows")
         if not self._shuffle:
@@ -105,17 +95,7 @@ class ShardOrder:
         return self._places[-1]
 
     def __getitem__(self, position: int) -> int:
-        """Return the row at a place of the epoch; every row comes at exactly one.
-
-        Args:
-            position: From 0 to ``len(self) - 1``.
-
-        Returns:
-            The row, from 0.
-
-        Raises:
-            IndexError: There is no such place.
-        """
+        """Return the row at a place of the epoch; every row comes at exactly one."""
         if not 0 <= position < len(self):
             raise IndexError(f"place {position} of an epoch of {len(self)} rows")
         index = bisect.bisect_right(self._places, position) - 1
@@ -143,14 +123,7 @@ class Interleave:
         self._weights = weights
 
     def locate(self, slot: int) -> tuple[int, int]:
-        """Say where a slot is taken from.
-
-        Args:
-            slot: From 0.
-
-        Returns:
-            The stream's index, and how many slots before this one were taken from it.
-        """
+        """Say where a slot is taken from."""
         first, last = 0, len(self._weights)
         while last - first > 1:
             middle = (first + last) // 2

@@ -17,17 +17,7 @@ from gemma_tuner.records import Audio, Example, Image, Part, StoredObject, Text,
 
 
 def pack(example: Example) -> tuple[str, list[bytes]]:
-    """Write an example as JSON, and list the bytes that it refers to.
-
-    Args:
-        example: Its media encoded, stored, or as paths.
-
-    Returns:
-        The JSON, and the bytes in the order in which it counts them.
-
-    Raises:
-        DataError: Text that is not valid Unicode, or a value that JSON has no form for.
-    """
+    """Write an example as JSON, and list the bytes that it refers to."""
     media: list[bytes] = []
     document: dict[str, Any] = {}
     if example.document is not None:
@@ -81,16 +71,7 @@ def _pack_part(part: Part, media: list[bytes]) -> list[Any]:
 
 
 def unpack(key: str, document: Mapping[str, Any], media: list[bytes]) -> Example:
-    """Read an example back.
-
-    Args:
-        key: Its key.
-        document: What :func:`pack` wrote, read as JSON.
-        media: The bytes that it refers to.
-
-    Returns:
-        The example.
-    """
+    """Read an example back."""
     turns = tuple(
         Turn(
             turn["role"],

@@ -14,19 +14,7 @@ from gemma_tuner.streaming.view import DatasetView
 def note_bad(
     slot: Slot, stage: Stage, error: DataError, *, bad: int, consecutive: int, rows: int
 ) -> None:
-    """Note a row in the quarantine, and raise its error where the budget allows no more.
-
-    Args:
-        slot: The row.
-        stage: What failed.
-        error: What is wrong with it.
-        bad: Bad rows of its data set in this epoch, with this one.
-        consecutive: Bad rows since the last good one, likewise.
-        rows: Rows of its data set in an epoch.
-
-    Raises:
-        DataError: The budget allows no more.
-    """
+    """Note a row in the quarantine, and raise its error where the budget allows no more."""
     quarantine = slot.view.quarantine
     if quarantine.budget.max_bad_fraction:
         quarantine.add(
@@ -48,14 +36,7 @@ def note_bad(
 
 
 def list_bad(views: Sequence[DatasetView]) -> list[BadExample]:
-    """List what some data sets have in quarantine.
-
-    Args:
-        views: The data sets.
-
-    Returns:
-        What is wrong with each; of all rows of the data, those of other splits too.
-    """
+    """List what some data sets have in quarantine."""
     records = []
     for view in _by_file(views):
         records += view.quarantine.inspect()
@@ -63,14 +44,7 @@ def list_bad(views: Sequence[DatasetView]) -> list[BadExample]:
 
 
 def retry_bad(views: Sequence[DatasetView]) -> tuple[int, int]:
-    """Load what is in quarantine again, and take out what can be used now.
-
-    Args:
-        views: The data sets.
-
-    Returns:
-        How many can be used now, and how many remain.
-    """
+    """Load what is in quarantine again, and take out what can be used now."""
     num_mended = num_bad = 0
     for view in _by_file(views):
         mended = []

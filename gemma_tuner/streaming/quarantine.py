@@ -90,18 +90,7 @@ class Budget:
         rows: int,
         read_records: Callable[[], Iterable[BadExample]],
     ) -> None:
-        """Raise if the bad rows so far are more than the budget allows.
-
-        Args:
-            error: The latest.
-            bad: Bad rows of the epoch, the latest included.
-            consecutive: Bad rows since the last good one.
-            rows: Rows of the epoch.
-            read_records: Lists the bad examples, for the most frequent reasons.
-
-        Raises:
-            DataError: They are; of the latest row.
-        """
+        """Raise if the bad rows so far are more than the budget allows."""
         allowed = self.count_allowed(rows)
         if bad <= allowed and consecutive <= self.max_consecutive_bad:
             return
@@ -134,14 +123,7 @@ class Quarantine:
         self._num_bytes = 0  # of the file, as this object has left it
 
     def add(self, record: BadExample) -> None:
-        """Write an example to the file, if it is not there with the same fault.
-
-        Args:
-            record: The example.
-
-        Raises:
-            SourceError: The file cannot be written.
-        """
+        """Write an example to the file, if it is not there with the same fault."""
         if _identify(record) in self._known:
             return
         try:
@@ -193,14 +175,7 @@ class Quarantine:
         return records
 
     def replace(self, records: Iterable[BadExample]) -> None:
-        """Let the file hold these and no others; it is the old or the new one at any time.
-
-        Args:
-            records: The examples.
-
-        Raises:
-            SourceError: The file cannot be written.
-        """
+        """Let the file hold these and no others; it is the old or the new one at any time."""
         fresh = Quarantine(self.path.with_suffix(".new"), self.budget)
         fresh.path.unlink(missing_ok=True)
         fresh._known.clear()

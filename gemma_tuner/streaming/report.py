@@ -147,11 +147,7 @@ class StreamReport:
         return "\n".join([*map(str, self.parts), self.progress])
 
     def to_html(self) -> str:
-        """Write the report as notebooks show it, with a bar of how far the epoch is.
-
-        Returns:
-            HTML, its texts escaped.
-        """
+        """Write the report as notebooks show it, with a bar of how far the epoch is."""
         handed_out = (self.position / max(1, self.rows), ACCENT, "handed out")
         return make_card(
             f"mix of {len(self.parts)} data sets" if len(self.parts) > 1 else "data set",
@@ -183,16 +179,7 @@ class StreamPreview:
 
 
 def report_view(view: DatasetView, *, share: float, cache_bytes: int) -> PortionReport:
-    """Say what one data set of a stream is made of.
-
-    Args:
-        view: The data set.
-        share: How much of the stream is taken from it.
-        cache_bytes: What the cache keeps at most.
-
-    Returns:
-        The figures.
-    """
+    """Say what one data set of a stream is made of."""
     manifest, summary = view.manifest, view.manifest.summary
     return PortionReport(
         rows=len(view),
@@ -240,14 +227,7 @@ def _list_facts(text: str) -> str:
 
 
 def show_example(example: Example) -> str:
-    """Show an example: its key, and each turn with text cut short and sizes of media.
-
-    Args:
-        example: With media encoded or decoded.
-
-    Returns:
-        Lines of text, which hold contents of the example.
-    """
+    """Show an example: its key, and each turn with text cut short and sizes of media."""
     lines = [example.key]
     if example.document is not None:
         lines.append(f"  document: {_shorten(example.document)}")

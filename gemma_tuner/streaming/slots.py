@@ -61,30 +61,13 @@ class Slots:
         return sum(map(len, self.views))
 
     def locate(self, number: int) -> Slot:
-        """Say what a slot holds.
-
-        Args:
-            number: From 0, on over the epochs.
-
-        Returns:
-            The slot.
-        """
+        """Say what a slot holds."""
         index, turn = self._interleave.locate(number)
         view = self.views[index]
         return Slot(index, view.find_row(turn), view)
 
     def find(self, index: int) -> Slot:
-        """Find a row as it stands in the sources, which follow each other.
-
-        Args:
-            index: From 0; negative counts from the end.
-
-        Returns:
-            A slot that holds it.
-
-        Raises:
-            IndexError: There is no such row.
-        """
+        """Find a row as it stands in the sources, which follow each other."""
         place = operator.index(index)
         if not -len(self) <= place < len(self):
             raise IndexError(f"row {place} of a stream of {len(self)} rows")
@@ -96,13 +79,6 @@ class Slots:
         raise IndexError(f"row {index} of a stream of {len(self)} rows")
 
     def count_rows(self, index: int) -> int:
-        """Count the rows of a data set that an epoch has, which budgets are shares of.
-
-        Args:
-            index: Which data set.
-
-        Returns:
-            Rows; a mix may go through a small data set several times in one of its epochs.
-        """
+        """Count the rows of a data set that an epoch has, which budgets are shares of."""
         share = self.weights[index] / sum(self.weights)
         return max(len(self.views[index]), int(share * len(self)))

@@ -33,26 +33,8 @@ def open_manifest(
     refresh: bool = False,
     discard: Callable[[], None] = lambda: None,
 ) -> tuple[Manifest, Quarantine]:
-    """Open the manifest of a source, after writing it where there is none that can be used.
-
-    Of several processes that need it at the same time one writes it, and the others wait.
-
-    Args:
-        source: The data.
-        open_store: Makes the store in which ``gs://`` media are looked up, if there are any.
-        folder: Where manifests and quarantines are kept.
-        budget: How many rows may be unusable.
-        refresh: Write it anew, unless another process has done so while this one waited.
-        discard: Deletes what an interrupted reading of the source has left; called when the
-            manifest is written, and before a refresh.
-
-    Returns:
-        The manifest, and the quarantine of its rows.
-
-    Raises:
-        DataError: A row that cannot be used, beyond the budget.
-        SourceError: The source cannot be read, or the manifest not be written.
-    """
+    """Open the manifest of a source, after writing it where there is none that can be used."""
+    # Of several processes that need it at the same time one writes it, and the others wait.
     name = name_source(source)
     path = folder / "manifests" / f"{name}.arrow"
     quarantine = Quarantine(folder / "quarantine" / f"{name}.jsonl", budget)

@@ -56,23 +56,12 @@ class Place:
         self.is_begun = self.is_finished = False
 
     def move(self, epoch: int, slot: int, bad: Sequence[int]) -> None:
-        """Stand elsewhere, as where nothing of the epoch's rest was handed out.
-
-        Args:
-            epoch: The epoch, from 0.
-            slot: As ``slot``.
-            bad: As ``bad``.
-        """
+        """Stand elsewhere, as where nothing of the epoch's rest was handed out."""
         self.epoch, self.slot, self.bad = epoch, slot, list(bad)
         self.is_begun = self.is_finished = False
 
     def follow(self, num_slots: int, bad: Sequence[int]) -> None:
-        """Stand where shards have come to, over the ends of epochs.
-
-        Args:
-            num_slots: Slots that all of them together have handed out.
-            bad: As ``bad``.
-        """
+        """Stand where shards have come to, over the ends of epochs."""
         slot = self.slot + num_slots
         self.move(max(self.epoch, (slot - 1) // self._num_slots), slot, bad)
 
@@ -86,15 +75,7 @@ class Place:
 
 
 def identify(views: Sequence[Mapping[str, Any]], weights: Sequence[Fraction]) -> dict[str, Any]:
-    """Return what the numbers of a state refer to.
-
-    Args:
-        views: What each data set of the stream is, and how it is shuffled.
-        weights: How much of each a mix takes.
-
-    Returns:
-        The only data set's description, or the weights and descriptions of a mix.
-    """
+    """Return what the numbers of a state refer to."""
     if len(views) == 1:
         return {"version": STATE_VERSION, **views[0]}
     streams = {f"stream {number}": view for number, view in enumerate(views, 1)}
@@ -104,19 +85,7 @@ def identify(views: Sequence[Mapping[str, Any]], weights: Sequence[Fraction]) ->
 def read_state(
     state: Mapping[str, Any], identity: Mapping[str, Any], *, num_rows: int
 ) -> tuple[int, int, list[int]]:
-    """Read the numbers of a state.
-
-    Args:
-        state: The identity, ``epoch position bad``.
-        identity: Of the stream that shall continue, as :func:`identify`.
-        num_rows: Its rows.
-
-    Returns:
-        Epoch, position, and the bad rows of each data set in this epoch.
-
-    Raises:
-        ResumeError: No state, or one of another stream; the message names what differs.
-    """
+    """Read the numbers of a state."""
     if not isinstance(state, Mapping):
         raise ResumeError(f"the stream's state is {type(state).__name__} and not a dictionary")
     missing = [name for name in (*identity, "epoch", "position", "bad") if name not in state]

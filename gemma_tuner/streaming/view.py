@@ -76,14 +76,7 @@ class DatasetView:
         return len(self.rows)
 
     def find_row(self, turn: int) -> int:
-        """Return the manifest's row that comes at a turn.
-
-        Args:
-            turn: From 0, running on over the epochs: the second begins at ``len(self)``.
-
-        Returns:
-            The row.
-        """
+        """Return the manifest's row that comes at a turn."""
         epoch, place = divmod(turn, len(self))
         latest = self._latest_order
         if latest is None or latest[0] != epoch:
@@ -114,17 +107,7 @@ class DatasetView:
         return self._select(self.rows[:num_rows], f"take {num_rows}", self._num_splits)
 
     def split(self, fraction: float) -> tuple[Self, Self]:
-        """Divide the rows by hashes of their keys.
-
-        Args:
-            fraction: How much to hold out; met on average.
-
-        Returns:
-            The rest, and what is held out.
-
-        Raises:
-            SourceError: One side would be empty.
-        """
+        """Divide the rows by hashes of their keys."""
         hashes = hash_keys(self.manifest.read_keys(), salt=f"split {self._num_splits}")
         rows = np.asarray(self.rows)
         is_held_out = hashes[rows] < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
@@ -154,19 +137,7 @@ class DatasetView:
     # --- loading ------------------------------------------------------------------------------
 
     def fetch(self, example: Example) -> Example:
-        """Replace each stored object of an example by its bytes.
-
-        Args:
-            example: As the manifest has it.
-
-        Returns:
-            The example.
-
-        Raises:
-            DataError: An object that is gone, changed, damaged, or cannot be read though others
-                can.
-            SourceError: Nothing can be read.
-        """
+        """Replace each stored object of an example by its bytes."""
 
         def read(part: Image | Audio) -> Image | Audio:
             if not isinstance(part.source, StoredObject):
@@ -185,17 +156,7 @@ class DatasetView:
             ) from None  # whose message holds the path
 
     def decode(self, example: Example) -> Example:
-        """Decode the media of an example.
-
-        Args:
-            example: With media encoded or as local paths.
-
-        Returns:
-            The example, with pictures and samples.
-
-        Raises:
-            DataError: It cannot be decoded.
-        """
+        """Decode the media of an example."""
         return load_media(example, root=self.manifest.root)
 
     def _read_object(self, stored: StoredObject) -> bytes:

@@ -65,14 +65,9 @@ def _list_facts() -> list[tuple[tuple[str, str, str], str, str]]:
 
 
 def list_text_rows() -> list[dict[str, str]]:
-    """List the text examples.
-
-    A test example asks for a fact in a phrasing that training shows only for other facts, and
-    training shows that fact in the two other phrasings: learnable, and not to be had by rote.
-
-    Returns:
-        Rows of id, split, prompt and response, in a fixed shuffled order.
-    """
+    """List the text examples."""
+    # A test example asks for a fact in a phrasing that training shows only for other facts, and
+    # training shows that fact in the two other phrasings: learnable, and not to be had by rote.
     rows = [
         # Three facts of five give one phrasing, each time another, to the test split: 48 of 240.
         (
@@ -105,14 +100,9 @@ _SYSTEMS = ("You answer in English.", "You answer in German.")
 
 
 def list_chat_rows() -> list[dict[str, Any]]:
-    """List the conversations: a system turn, and two questions, one about the other's answer.
-
-    A test conversation asks in a phrasing that training shows for other words, and training shows
-    the same answers in the other phrasing.
-
-    Returns:
-        Rows of id, split and messages, in a fixed shuffled order.
-    """
+    """List the conversations: a system turn, and two questions, one about the other's answer."""
+    # A test conversation asks in a phrasing that training shows for other words, and training
+    # shows the same answers in the other phrasing.
     days = [tuple(pair.split()) for pair in _CHAT_DAYS.split(", ")]
     numbers = [tuple(pair.split()) for pair in _CHAT_NUMBERS.split(", ")]
     after = (("What day comes after {}?", "Name the day after {}."), "And after that?", 1)
@@ -160,16 +150,7 @@ _OVERSAMPLING = 4  # drawn so much larger and averaged, for smooth edges
 
 
 def draw_shape(shape: str, colour: str, rng: random.Random) -> PIL.Image.Image:
-    """Draw one shape at a random size, place and tilt.
-
-    Args:
-        shape: circle, square, triangle or star.
-        colour: A colour's name; its shade varies a little.
-        rng: Where the variation comes from.
-
-    Returns:
-        An RGB picture of 48 to 95 pixels a side.
-    """
+    """Draw one shape at a random size, place and tilt."""
     width, height = (48 + int(48 * rng.random()) for _ in range(2))
     # Greys between the black and the white paint, so that every colour stands out.
     grey = 120 + int(60 * rng.random())
@@ -268,16 +249,8 @@ _TEST_SPEAKERS = (2, 5)  # heard in no training clip, yet between voices that ar
 
 
 def speak(word: str, speaker_number: int, rng: random.Random) -> np.ndarray:
-    """Synthesise one word.
-
-    Args:
-        word: Letters of the invented language.
-        speaker_number: Which of the eight voices.
-        rng: Where the variation of pitch, pace and loudness comes from.
-
-    Returns:
-        Samples ``[frames]`` int16 at 8 kHz.
-    """
+    """Synthesise one word."""
+    # Returns: Samples ``[frames]`` int16 at 8 kHz.
     speaker = _SPEAKERS[speaker_number]
     pace = 0.85 + 0.3 * rng.random()
     scale = speaker.formant_scale * (0.98 + 0.04 * rng.random())
@@ -344,11 +317,7 @@ def _filter_noise(noise: np.ndarray, centre_hz: float) -> np.ndarray:
 
 
 def write_samples(folder: Path) -> None:
-    """Write each set into a folder of its name within ``folder``.
-
-    Args:
-        folder: Made if absent; files of the same names are overwritten.
-    """
+    """Write each set into a folder of its name within ``folder``."""
     for name in ("text", "chat", "image", "vqa", "audio", "translation", "multimodal"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     _write_manifest(folder / "text", list_text_rows())
@@ -364,14 +333,7 @@ def write_samples(folder: Path) -> None:
 
 
 def list_vqa_rows(pictures: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """List a question for each picture: its colour, its shape, or whether it is of a colour.
-
-    Args:
-        pictures: The rows of the image set.
-
-    Returns:
-        Rows of id, split, image, prompt and response.
-    """
+    """List a question for each picture: its colour, its shape, or whether it is of a colour."""
     colours = list(_PAINTS)
     rows = []
     for number, picture in enumerate(pictures):
@@ -397,14 +359,7 @@ def list_vqa_rows(pictures: Sequence[Mapping[str, str]]) -> list[dict[str, str]]
 
 
 def list_translation_rows(clips: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """List what each spoken word means in English.
-
-    Args:
-        clips: The rows of the audio set.
-
-    Returns:
-        Rows of id, split, audio, prompt and response.
-    """
+    """List what each spoken word means in English."""
     return [
         {
             "id": f"translation/{number:03}",
@@ -420,15 +375,7 @@ def list_translation_rows(clips: Sequence[Mapping[str, str]]) -> list[dict[str, 
 def list_multimodal_rows(
     pictures: Sequence[Mapping[str, str]], clips: Sequence[Mapping[str, str]]
 ) -> list[dict[str, str]]:
-    """List a spoken question for each picture, so that neither the one nor the other is enough.
-
-    Args:
-        pictures: The rows of the image set.
-        clips: The rows of the audio set; a picture of a split is asked about by a voice of it.
-
-    Returns:
-        Rows of id, split, image, audio, prompt and response.
-    """
+    """List a spoken question for each picture, so that neither the one nor the other is enough."""
     voices = {
         (split, word): itertools.cycle(
             [clip["audio"] for clip in clips if (clip["split"], clip["response"]) == (split, word)]

@@ -33,18 +33,7 @@ _TOWERS: Mapping[Modality, tuple[str, ...]] = {
 
 
 def find_adapter(path: str | Path) -> Path:
-    """Find the adapter that a folder means.
-
-    Args:
-        path: An adapter's folder (PEFT), or a run's: its saved adapter, or its newest checkpoint
-            where there is no adapter or the run went on after it was saved.
-
-    Returns:
-        The adapter's folder.
-
-    Raises:
-        CheckpointError: There is none.
-    """
+    """Find the adapter that a folder means."""
     folder = Path(path)
     adapter, checkpoint = folder / "adapter", latest_checkpoint(folder)
     found = [
@@ -76,32 +65,13 @@ def _is_behind(adapter: Path, checkpoint: Path) -> bool:
 
 
 def read_adapter_base(folder: Path) -> str | None:
-    """The model that an adapter names as its base: a Hub name or a folder's; None if it does not.
-
-    Args:
-        folder: The adapter's.
-
-    Returns:
-        The name.
-
-    Raises:
-        CheckpointError: Its configuration is damaged.
-    """
+    """The model that an adapter names as its base."""
+    # A Hub name or a folder's; None if it does not.
     return _read_json(folder / CONFIG).get("base_model_name_or_path")
 
 
 def list_adapter_modalities(folder: Path) -> tuple[Modality, ...]:
-    """The parts of a model that an adapter needs, by the names of its weights.
-
-    Args:
-        folder: The adapter's.
-
-    Returns:
-        ``text``, and what it adapts towers or projectors of.
-
-    Raises:
-        CheckpointError: Its weights are missing or damaged.
-    """
+    """The parts of a model that an adapter needs, by the names of its weights."""
     names = _read_weights(folder)
     media: list[Modality] = [
         modality
@@ -112,18 +82,7 @@ def list_adapter_modalities(folder: Path) -> tuple[Modality, ...]:
 
 
 def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
-    """Put a trained adapter on the model that it was trained on, to be used, not trained on.
-
-    Args:
-        model: From ``load_model``, with the towers that the adapter needs.
-        path: As for :func:`find_adapter`.
-
-    Returns:
-        The model, wrapped as ``add_lora`` wraps it, with the adapter's weights.
-
-    Raises:
-        CheckpointError: There is no adapter, it is damaged, or it was trained on another model.
-    """
+    """Put a trained adapter on the model that it was trained on, to be used, not trained on."""
     folder = find_adapter(path)
     saved = _read_weights(folder)
     what = f"the adapter {folder.resolve().name} is not for {_name_of(model)}"

@@ -78,22 +78,7 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Write a checkpoint, then delete the oldest beyond ``keep``.
-
-    Args:
-        output_dir: The run's folder.
-        state: Where the run is.
-        model: Its adapter is saved.
-        optimizer: Its moments are saved.
-        keep: How many checkpoints to keep, this one included.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        CheckpointError: No room or no permission, or a state that JSON cannot hold. Earlier
-            checkpoints are as they were.
-    """
+    """Write a checkpoint, then delete the oldest beyond ``keep``."""
     folder = Path(output_dir) / "checkpoints" / f"step-{state.step:08d}"
     moments = _optimizer_tensors(model, optimizer)
     document = _encode_state(state, model)
@@ -115,27 +100,13 @@ def save_checkpoint(
 
 
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest whole checkpoint of a run.
-
-    Args:
-        output_dir: The run's folder; it need not exist.
-
-    Returns:
-        The checkpoint's folder, or None if there is none.
-    """
+    """The newest whole checkpoint of a run."""
     checkpoints = _list_checkpoints(Path(output_dir) / "checkpoints")
     return checkpoints[-1] if checkpoints else None
 
 
 def refuse_second_run(output_dir: str | Path) -> None:
-    """Refuse to begin a run where there is one.
-
-    Args:
-        output_dir: The run's folder.
-
-    Raises:
-        ConfigError: It holds a checkpoint.
-    """
+    """Refuse to begin a run where there is one."""
     checkpoint = latest_checkpoint(output_dir)
     if checkpoint is not None:
         raise ConfigError(
@@ -157,23 +128,8 @@ def load_checkpoint(
     *,
     check: Callable[[TrainerState], None] | None = None,
 ) -> TrainerState:
-    """Put a run back to where it was saved: adapter and moments, bit for bit.
-
-    Everything is read and compared before anything is changed.
-
-    Args:
-        path: A checkpoint's folder, such as :func:`latest_checkpoint` gives.
-        model: The same base with the same LoRA config; its adapter is overwritten.
-        optimizer: From ``build_optimizer`` over this model; its moments are overwritten.
-        check: Called with the rest of the state before anything is changed; raises to refuse.
-
-    Returns:
-        The rest of the state.
-
-    Raises:
-        CheckpointError: A file is missing or damaged.
-        ResumeError: The checkpoint is of another model, LoRA config or base.
-    """
+    """Put a run back to where it was saved: adapter and moments, bit for bit."""
+    # Everything is read and compared before anything is changed.
     folder = Path(path)
     document = _read_state(folder)
     adapter = _read_tensors(folder / WEIGHTS)

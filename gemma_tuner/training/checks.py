@@ -21,18 +21,7 @@ _MODALITIES = {Image: "image", Audio: "audio"}
 def check_kinds(
     model: object, stream: object, collator: object, config: object, eval_stream: object
 ) -> None:
-    """Refuse arguments of the trainer that are something else.
-
-    Args:
-        model: From ``add_lora``.
-        stream: Something with the methods of an ``ExampleStream``, and at least one example.
-        collator: A ``TextCollator`` or one of its kin.
-        config: A ``TrainConfig``.
-        eval_stream: Like ``stream``, or None.
-
-    Raises:
-        ConfigError: One that is not; it names what was given and how to make the right one.
-    """
+    """Refuse arguments of the trainer that are something else."""
     for name, given, kind, remedy in (
         ("model", model, PeftModel, "wrap what load_model returns first: add_lora(model)"),
         ("collator", collator, TextCollator, "give TextCollator(processor) or one of its kin"),
@@ -60,17 +49,7 @@ def check_kinds(
 
 
 def check_collator(model: PeftModel, collator: TextCollator) -> None:
-    """Refuse a collator whose prompts or media are not for this model.
-
-    Args:
-        model: From ``add_lora``.
-        collator: What makes its batches.
-
-    Raises:
-        ConfigError: Its processor is of another family, or it is for one kind of media and the
-            model has no part for that.
-        CheckpointError: A model of no family that this library knows.
-    """
+    """Refuse a collator whose prompts or media are not for this model."""
     gemma = unwrap_peft(model)
     family = family_of(gemma.config)
     if collator.family.model_type != family.model_type:
@@ -90,15 +69,7 @@ def check_collator(model: PeftModel, collator: TextCollator) -> None:
 
 
 def check_media(batch: Batch, modalities: Collection[Modality]) -> None:
-    """Refuse media for which the model was loaded without a tower.
-
-    Args:
-        batch: What would be trained on.
-        modalities: What the model reads.
-
-    Raises:
-        DataError: It holds others.
-    """
+    """Refuse media for which the model was loaded without a tower."""
     for name, modality in (("pixel_values", "image"), ("input_features", "audio")):
         if name in batch.inputs and modality not in modalities:
             raise DataError(

@@ -48,16 +48,7 @@ class Cuts:
 
 
 def read_cuts(plan: Plan, levels: Sequence[CheckpointingLevel], config: TrainConfig) -> Cuts:
-    """What a run cuts by.
-
-    Args:
-        plan: Its plan.
-        levels: As the run has found them to be.
-        config: Its settings.
-
-    Returns:
-        The cuts.
-    """
+    """What a run cuts by."""
     return Cuts(
         levels=tuple(levels),
         target_share=plan.target_share,

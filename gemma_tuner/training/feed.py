@@ -102,23 +102,8 @@ def read_steps(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> Iterator[StepInput]:
-    """Group a stream's slots into optimizer steps, epoch after epoch.
-
-    Every process reads its own shard, and so only its own media.
-
-    Args:
-        stream: Where examples come from; begun again at the end of each epoch.
-        collate: Collates examples of a stream; None where none of them can be used.
-        batch_size: Examples in a micro-batch.
-        num_micro_batches: Micro-batches of a step in each process.
-        num_slots: Slots to read in all.
-        process_index: This process.
-        num_processes: How many there are.
-
-    Yields:
-        Steps of ``batch_size * num_micro_batches * num_processes`` slots; the last may be smaller
-        when ``num_slots`` says so.
-    """
+    """Group a stream's slots into optimizer steps, epoch after epoch."""
+    # Every process reads its own shard, and so only its own media.
     is_shared = num_processes > 1
     shard = stream.shard(process_index, num_processes) if is_shared else stream
     slots = _repeat(shard)
@@ -145,19 +130,7 @@ def read_steps(
 
 
 def collate_good(collate: Collate, stream: Stream, examples: Sequence[Example]) -> Batch | None:
-    """Collate examples, passing over those that the collator refuses.
-
-    Args:
-        collate: The collator.
-        stream: Where the examples are from; it notes what is passed over, or raises.
-        examples: At least one.
-
-    Returns:
-        The batch, or None where nothing is left.
-
-    Raises:
-        DataError: The collator's, where the stream does not allow it.
-    """
+    """Collate examples, passing over those that the collator refuses."""
     while examples:
         try:
             return collate(examples)

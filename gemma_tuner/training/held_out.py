@@ -35,26 +35,8 @@ def measure_held_out(
     batch_size: int,
     processes: Processes,
 ) -> EvalRecord:
-    """Measure the loss of a model on a stream, each process on its share.
-
-    Args:
-        model: Put into eval mode, and left in it.
-        stream: Read in the order of its rows; its position is not touched.
-        collate: Collates examples of a stream; None where none of them can be used.
-        loss_sum_of: Sums the losses of a batch that is on the CPU, ``[]`` float32.
-        step: Optimizer steps done, for the record.
-        batch_size: Examples in a forward pass; fewer where they do not fit. It does not change
-            the result.
-        processes: The processes of the run.
-
-    Returns:
-        The loss in nats and its perplexity.
-
-    Raises:
-        ConfigError: None of the examples can be used.
-        DataError: An example that cannot be used, beyond what the stream passes over.
-        MemoryPlanError: A single example does not fit.
-    """
+    """Measure the loss of a model on a stream, each process on its share."""
+    # loss_sum_of: Sums the losses of a batch that is on the CPU, ``[]`` float32.
     rows = iter(stream.read_rows(range(processes.index, len(stream), processes.count)))
     device = processes.device
     loss_sum = retry_once(partial(torch.zeros, (), device=device), device=device)

@@ -149,13 +149,7 @@ class JsonlLog:
         self._append("eval", dataclasses.asdict(record))
 
     def event(self, step: int, name: str, **details: Any) -> None:
-        """Append something that happened.
-
-        Args:
-            step: Optimizer steps done when it did.
-            name: What it was, such as "saved" or "resumed".
-            **details: JSON values that describe it.
-        """
+        """Append something that happened."""
         self._append("event", {"step": step, "name": name, **details})
 
     def close(self) -> None:

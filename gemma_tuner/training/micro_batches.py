@@ -59,20 +59,7 @@ class MicroBatches:
         self._running = (0, 0, 0)  # level, rows and tokens a row of what was begun last
 
     def run(self, accumulate: Callable[[Iterable[MicroBatch]], T], step_input: StepInput) -> T:
-        """Run micro-batches, cutting them until they fit.
-
-        Args:
-            accumulate: Runs all of a step's micro-batches. It is called again from the start, so
-                it has to throw away what an earlier call left.
-            step_input: The step.
-
-        Returns:
-            What ``accumulate`` returned.
-
-        Raises:
-            MemoryPlanError: A single example does not fit.
-            RuntimeError: Any other that ``accumulate`` raises.
-        """
+        """Run micro-batches, cutting them until they fit."""
         self._is_second_try = False
         while True:
             batches = step_input.micro_batches
@@ -171,19 +158,7 @@ class MicroBatches:
 
 
 def retry_once(function: Callable[..., T], *arguments: object, device: torch.device) -> T:
-    """Call a function again, after freeing what can be freed, if memory runs out in it.
-
-    Args:
-        function: What to call; it takes its memory before it changes anything.
-        *arguments: Its arguments.
-        device: Where it runs.
-
-    Returns:
-        What the function returned.
-
-    Raises:
-        RuntimeError: Any other that the function raises, or the second for want of memory.
-    """
+    """Call a function again, after freeing what can be freed, if memory runs out in it."""
     try:
         return function(*arguments)
     except RuntimeError as error:

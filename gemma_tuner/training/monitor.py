@@ -69,14 +69,7 @@ class RunMonitor:
             self._growth["the device's driver (tensors, pools and graphs)"] = GrowthWatch()
 
     def place(self, batch: Batch) -> Batch:
-        """Put a micro-batch on the device, and note its shape.
-
-        Args:
-            batch: On the CPU.
-
-        Returns:
-            The batch on the device.
-        """
+        """Put a micro-batch on the device, and note its shape."""
         length = batch.labels.shape[1]
         if self._is_mps and self._length not in (None, length):
             self._empty_if_due("length")
@@ -86,12 +79,7 @@ class RunMonitor:
         return placed
 
     def after_step(self, step: int, reports: Reports) -> None:
-        """Look at the memory that a step has left.
-
-        Args:
-            step: Optimizer steps done.
-            reports: Where anything worth knowing goes.
-        """
+        """Look at the memory that a step has left."""
         self._num_steps += 1
         if self._is_mps:
             self._empty_if_due("limit")
@@ -115,11 +103,7 @@ class RunMonitor:
             self._empty_if_due("evaluation")
 
     def read_memory(self) -> DeviceRecord:
-        """What to log of the device.
-
-        Returns:
-            The counters now, and the peak since this was last called.
-        """
+        """What to log of the device."""
         driver_bytes = memory_driver_bytes(self._device)
         counted = take_peak_bytes(self._device)
         peak_bytes = max(self._peak_bytes, driver_bytes) if counted is None else counted
@@ -132,12 +116,7 @@ class RunMonitor:
         )
 
     def after_record(self, record: StepRecord, reports: Reports) -> None:
-        """Look at what changes slowly: growth of memory, swap, speed.
-
-        Args:
-            record: What has just been logged.
-            reports: Where anything worth knowing goes.
-        """
+        """Look at what changes slowly: growth of memory, swap, speed."""
         readings = [memory_private_bytes()]
         if self._device.type != "cpu":
             readings.append(record.memory_bytes)
@@ -169,14 +148,7 @@ class RunMonitor:
 
 
 def shape_of(batch: Batch) -> tuple[object, ...]:
-    """What a batch looks like to a device that compiles for each shape.
-
-    Args:
-        batch: As it reaches the device.
-
-    Returns:
-        The shapes of all that the model and the loss read, and their names.
-    """
+    """What a batch looks like to a device that compiles for each shape."""
     return (
         *((name, tuple(tensor.shape)) for name, tensor in batch.inputs.items()),
         tuple(batch.target_rows.shape),
@@ -209,18 +181,7 @@ class PoolPolicy:
         self._wait_steps = 1
 
     def is_due(self, occasion: str, step: int, used_bytes: int, driver_bytes: int) -> bool:
-        """Decide, and remember that it was done.
-
-        Args:
-            occasion: "limit" where it is asked after a step because memory may be short; anything
-                else is an occasion at which pools tend to be useless.
-            step: Steps done.
-            used_bytes: In tensors.
-            driver_bytes: In tensors and pools.
-
-        Returns:
-            Whether to give them back now.
-        """
+        """Decide, and remember that it was done."""
         idle_share = (driver_bytes - used_bytes) / self._budget_bytes
         if occasion != "limit":
             is_due = (
@@ -298,16 +259,7 @@ class SpeedWatch:
     def observe(
         self, now_seconds: float, tokens_per_second: float, wait_seconds: float
     ) -> str | None:
-        """Take an interval's speed; a sentence for the user where it begins or ends to be slow.
-
-        Args:
-            now_seconds: When the interval ended, on any clock.
-            tokens_per_second: Its speed.
-            wait_seconds: How much of it was spent waiting for data.
-
-        Returns:
-            The sentence, once a fall and once its end; else None.
-        """
+        """Take an interval's speed; a sentence for the user where it begins or ends to be slow."""
         window = self._intervals
         window.append(_Interval(now_seconds, tokens_per_second, wait_seconds))
         # The first has no beginning: it is there for its end.

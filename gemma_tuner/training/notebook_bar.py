@@ -29,23 +29,14 @@ class NotebookBar:
         self._drawn = 0.0
 
     def advance(self, step: int, text: str | None = None) -> None:
-        """Move the bar.
-
-        Args:
-            step: Optimizer steps done.
-            text: What to show beside it; None leaves what is there.
-        """
+        """Move the bar."""
         self._step = step
         self._text = self._text if text is None else text
         if time.monotonic() - self._drawn >= _SECONDS_BETWEEN_DRAWINGS:
             self.draw()
 
     def add_line(self, text: str) -> None:
-        """Show a line of text below the bar, for good.
-
-        Args:
-            text: The line.
-        """
+        """Show a line of text below the bar, for good."""
         self._lines.append(text)
         self.draw()
 

@@ -14,16 +14,7 @@ _WIDTH, _HEIGHT, _INDENT = 360, 96, 10  # of the curve, in pixels
 
 
 def write_result(step: int, stopped_by: str | None, held_out: Sequence[EvalRecord]) -> str:
-    """Write the end of a run as HTML: its held-out losses, as a curve and in figures.
-
-    Args:
-        step: Optimizer steps done.
-        stopped_by: The signal that stopped it early, or None.
-        held_out: The held-out losses, in order.
-
-    Returns:
-        HTML, its texts escaped.
-    """
+    """Write the end of a run as HTML: its held-out losses, as a curve and in figures."""
     title = f"{step:,} optimizer steps done"
     note = f"stopped by {stopped_by}; fit(resume=True) goes on" if stopped_by else "finished"
     if not held_out:

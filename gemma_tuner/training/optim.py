@@ -22,22 +22,7 @@ def build_optimizer(
     config: TrainConfig,
     device: torch.device,
 ) -> torch.optim.AdamW:
-    """AdamW over the parameters that train, fused where the device can (:func:`find_fused`).
-
-    Args:
-        named_parameters: ``model.named_parameters()``; those without ``requires_grad`` are
-            left out.
-        config: Rate, decay, betas and epsilon.
-        device: Where the parameters are.
-
-    Returns:
-        The optimizer, its moments not yet allocated.
-
-    Raises:
-        ConfigError: No parameter trains, or one is not contiguous float32 on ``device``.
-            Updates of 1e-4 vanish in bfloat16's 8 bits; Metal kernels have written
-            non-contiguous outputs wrongly (pytorch#118115).
-    """
+    """AdamW over the parameters that train, fused where the device can (:func:`find_fused`)."""
     trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
     if not trainable:
         raise ConfigError(
@@ -79,18 +64,10 @@ def _check_parameter(name: str, parameter: Parameter, device: torch.device) -> N
 
 
 def find_fused(device: torch.device) -> tuple[bool, str]:
-    """Try whether the device has a fused AdamW that can skip a step by itself.
-
-    It takes one step of a single number with ``found_inf`` set. Asking for a version would not
-    do: Metal's kernel ignored ``found_inf`` until pytorch#186360, and so would have trained on
-    what the step was told to skip.
-
-    Args:
-        device: Where to try.
-
-    Returns:
-        Whether to use it, and the reason in words.
-    """
+    """Try whether the device has a fused AdamW that can skip a step by itself."""
+    # It takes one step of a single number with ``found_inf`` set. Asking for a version would not
+    # do: Metal's kernel ignored ``found_inf`` until pytorch#186360, and so would have trained on
+    # what the step was told to skip.
     probe = torch.nn.Parameter(torch.ones(1, device=device))
     probe.grad = torch.full_like(probe, math.nan)
     try:
@@ -105,28 +82,15 @@ def find_fused(device: torch.device) -> tuple[bool, str]:
 
 
 def learning_rate_at(step: int, config: TrainConfig, total_steps: int) -> float:
-    """The learning rate of one optimizer step: a function of its number, so nothing to save.
-
-    With ``w = warmup_steps``, ``T = total_steps`` and the peak ``r``::
-
-        step <  w            r * (step + 1) / w
-        step >= w, constant  r
-        step >= w, linear    r * (1 - p)                       p = (step - w) / (T - w)
-        step >= w, cosine    r * (1 + cos(pi * p)) / 2
-
-    The first step already learns (r / w, not 0) and so does the last (p < 1).
-
-    Source: after the warm-up, transformers' ``get_*_schedule_with_warmup`` at ``step``; during
-    it, the same at ``step + 1``.
-
-    Args:
-        step: Steps done before this one; the first is 0.
-        config: Peak, schedule and warm-up.
-        total_steps: Optimizer steps of the whole run.
-
-    Returns:
-        The rate, at least 0; a step at or beyond ``total_steps`` has the schedule's end.
-    """
+    """The learning rate of one optimizer step: a function of its number, so nothing to save."""
+    # With ``w = warmup_steps``, ``T = total_steps`` and the peak ``r``::
+    #     step <  w            r * (step + 1) / w
+    #     step >= w, constant  r
+    #     step >= w, linear    r * (1 - p)                       p = (step - w) / (T - w)
+    #     step >= w, cosine    r * (1 + cos(pi * p)) / 2
+    # The first step already learns (r / w, not 0) and so does the last (p < 1).
+    # Source: after the warm-up, transformers' ``get_*_schedule_with_warmup`` at ``step``; during
+    # it, the same at ``step + 1``.
     peak = float(config.learning_rate)
     if step < config.warmup_steps:
         return peak * (step + 1) / config.warmup_steps
@@ -146,37 +110,22 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients together so that their L2 norm is at most ``max_norm``, in place.
-
-    A norm that is not finite makes every gradient undefined; :func:`guarded_step` then skips.
-
-    Args:
-        parameters: At least one; those with a gradient count.
-        max_norm: The largest norm to let through.
-
-    Returns:
-        The norm before clipping, ``[]`` float32 on the parameters' device, not waited for.
-    """
+    """Scale all gradients together so that their L2 norm is at most ``max_norm``, in place."""
+    # A norm that is not finite makes every gradient undefined; :func:`guarded_step` then skips.
+    # Returns: The norm before clipping, ``[]`` float32 on the parameters' device, not waited for.
     parameters = list(parameters)
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False)
     return norm.to(parameters[0].device)  # of no gradients at all, torch's is on the CPU
 
 
 def guarded_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
-    """Take the optimizer's step unless the gradient is infinite or undefined.
-
-    A skipped step leaves parameters, moments and step counters as they were, bit for bit. The
-    fused kernel reads ``found_inf`` on the device, as it does for torch's GradScaler
-    (``torch/optim/adam.py``, ``_fused_adam``), so the host need not know. Without a fused
-    kernel the host has to ask: one sync a step.
-
-    Args:
-        optimizer: From :func:`build_optimizer`, gradients in place.
-        grad_norm: ``[]`` from :func:`clip_gradients`.
-
-    Returns:
-        ``[]`` float32 on the device: 1 if the step was skipped, else 0.
-    """
+    """Take the optimizer's step unless the gradient is infinite or undefined."""
+    # A skipped step leaves parameters, moments and step counters as they were, bit for bit. The
+    # fused kernel reads ``found_inf`` on the device, as it does for torch's GradScaler
+    # (``torch/optim/adam.py``, ``_fused_adam``), so the host need not know. Without a fused kernel
+    # the host has to ask: one sync a step.
+    # grad_norm: ``[]`` from :func:`clip_gradients`.
+    # Returns: ``[]`` float32 on the device: 1 if the step was skipped, else 0.
     skipped = grad_norm.isfinite().logical_not().to(torch.float32)
     # A first step that ran out of memory leaves counters without moments, which AdamW would take
     # as complete; the second moment is made last.
@@ -209,11 +158,8 @@ class NonfiniteGuard:
         self.consecutive = torch.tensor(float(consecutive), device=device)
 
     def count(self, skipped: Tensor) -> None:
-        """Add one step's outcome.
-
-        Args:
-            skipped: ``[]`` float32 from :func:`guarded_step`.
-        """
+        """Add one step's outcome."""
+        # skipped: ``[]`` float32 from :func:`guarded_step`.
         # In place, which needs no memory: here the step is taken and cannot be tried again.
         self.total.add_(skipped)
         self.consecutive.add_(skipped).mul_(skipped)

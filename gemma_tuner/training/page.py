@@ -12,15 +12,7 @@ MODULE = "gemma_tuner.watch"
 
 
 def open_page(output_dir: str | Path) -> str:
-    """Serve a run's page on this machine until this process ends.
-
-    Args:
-        output_dir: The run's folder.
-
-    Returns:
-        Its address. It answers after a second or two; an error of the page is on stderr and does
-        not touch the run.
-    """
+    """Serve a run's page on this machine until this process ends."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

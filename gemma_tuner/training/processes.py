@@ -51,12 +51,8 @@ class Processes:
         return cast(Tensor, self._accelerator.reduce(tensor, reduction="sum"))
 
     def sum_gradients(self, parameters: Sequence[Parameter], loss: Tensor) -> None:
-        """Add up gradients and loss, in place.
-
-        Args:
-            parameters: Whatever trains, the same in each process.
-            loss: ``[]`` float32.
-        """
+        """Add up gradients and loss, in place."""
+        # loss: ``[]`` float32.
         if self.count == 1:
             return
         # A process without examples in this step has no gradient.

@@ -133,16 +133,7 @@ class Reports:
         self._started = time.perf_counter()
 
     def read_clock(self, num_tokens: int, num_target_tokens: int) -> tuple[float, float, float]:
-        """End an interval and begin the next.
-
-        Args:
-            num_tokens: Tokens seen since the run began.
-            num_target_tokens: Tokens trained on since the run began.
-
-        Returns:
-            Tokens per second, target tokens per second, and the seconds spent waiting for data
-            since this was last called.
-        """
+        """End an interval and begin the next."""
         seconds = time.perf_counter() - self._started
         waited = self._wait_seconds
         speeds = (

@@ -113,10 +113,8 @@ class RunState:
 
     @property
     def evaluation_is_due(self) -> bool:
-        """Whether to measure: before the first step, after the last, and as configured.
-
-        What a resumed run measured before it was stopped is in its log already.
-        """
+        """Whether to measure: before the first step, after the last, and as configured."""
+        # What a resumed run measured before it was stopped is in its log already.
         is_due = self.step in (0, self.total_steps)
         is_due |= self._is_every(self._config.eval_every_steps)
         return is_due and self.step != self.held_out_step
@@ -132,12 +130,7 @@ class RunState:
     # --- counting and logging ----------------------------------------------------------------
 
     def count_step(self, step_input: StepInput, outcome: StepOutcome) -> None:
-        """Enter an optimizer step: from here on it is done, and what is saved says so.
-
-        Args:
-            step_input: What the step consumed.
-            outcome: What it came to.
-        """
+        """Enter an optimizer step: from here on it is done, and what is saved says so."""
         self.guard.count(outcome.skipped)
         self.step += 1
         self.num_slots += step_input.num_slots
@@ -149,20 +142,9 @@ class RunState:
     def log_step(
         self, loss: Tensor, grad_norm: Tensor, memory: DeviceRecord, reports: Reports
     ) -> StepRecord:
-        """Report this step; waits for the device.
-
-        Args:
-            loss: ``[]`` float32, its mean loss.
-            grad_norm: ``[]`` float32, before clipping.
-            memory: What the device holds.
-            reports: Where it goes.
-
-        Returns:
-            The record.
-
-        Raises:
-            DivergedError: Too many consecutive steps with non-finite gradients.
-        """
+        """Report this step; waits for the device."""
+        # loss: ``[]`` float32, its mean loss.
+        # grad_norm: ``[]`` float32, before clipping.
         # The step's only read-back: four numbers in one transfer.
         values = torch.stack([loss, grad_norm, self.guard.total, self.guard.consecutive])
         loss_value, grad_norm_value, skipped, consecutive = values.tolist()
@@ -207,17 +189,7 @@ class RunState:
     # --- saving, and going on from there -----------------------------------------------------
 
     def begin(self, collator: Mapping[str, Any], *, resume: bool) -> None:
-        """Take up the run in ``output_dir``, or begin one there.
-
-        Args:
-            collator: The collator's settings, which a resumed run must share.
-            resume: Whether to continue from the newest checkpoint, if there is one.
-
-        Raises:
-            ConfigError: ``output_dir`` holds a run and ``resume`` is False.
-            ResumeError: The checkpoint is of another model, data or configuration.
-            CheckpointError: It is damaged.
-        """
+        """Take up the run in ``output_dir``, or begin one there."""
         self._settings = {
             **self._config.fixed_settings(),
             "num_processes": self._processes.count,
@@ -286,14 +258,7 @@ class RunState:
         )
 
     def save(self, reports: Reports) -> None:
-        """Write a checkpoint, unless the newest one holds all of this already.
-
-        Args:
-            reports: Where it is reported.
-
-        Raises:
-            CheckpointError: It cannot be written.
-        """
+        """Write a checkpoint, unless the newest one holds all of this already."""
         if self.step == 0 or self._saved == (self.step, self.held_out_step):
             return
         if self._processes.is_main:

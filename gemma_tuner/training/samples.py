@@ -32,18 +32,7 @@ class Samples(Protocol):
 def take_samples(
     samples: Samples, model: Any, step: int, device: torch.device, reports: Reports
 ) -> None:
-    """Answer the questions; where there is no memory for that, the run goes on without.
-
-    Args:
-        samples: The questions.
-        model: Left as it was found.
-        step: Optimizer steps done.
-        device: Where the model is.
-        reports: Where it is told.
-
-    Raises:
-        RuntimeError: Any that answering raises, but for want of memory.
-    """
+    """Answer the questions; where there is no memory for that, the run goes on without."""
     reports.note(step, "sampling")
     try:
         samples.write(model, step)

@@ -32,14 +32,7 @@ _NOT_SETTINGS = {"config", "resume"}  # how a script is started, not what it doe
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Call a script's main function; an error of this library is one line on stderr.
-
-    Args:
-        main: What the script does.
-
-    Raises:
-        SystemExit: With status 1, instead of a ``GemmaTunerError`` and its traceback.
-    """
+    """Call a script's main function; an error of this library is one line on stderr."""
     try:
         main()
     except GemmaTunerError as error:
@@ -53,23 +46,9 @@ def run_script(main: Callable[[], object]) -> None:
 def parse_arguments(
     parser: argparse.ArgumentParser, arguments: Sequence[str] | None, *, out: str
 ) -> argparse.Namespace:
-    """Add the flags that all recipes share, and read them from a file and the command line.
-
-    ``--config FILE`` gives any of the flags by name (:mod:`gemma_tuner.settings`), checked as
-    those of the command line are, which win.
-
-    Args:
-        parser: With the flags that the script has for itself.
-        arguments: What the script was called with; None, as for argparse, is the command line's.
-        out: The folder of the run where none is given.
-
-    Returns:
-        The flags; ``learning_rate`` is a number where none was given, too.
-
-    Raises:
-        ConfigError: The settings file cannot be read, or names or holds what no flag takes.
-        SystemExit: A flag that argparse does not take.
-    """
+    """Add the flags that all recipes share, and read them from a file and the command line."""
+    # ``--config FILE`` gives any of the flags by name (:mod:`gemma_tuner.settings`), checked as
+    # those of the command line are, which win.
     parser.formatter_class = argparse.RawTextHelpFormatter
     add = parser.add_argument
     add("--config", metavar="FILE", help="YAML or JSON file of flags; those given here win")
@@ -93,11 +72,7 @@ def parse_arguments(
 
 
 def add_answer_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of recipes that let the model answer held-out examples afterwards.
-
-    Args:
-        parser: The script's.
-    """
+    """Add the flags of recipes that let the model answer held-out examples afterwards."""
     add = parser.add_argument
     add("--answers", type=int, default=100, help="held-out examples to score; 0: none")
     add("--answer-tokens", type=int, default=128, help="longest answer (default: %(default)s)")
@@ -121,18 +96,7 @@ def _read_flags(parser: argparse.ArgumentParser, path: str) -> list[str]:
 
 
 def make_config(args: argparse.Namespace) -> TrainConfig:
-    """Make the settings of training of the flags that all recipes share.
-
-    Args:
-        args: From :func:`parse_arguments`.
-
-    Returns:
-        The settings: a warm-up of a tenth of the steps, ten at most, and the held-out loss
-        measured four times on the way.
-
-    Raises:
-        ConfigError: A value out of its range.
-    """
+    """Make the settings of training of the flags that all recipes share."""
     return TrainConfig(
         max_steps=args.steps,
         batch_size=args.batch_size,
@@ -150,37 +114,16 @@ def make_config(args: argparse.Namespace) -> TrainConfig:
 def open_splits(
     open_stream: Callable[..., ExampleStream], held_out: str | None
 ) -> tuple[ExampleStream, ExampleStream]:
-    """Open what is trained on, and what is held out.
-
-    Args:
-        open_stream: Opens the data; takes ``split=``, as every ``stream_`` function does.
-        held_out: The split to hold out, beside one that is named ``train``; None holds out a
-            tenth of all rows, by the hash of their keys.
-
-    Returns:
-        The two.
-
-    Raises:
-        SourceError: The data cannot be read, or has no such split.
-    """
+    """Open what is trained on, and what is held out."""
     if held_out is None:
         return open_stream().split(0.1)
     return open_stream(split="train"), open_stream(split=held_out)
 
 
 def rate_guessing(train: Iterable[Example], held_out: Iterable[Example]) -> float:
-    """Measure how often an answer is right that was guessed without a look at the media.
-
-    The guess is the commonest answer of training to the same words, or, where they are new, of
-    all; what a model has learned to see or hear is what it is right beyond that.
-
-    Args:
-        train: What was trained on; all of it is read.
-        held_out: What was held out; likewise.
-
-    Returns:
-        The share of held-out answers that the guess is equal to, 0 to 1.
-    """
+    """Measure how often an answer is right that was guessed without a look at the media."""
+    # The guess is the commonest answer of training to the same words, or, where they are new, of
+    # all; what a model has learned to see or hear is what it is right beyond that.
     answers: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for example in train:
         *asked, answer = (turn.text for turn in example.turns)
@@ -200,21 +143,7 @@ def rate_guessing(train: Iterable[Example], held_out: Iterable[Example]) -> floa
 def fit(
     trainer: Trainer, args: argparse.Namespace, script: str, arguments: Sequence[str] | None
 ) -> FitResult:
-    """Train, and keep the settings in the run's folder: ``--config`` of them starts it again.
-
-    Args:
-        trainer: What trains.
-        args: From :func:`parse_arguments`.
-        script: The script's file.
-        arguments: What it was called with.
-
-    Returns:
-        How the run ended.
-
-    Raises:
-        GemmaTunerError: As ``Trainer.fit``.
-        SystemExit: A signal has stopped the run, see :func:`exit_if_stopped`.
-    """
+    """Train, and keep the settings in the run's folder: ``--config`` of them starts it again."""
     from gemma_tuner.training.checkpoint import latest_checkpoint  # noqa: PLC0415 - imports torch
 
     settings: dict[str, Setting] = {
@@ -233,17 +162,7 @@ def fit(
 
 
 def exit_if_stopped(result: FitResult, script: str, arguments: Sequence[str] | None) -> None:
-    """End the process where a signal has stopped the run, and say how to go on.
-
-    Args:
-        result: What ``Trainer.fit`` returned.
-        script: The script's file; it takes ``--resume``.
-        arguments: What it was called with; None, as for argparse, is the command line's.
-
-    Raises:
-        SystemExit: With 128 and the signal's number, as shells expect: 130 for SIGINT, 143 for
-            SIGTERM (also where the signal reached another process of the run).
-    """
+    """End the process where a signal has stopped the run, and say how to go on."""
     if result.stopped_by is None:
         return
     given = sys.argv[1:] if arguments is None else arguments
@@ -255,13 +174,6 @@ def exit_if_stopped(result: FitResult, script: str, arguments: Sequence[str] | N
 
 
 def show_losses(result: FitResult) -> str:
-    """Write a run's held-out losses as one line.
-
-    Args:
-        result: What ``Trainer.fit`` returned.
-
-    Returns:
-        The line, in the order in which they were measured.
-    """
+    """Write a run's held-out losses as one line."""
     losses = " → ".join(f"{record.loss:.4f} (step {record.step})" for record in result.held_out)
     return f"held-out loss: {losses}"

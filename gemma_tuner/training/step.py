@@ -97,19 +97,7 @@ class Stepper:
         self.micro_batches: MicroBatches | None = None
 
     def take(self, step_input: StepInput, *, step: int, learning_rate: float) -> StepOutcome:
-        """Take one step. Nothing here waits for the device.
-
-        Args:
-            step_input: Its micro-batches, on the CPU.
-            step: Steps done before.
-            learning_rate: The step's.
-
-        Returns:
-            What it came to.
-
-        Raises:
-            MemoryPlanError: A single example does not fit on the device.
-        """
+        """Take one step. Nothing here waits for the device."""
         num_tokens, num_target_tokens, counts = self._count(step_input)
         micro = self._cut_to_fit(step_input)
         retries_before = micro.num_retries
@@ -135,14 +123,11 @@ class Stepper:
         return loss
 
     def _update(self, learning_rate: float) -> tuple[Tensor, Tensor]:
-        """Clip the gradient and take the step.
-
-        Each of the two takes its memory before it changes anything, so that it can be tried again
-        once what the backward pass left is freed.
-
-        Returns:
-            The gradient's norm before clipping, and 1 if the step was skipped: ``[]`` float32.
-        """
+        """Clip the gradient and take the step."""
+        # Each of the two takes its memory before it changes anything, so that it can be tried
+        # again once what the backward pass left is freed.
+        # Returns: The gradient's norm before clipping, and 1 if the step was skipped: ``[]``
+        # float32.
         grad_norm = retry_once(
             clip_gradients, self._trainable, self._config.max_grad_norm, device=self._device
         )
@@ -151,14 +136,8 @@ class Stepper:
         return grad_norm, skipped
 
     def loss_sum(self, batch: Batch) -> Tensor:
-        """Sum a batch's losses; its media that are known need no tower.
-
-        Args:
-            batch: On the CPU.
-
-        Returns:
-            ``[]`` float32, on the device.
-        """
+        """Sum a batch's losses; its media that are known need no tower."""
+        # Returns: ``[]`` float32, on the device.
         with self.features.serve(batch.inputs, batch.media_hashes) as inputs:
             placed = self.monitor.place(replace(batch, inputs=inputs))
             return target_loss_sum(self._model, placed, chunk_tokens=self._loss_chunk_tokens)
@@ -187,17 +166,7 @@ class Stepper:
     # --- what fits ----------------------------------------------------------------------------
 
     def make_plan(self, rows: Sequence[Batch]) -> Plan:
-        """Try a step without weights, and take the next ones as that comes out.
-
-        Args:
-            rows: Some of the data, each a batch of its own.
-
-        Returns:
-            The plan.
-
-        Raises:
-            MemoryPlanError: Nothing fits; the error names the nearest plans that would.
-        """
+        """Try a step without weights, and take the next ones as that comes out."""
         plan = self._try_steps(rows)
         self._follow(plan)
         return plan
@@ -210,11 +179,7 @@ class Stepper:
         return read_cuts(self.plan, self.micro_batches.levels, self._config)
 
     def cut_as_before(self, cuts: Cuts) -> None:
-        """Cut as the run did that is resumed, where that still fits.
-
-        Args:
-            cuts: As it was saved.
-        """
+        """Cut as the run did that is resumed, where that still fits."""
         self._cuts_before = cuts
         if self.plan is not None:
             self._follow(self.plan)
@@ -255,16 +220,8 @@ class Stepper:
 
 
 def request_plan(rows: Sequence[Batch], config: TrainConfig, max_tokens: int) -> PlanRequest:
-    """What a run asks of a plan: its share of targets as in some of its rows and a quarter more.
-
-    Args:
-        rows: Some of the data, each a batch of its own.
-        config: The settings.
-        max_tokens: The longest row that the collator lets through.
-
-    Returns:
-        The request.
-    """
+    """What a run asks of a plan."""
+    # Its share of targets as in some of its rows and a quarter more.
     shares = [row.target_rows.shape[1] / row.labels.shape[1] for row in rows]
     return PlanRequest(
         batch_size=config.batch_size,

@@ -81,19 +81,7 @@ def draw(
     limits: Sequence[Limit] = (),
     max_step: int | None = None,
 ) -> Options:
-    """Make a chart over steps.
-
-    Args:
-        lines: What to draw.
-        figure: How values are written: "loss", "rate", "norm", "speed", "share" or "memory".
-        from_zero: Whether the axis begins at 0, so that heights compare.
-        has_legend: Whether lines are named above the chart; a tooltip names them in any case.
-        limits: Horizontal lines; the axis reaches up to them.
-        max_step: Where the axis of steps ends; None is the last point.
-
-    Returns:
-        The options.
-    """
+    """Make a chart over steps."""
     axis_text = {"color": _MUTED, "fontSize": 11, "hideOverlap": True}
     y_axis: Options = {
         "type": "value",

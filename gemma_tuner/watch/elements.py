@@ -28,15 +28,7 @@ def cell(content: str, *, tag: str = "td") -> ui.element:
 
 
 def heading(title: str, note: str = "") -> ui.element:
-    """Make the line above a card's content.
-
-    Args:
-        title: What the card shows.
-        note: Its unit, or how much of it there is.
-
-    Returns:
-        The line, for more at its end.
-    """
+    """Make the line above a card's content."""
     with block("card-head") as element:
         text(title, "card-title")
         text(note, "quiet")

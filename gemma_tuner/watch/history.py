@@ -157,28 +157,13 @@ class History:
         return np.array(self._columns[name], dtype=np.float64)
 
     def interval_steps(self, newest: int | None = None) -> NDArray[np.float64]:
-        """Optimizer steps between each record and the one before it, ``[records]``.
-
-        Args:
-            newest: Only so many of the newest records; None is all.
-
-        Returns:
-            Differences; of the first record, its own step.
-        """
+        """Optimizer steps between each record and the one before it, ``[records]``."""
         return _differences(self._steps, newest)
 
     def interval_seconds(self, newest: int | None = None) -> NDArray[np.float64]:
-        """Seconds of training between each record and the one before it, ``[records]``.
-
-        The log has no times: they follow from tokens and tokens a second. What was spent on
-        evaluating and saving is not in them.
-
-        Args:
-            newest: Only so many of the newest records; None is all.
-
-        Returns:
-            Seconds; NaN where a record's speed is not known.
-        """
+        """Seconds of training between each record and the one before it, ``[records]``."""
+        # The log has no times: they follow from tokens and tokens a second. What was spent on
+        # evaluating and saving is not in them.
         tokens = _differences(self._columns["tokens"], newest)
         speed = np.array(self._columns["tokens_per_second"][-(newest or 0) :], dtype=np.float64)
         return np.divide(tokens, speed, out=np.full(len(speed), np.nan), where=speed > 0)

@@ -35,15 +35,7 @@ class Pace:
         self._drawn = self._look(now_seconds)
 
     def is_due(self, now_seconds: float) -> bool:
-        """Whether to draw now; if so, it counts as done.
-
-        Args:
-            now_seconds: On the same clock.
-
-        Returns:
-            True where there is anything new, and it would be seen: a run has gone into another
-            phase, a log has grown by a tenth or begun anew, or the last time is long ago.
-        """
+        """Whether to draw now; if so, it counts as done."""
         before, now = self._drawn, self._look(now_seconds)
         if now.version == before.version:
             return False

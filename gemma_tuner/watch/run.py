@@ -76,14 +76,7 @@ class Run:
         return self._log.num_damaged + self._samples.num_damaged
 
     def refresh(self) -> bool:
-        """Read what its files have gained.
-
-        Returns:
-            Whether that is anything.
-
-        Raises:
-            SourceError: A file that cannot be read.
-        """
+        """Read what its files have gained."""
         log, samples = self._log.read(), self._samples.read()
         if log.is_anew:
             self.history = History()
@@ -104,14 +97,7 @@ class Run:
         )
 
     def find_phase(self, now_seconds: float | None = None) -> Phase:
-        """Where the run is.
-
-        Args:
-            now_seconds: Seconds since 1970; None asks the clock.
-
-        Returns:
-            The phase.
-        """
+        """Where the run is."""
         history = self.history
         if not len(history) and not history.held_out and not history.phase:
             return Phase("waiting")
@@ -143,18 +129,7 @@ class Run:
 
 
 def open_runs(folders: Sequence[Path], *, may_be_empty: bool = False) -> list[Run]:
-    """Open the folders of runs.
-
-    Args:
-        folders: Each a run's ``output_dir``.
-        may_be_empty: Whether a folder counts that has no log yet.
-
-    Returns:
-        The runs; those whose folders have one name are called by their parents' too.
-
-    Raises:
-        ConfigError: A folder that is not there, is not a run's, or is given twice.
-    """
+    """Open the folders of runs."""
     resolved = [folder.resolve() for folder in folders]
     for folder in resolved:
         if may_be_empty or (folder / LOG_FILE).is_file():
@@ -180,15 +155,7 @@ def open_runs(folders: Sequence[Path], *, may_be_empty: bool = False) -> list[Ru
 
 
 def list_setting_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """What the settings of runs differ in.
-
-    Args:
-        runs: Two or more.
-
-    Returns:
-        Each setting's name with its value in each run, "–" where it has none; of the folder they
-        write to, nothing.
-    """
+    """What the settings of runs differ in."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = [
         (name, [show_setting(run.settings.get(name)) for run in runs])

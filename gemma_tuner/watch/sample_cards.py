@@ -137,14 +137,7 @@ def _show_confidence(sample: Sample) -> None:
 
 
 def confidence_color(probability: float) -> str:
-    """The colour of a probability: from red over yellow to green, readable on light and dark.
-
-    Args:
-        probability: 0 to 1.
-
-    Returns:
-        As CSS has it.
-    """
+    """The colour of a probability: from red over yellow to green, readable on light and dark."""
     return f"hsl({130 * probability:.0f} 65% 50% / {0.42 - 0.14 * probability:.2f})"
 
 

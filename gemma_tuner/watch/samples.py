@@ -91,16 +91,7 @@ def read_sample(record: Mapping[str, Any]) -> Sample:
 
 
 def find_media(run_folder: Path, name: str) -> Path | None:
-    """Find a file of a run's samples that may be served.
-
-    Args:
-        run_folder: The run's folder.
-        name: The file's, as a browser asks for it.
-
-    Returns:
-        The file; None unless it is a plain file that lies directly in the run's folder
-        ``samples`` and is a picture or a sound by its name.
-    """
+    """Find a file of a run's samples that may be served."""
     if "/" in name or "\\" in name or "\0" in name or name.startswith("."):
         return None
     path = run_folder / FOLDER / name

@@ -56,17 +56,7 @@ def serve(
     parent_pid: int | None = None,
     announce: Callable[[str], None],
 ) -> None:
-    """Serve the page until the process is interrupted or its parent ends.
-
-    Args:
-        runs: One to show, or several to compare.
-        port: Where to listen; 0 is any that is free.
-        parent_pid: A process with which the page ends.
-        announce: Called with the page's address, once it can be opened.
-
-    Raises:
-        ConfigError: The port is taken.
-    """
+    """Serve the page until the process is interrupted or its parent ends."""
     listener = _listen(port)
     watched = Watched(runs, parent_pid)
     # Nothing is compressed: it does not leave the machine, and the cores are needed elsewhere.

@@ -31,15 +31,7 @@ class Tile(NamedTuple):
 
 
 def list_tiles(run: Run, phase: Phase) -> list[Tile]:
-    """Choose the figures of one run.
-
-    Args:
-        run: The run.
-        phase: Where it is.
-
-    Returns:
-        The figures in their order.
-    """
+    """Choose the figures of one run."""
     history = run.history
     targets = show_count(last_value(run, "target_tokens_per_second"))
     return [

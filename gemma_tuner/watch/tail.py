@@ -47,14 +47,7 @@ class JsonlTail:
         self._offset = 0
 
     def read(self) -> Gain:
-        """Read what is new.
-
-        Returns:
-            The new lines; none where the file is not there.
-
-        Raises:
-            SourceError: The file cannot be read.
-        """
+        """Read what is new."""
         try:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())

@@ -15,19 +15,11 @@ MAX_POINTS = 400
 def thin(
     steps: NDArray[np.int64], values: NDArray[np.float64], max_points: int = MAX_POINTS
 ) -> list[Point]:
-    """Choose the points of a line.
-
-    Each of so many equal stretches keeps its smallest and its largest value, so a single spike
-    among a hundred thousand steps is drawn. The first and the last point are kept.
-
-    Args:
-        steps: ``[points]``, in their order.
-        values: ``[points]``; NaN is a gap, which a line without thinning shows.
-        max_points: The most points, at least 8.
-
-    Returns:
-        Steps and values in their order, six digits of each value.
-    """
+    """Choose the points of a line."""
+    # Each of so many equal stretches keeps its smallest and its largest value, so a single spike
+    # among a hundred thousand steps is drawn. The first and the last point are kept.
+    # steps: ``[points]``, in their order.
+    # values: ``[points]``; NaN is a gap, which a line without thinning shows.
     chosen = np.arange(len(steps))
     if len(steps) > max_points:
         finite = np.flatnonzero(np.isfinite(values))
@@ -46,15 +38,9 @@ def thin(
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Average each value with those before it.
-
-    Args:
-        values: ``[points]``; NaN counts for nothing.
-        window: How many values are averaged; fewer at the beginning.
-
-    Returns:
-        ``[points]``; NaN where no value of the window is finite.
-    """
+    """Average each value with those before it."""
+    # values: ``[points]``; NaN counts for nothing.
+    # Returns: ``[points]``; NaN where no value of the window is finite.
     is_finite = np.isfinite(values)
     sums = np.cumsum(np.where(is_finite, values, 0.0))
     counts = np.cumsum(is_finite)

@@ -28,19 +28,7 @@ LOG_IN = (
 def explain_errors(
     action: str, table: str, permission: str, *, remedy: str = ""
 ) -> Iterator[None]:
-    """Turn what the official clients raise into errors of this library.
-
-    Args:
-        action: What is done, to begin a message with: "opening a read session of".
-        table: The table that it is done with.
-        permission: What is missing where BigQuery refuses without naming it.
-        remedy: What to do where the request itself is at fault; with it BigQuery's own words are
-            passed on, which must not hold contents of rows.
-
-    Raises:
-        AccessDeniedError: Credentials or a permission that are missing.
-        SourceError: Anything else that the clients raise.
-    """
+    """Turn what the official clients raise into errors of this library."""
     import google.api_core.exceptions as api
     import google.auth.exceptions as auth
     import requests
@@ -87,12 +75,7 @@ def read_reason(error: Exception) -> str:
 
 
 def refuse_lasting(error: Exception) -> None:
-    """Refuse what looks as if it could pass, and never does.
-
-    Raises:
-        AccessDeniedError: Credentials that cannot be renewed, which gRPC calls unavailable.
-        SourceError: A channel that takes small messages alone, which gRPC calls a quota.
-    """
+    """Refuse what looks as if it could pass, and never does."""
     said = quote(error)
     if "RefreshError" in said:
         raise AccessDeniedError(f"the Google Cloud credentials have expired; {LOG_IN}") from None

@@ -130,12 +130,7 @@ class Part:
         return self._ends[-1][0] if self._ends else len(self._schema)
 
     def append(self, batch: bytes, num_rows: int) -> None:
-        """Keep one record batch.
-
-        Args:
-            batch: The IPC message.
-            num_rows: How many rows it holds.
-        """
+        """Keep one record batch."""
         self._content.write(batch)
         self._content.flush()
         self._ends.append((self._end + len(batch), self.num_rows + num_rows))
@@ -154,14 +149,7 @@ class Part:
         self._num_unsynced_bytes = 0
 
     def read_batches(self) -> Iterator[pyarrow.RecordBatch]:
-        """Read the batches from the first, decoded, one at a time.
-
-        Yields:
-            Each batch.
-
-        Raises:
-            SourceError: A batch that is not Arrow, or not of as many rows as BigQuery said.
-        """
+        """Read the batches from the first, decoded, one at a time."""
         start, num_rows_before = len(self._schema), 0
         schema = pyarrow.ipc.read_schema(pyarrow.py_buffer(self._schema))
         with pyarrow.OSFile(str(self._path)) as file:

@@ -23,18 +23,7 @@ _QUERY_INSTEAD = 'read it by query="SELECT ... FROM `{}`", with max_bytes_billed
 
 
 def open_clients(project: str | None) -> tuple[Client, BigQueryReadClient]:
-    """Make the official clients with the application-default credentials.
-
-    Args:
-        project: Who pays; None takes the project of the credentials.
-
-    Returns:
-        The client of tables and queries, and the client of the Storage Read API.
-
-    Raises:
-        AccessDeniedError: No credentials.
-        SourceError: A package or the project is missing.
-    """
+    """Make the official clients with the application-default credentials."""
     try:
         import google.auth
         import google.auth.exceptions
@@ -59,20 +48,7 @@ def open_clients(project: str | None) -> tuple[Client, BigQueryReadClient]:
 
 
 def describe_table(client: Client, table: str, *, is_result: bool = False) -> list[Column]:
-    """Ask for the columns of a table that the Storage Read API can read.
-
-    Args:
-        client: The official client.
-        table: ``project.dataset.table``.
-        is_result: The table holds a query's result.
-
-    Returns:
-        Its columns.
-
-    Raises:
-        AccessDeniedError: A permission is missing.
-        SourceError: There is no such table, or it is a view or lies outside of BigQuery.
-    """
+    """Ask for the columns of a table that the Storage Read API can read."""
     with explain_errors("looking up", table, "bigquery.tables.get"):
         found = client.get_table(table, timeout=_CALL_SECONDS)
     if not is_result and found.table_type not in _READABLE:
@@ -118,17 +94,7 @@ class BigQueryQuery:
         """True where the job came to its end without a result: its id is of no more use."""
 
     def estimate(self) -> tuple[QueryJob, list[Column]]:
-        """Ask what the query would read, without running it.
-
-        Returns:
-            The job of the dry run, and the columns of the result; none where BigQuery does not
-            say them.
-
-        Raises:
-            AccessDeniedError: A permission is missing.
-            ConfigError: No SELECT, no limit, or one below what the query would read.
-            SourceError: BigQuery does not take the query.
-        """
+        """Ask what the query would read, without running it."""
         from google.cloud.bigquery import QueryJobConfig
 
         config = QueryJobConfig(
@@ -153,20 +119,7 @@ class BigQueryQuery:
         return job, list_columns(job.schema or [])
 
     def run(self, job_id: str, location: str) -> tuple[str, int]:
-        """Run the query, or wait for the run that was begun under this id.
-
-        Args:
-            job_id: From :func:`make_job_id`, kept by the caller before the first call.
-            location: Where it runs, as the dry run tells.
-
-        Returns:
-            The table that holds the result, and the bytes that were billed.
-
-        Raises:
-            AccessDeniedError: A permission is missing.
-            ConfigError: It would bill more than is allowed.
-            SourceError: It failed, or the destination holds rows.
-        """
+        """Run the query, or wait for the run that was begun under this id."""
         import google.api_core.exceptions as api
         from google.cloud.bigquery import QueryJob
 
@@ -227,11 +180,7 @@ def make_job_id() -> str:
 
 
 def refuse_excess(what: str, num_bytes: int, limit: int | Literal[False] | None) -> None:
-    """Refuse to read more than is allowed.
-
-    Raises:
-        ConfigError: More bytes than the limit, where there is one.
-    """
+    """Refuse to read more than is allowed."""
     if limit and num_bytes > limit:
         raise ConfigError(
             f"{what} would read {format_bytes(num_bytes)} ({num_bytes:,} bytes), and "

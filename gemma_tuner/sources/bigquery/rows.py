@@ -60,15 +60,7 @@ def check_kinds(available: Sequence[Column], columns: Columns) -> None:
 
 
 def note_kinds(available: Sequence[Column], columns: Columns) -> list[str]:
-    """Say what was made of columns that could have been read in another way.
-
-    Args:
-        available: The columns of the table.
-        columns: Which plays which part.
-
-    Returns:
-        Notes for the summary.
-    """
+    """Say what was made of columns that could have been read in another way."""
     kinds = {column.name: column.kind for column in available}
     notes = [
         f"column {name!r} is JSON; the {part} is its JSON text"
@@ -81,16 +73,7 @@ def note_kinds(available: Sequence[Column], columns: Columns) -> list[str]:
 
 
 def read_rows(opened: Iterable[Part], columns: Columns, origin: str) -> Iterator[Row]:
-    """Read the rows of parts in order; one decoded batch, and a slice of it, at a time.
-
-    Args:
-        opened: The parts.
-        columns: Which column plays which part.
-        origin: What the rows' origins begin with.
-
-    Yields:
-        Each row, numbered from 1.
-    """
+    """Read the rows of parts in order; one decoded batch, and a slice of it, at a time."""
     parsed = [columns.names[part] for part in _PARSED if part in columns.names]
     number = 0
     for part in opened:
@@ -109,14 +92,8 @@ def read_rows(opened: Iterable[Part], columns: Columns, origin: str) -> Iterator
 
 
 def refuse_paths(kind: str, source: str, folder: str | Path, key: str) -> str:
-    """Take a ``gs://`` URI as it is; a row of a table has no folder that a path could start from.
-
-    Returns:
-        The URI.
-
-    Raises:
-        DataError: Anything else.
-    """
+    """Take a ``gs://`` URI as it is."""
+    # A row of a table has no folder that a path could start from.
     scheme, is_uri, _ = source.partition("://")
     if is_uri and scheme == "gs":
         return source

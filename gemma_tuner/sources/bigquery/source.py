@@ -113,12 +113,7 @@ class BigQuerySource:
         self._given_project = None if client is None or is_named_whole else client.project
 
     def read_identity(self) -> dict[str, Any]:
-        """Return what decides the examples, as JSON: the arguments, without asking BigQuery.
-
-        Returns:
-            A dictionary that differs whenever something else is asked for; that the table has
-            changed since does not show in it.
-        """
+        """Return what decides the examples, as JSON: the arguments, without asking BigQuery."""
         snapshot = self._snapshot_time
         given = {} if self._given_project is None else {"client_project": self._given_project}
         return {
@@ -135,36 +130,17 @@ class BigQuerySource:
         }
 
     def read_summary(self) -> dict[str, Any]:
-        """Return what the last complete iteration met, as JSON.
-
-        Returns:
-            ``format layout columns unused splits notes num_files``.
-        """
+        """Return what the last complete iteration met, as JSON."""
         return self._summary
 
     def discard(self) -> None:
-        """Delete the rows that lie in the folder; the next iteration asks BigQuery anew.
-
-        Raises:
-            SourceError: They are being read.
-        """
+        """Delete the rows that lie in the folder; the next iteration asks BigQuery anew."""
         if self._folder.is_dir():
             with self._open_folder() as parts:
                 parts.delete()
 
     def __iter__(self) -> Iterator[tuple[str, Outcome]]:
-        """Read every row; those that lie in the folder already without asking BigQuery.
-
-        Yields:
-            Where the row stands (table and number), and its example, media as ``gs://`` URIs,
-            stored objects or bytes, or what is wrong with the row.
-
-        Raises:
-            AccessDeniedError: Credentials or a permission that are missing.
-            ConfigError: More bytes would be billed than are allowed.
-            SourceError: Tables, columns or sessions that cannot be read, or a split that is not
-                there.
-        """
+        """Read every row; those that lie in the folder already without asking BigQuery."""
         with self._open_folder() as parts:
             try:
                 if not parts.record.table:

@@ -69,21 +69,7 @@ class SessionExpiredError(SourceError):
 
 
 def spool_table(open_clients: OpenClients, parts: PartFolder, request: ReadRequest) -> list[Part]:
-    """Read what is not yet on disk of the table of a record.
-
-    Args:
-        open_clients: Gives the official clients; called where something is missing.
-        parts: Where, with a record that names the table.
-        request: What is read.
-
-    Returns:
-        The parts of all streams, whole; to be closed by the caller.
-
-    Raises:
-        AccessDeniedError: A permission is missing.
-        ConfigError: More bytes than are allowed.
-        SourceError: The table cannot be read, or not within the life of a session.
-    """
+    """Read what is not yet on disk of the table of a record."""
     record = parts.record
     for _ in range(_MAX_EXPIRED):
         session = record.session or _open_session(*open_clients(), parts, request)
@@ -213,12 +199,7 @@ class _SpoolRun:
         self._outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def run(self, missing: list[int]) -> None:
-        """Read the rest of the streams of these numbers.
-
-        Raises:
-            SessionExpiredError: The session is gone.
-            SourceError: A stream that cannot be read.
-        """
+        """Read the rest of the streams of these numbers."""
         # Daemons: a thread that waits for a silent server would keep the interpreter alive.
         threads = [
             threading.Thread(target=self._work, args=(number,), daemon=True) for number in missing

@@ -102,11 +102,9 @@ class Call:
 
     @property
     def mixes_dtypes(self) -> bool:
-        """Whether it is elementwise and reads floats of two dtypes from the device.
-
-        The graph compiler of Metal has failed on some of these, scalars on the device included.
-        Source: karpathy/nanochat#741.
-        """
+        """Whether it is elementwise and reads floats of two dtypes from the device."""
+        # The graph compiler of Metal has failed on some of these, scalars on the device included.
+        # Source: karpathy/nanochat#741.
         floats = {
             operand.dtype
             for operand in self.inputs
@@ -165,14 +163,7 @@ class Recording:
         return [call for call in self.calls if call.mixes_dtypes]
 
     def graphs(self, min_elements: int = 0) -> set[tuple[object, ...]]:
-        """What a device that compiles a graph for each shape would have compiled.
-
-        Args:
-            min_elements: Leave out operators whose largest tensor is smaller.
-
-        Returns:
-            Operators with the dtypes and shapes that they were given.
-        """
+        """What a device that compiles a graph for each shape would have compiled."""
         return {
             call.graph
             for call in self.calls
@@ -200,11 +191,7 @@ class PretendMps:
 
     @contextmanager
     def record(self) -> Iterator[Recording]:
-        """Write down what runs while the context is open; recordings do not nest.
-
-        Yields:
-            The recording, empty until the context is left.
-        """
+        """Write down what runs while the context is open; recordings do not nest."""
         recording = Recording()
         self._syncs.clear()
         self._extension.start()
@@ -233,14 +220,7 @@ class PretendMps:
 
     @contextmanager
     def fail_allocation(self, number: int) -> Iterator[None]:
-        """Let the so manieth allocation from here on fail, with the error of a Mac.
-
-        Args:
-            number: Counted from 1; later ones succeed again.
-
-        Yields:
-            Nothing.
-        """
+        """Let the so manieth allocation from here on fail, with the error of a Mac."""
         self._extension.fail_allocation(number)
         try:
             yield
@@ -285,11 +265,7 @@ def why_not_pretend() -> str | None:
 
 
 def supported_operators() -> frozenset[str]:
-    """Operators for which the installed torch has a kernel of its own on MPS.
-
-    Returns:
-        Names with overloads, such as ``add.Tensor``, as its table of kernels has them.
-    """
+    """Operators for which the installed torch has a kernel of its own on MPS."""
     table = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     with table.open(encoding="utf-8") as file:

@@ -105,17 +105,7 @@ ResolveParameter = Callable[[str | None], str]
 
 
 def translate(sql: str, table: ResolveTable, parameter: ResolveParameter) -> str:
-    """Return a GoogleSQL query, or an expression, as DuckDB writes it.
-
-    Args:
-        sql: One query. A row restriction passes too: it names no tables.
-        table: Called with the parts of each table's name and, if there is one, the translated
-            expression of its snapshot time.
-        parameter: Called for each parameter.
-
-    Raises:
-        RefusedError: A string or bracket that does not end, or an unknown construct.
-    """
+    """Return a GoogleSQL query, or an expression, as DuckDB writes it."""
     return _Translation(table, parameter, _list_ctes(sql)).run(_nest(_cut(sql)))
 
 

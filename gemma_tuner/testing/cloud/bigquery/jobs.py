@@ -92,17 +92,7 @@ def run_job(
     configuration: Mapping[str, Any],
     job_id: str | None = None,
 ) -> Job:
-    """Run a query job; whatever goes wrong is in the job that it returns.
-
-    Args:
-        catalogue: The tables; a result becomes one of them.
-        project: The project that pays.
-        configuration: ``JobConfiguration`` as REST has it.
-        job_id: The client's own id.
-
-    Returns:
-        A finished job.
-    """
+    """Run a query job; whatever goes wrong is in the job that it returns."""
     query = dict(configuration.get("query", {}))
     job = Job(
         project, job_id or str(uuid.uuid4()), {**configuration, "query": query}, created=now()

@@ -54,10 +54,8 @@ class Estimate:
 
     @property
     def bytes_billed(self) -> int:
-        """Whole mebibytes, ten at least for each table.
-
-        Source: https://cloud.google.com/bigquery/pricing#on_demand_pricing
-        """
+        """Whole mebibytes, ten at least for each table."""
+        # Source: https://cloud.google.com/bigquery/pricing#on_demand_pricing
         whole = -(-self.bytes_processed // _MEBIBYTE) * _MEBIBYTE
         return max(whole, 10 * _MEBIBYTE * max(self.num_tables, 1)) if whole else 0
 
@@ -117,11 +115,7 @@ class Query:
         return list(found.values())
 
     def estimate(self) -> Estimate:
-        """Return what the query would read, without running it.
-
-        Raises:
-            RefusedError: SQL that DuckDB does not take.
-        """
+        """Return what the query would read, without running it."""
         with _refusals():
             relation = self._connection.sql(self.sql, params=self._used)
             schema = _result_schema(relation.limit(0))
@@ -142,11 +136,7 @@ class Query:
         )
 
     def run(self) -> pyarrow.Table:
-        """Return the result, with BigQuery's types.
-
-        Raises:
-            RefusedError: SQL that DuckDB does not take, or a value that it cannot convert.
-        """
+        """Return the result, with BigQuery's types."""
         with _refusals():
             relation = self._connection.sql(self.sql, params=self._used)
             schema = _result_schema(relation)
@@ -228,14 +218,7 @@ class Query:
 
 
 def connect() -> duckdb.DuckDBPyConnection:
-    """Open an empty database in memory that cannot leave it.
-
-    Returns:
-        A connection with GoogleSQL's names for DuckDB's functions; to be closed.
-
-    Raises:
-        RefusedError: DuckDB is not installed.
-    """
+    """Open an empty database in memory that cannot leave it."""
     try:
         import duckdb  # noqa: PLC0415 - optional: only queries and row restrictions need it
     except ImportError as error:
@@ -261,11 +244,9 @@ def connect() -> duckdb.DuckDBPyConnection:
 
 
 def bind(connection: duckdb.DuckDBPyConnection, key: str, content: pyarrow.Table) -> None:
-    """Make a table readable as ``key``.
-
-    Its columns stand behind a view as ``key/column``, so that a plan, which names only columns,
-    says which table each was read from. The first column is what ``COUNT(*)`` reads.
-    """
+    """Make a table readable as ``key``."""
+    # Its columns stand behind a view as ``key/column``, so that a plan, which names only columns,
+    # says which table each was read from. The first column is what ``COUNT(*)`` reads.
     names = content.column_names
     data = content.rename_columns([f"{key}/{name}" for name in names])
     data = data.add_column(0, f"{key}/", pyarrow.nulls(content.num_rows))
@@ -278,11 +259,7 @@ def bind(connection: duckdb.DuckDBPyConnection, key: str, content: pyarrow.Table
 
 
 def select_rows(content: pyarrow.Table, restriction: str) -> pyarrow.Table:
-    """Return the rows for which a ``row_restriction`` holds, in their order.
-
-    Raises:
-        RefusedError: A restriction that DuckDB does not take.
-    """
+    """Return the rows for which a ``row_restriction`` holds, in their order."""
     number = "row number"
     numbered = content.append_column(number, pyarrow.array(range(content.num_rows)))
     connection = connect()

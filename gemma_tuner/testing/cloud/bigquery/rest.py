@@ -76,14 +76,7 @@ class RestService(ThreadingHTTPServer):
         }
 
     def answer(self, verb: str, target: str, body: bytes) -> Answer:
-        """Answer one request.
-
-        Returns:
-            The body, to be written as JSON.
-
-        Raises:
-            RefusedError: What BigQuery would refuse, and what this server does not know.
-        """
+        """Answer one request."""
         url = urllib.parse.urlsplit(target)
         path = urllib.parse.unquote(url.path).removeprefix("/bigquery/v2/").strip("/")
         parameters = dict(urllib.parse.parse_qsl(url.query))

@@ -147,14 +147,7 @@ class TableName:
 
     @classmethod
     def parse(cls, name: str) -> TableName:
-        """Read ``project.dataset.table``.
-
-        Returns:
-            The name.
-
-        Raises:
-            ConfigError: Another number of parts.
-        """
+        """Read ``project.dataset.table``."""
         parts = name.split(".")
         if len(parts) != 3 or not all(parts):
             raise ConfigError(f"a table is named 'project.dataset.table'; got {name!r}")
@@ -204,11 +197,7 @@ class StoredTable:
         return hashlib.sha256(state.encode()).hexdigest()[:22]
 
     def version_at(self, moment: datetime.datetime | None) -> Version:
-        """Return the content as it was at ``moment``, or the newest.
-
-        Raises:
-            RefusedError: The table did not exist yet.
-        """
+        """Return the content as it was at ``moment``, or the newest."""
         if moment is None:
             return self.latest
         for version in reversed(self.versions):
@@ -239,15 +228,7 @@ class Catalogue:
     def put(
         self, name: TableName, content: pyarrow.Table, at: datetime.datetime | None = None
     ) -> StoredTable:
-        """Make ``content`` the table's newest version.
-
-        Returns:
-            The table.
-
-        Raises:
-            ConfigError: A type that BigQuery does not have, a time without zone, or one that is
-                not after the version before.
-        """
+        """Make ``content`` the table's newest version."""
         content, moment = normalise(content), at or now()
         if moment.tzinfo is None:
             raise ConfigError(f"a version's time needs a time zone; got {moment}")
@@ -275,11 +256,7 @@ class Catalogue:
             return view
 
     def find(self, name: TableName) -> StoredTable:
-        """Return a table or a view.
-
-        Raises:
-            RefusedError: There is none of that name.
-        """
+        """Return a table or a view."""
         with self.lock:
             if name in self.tables:
                 return self.tables[name]
@@ -323,11 +300,7 @@ class Catalogue:
             return due
 
     def strike(self, fault: BigQueryFault) -> None:
-        """Let a fault happen: stall, then fail, unless the server stops meanwhile.
-
-        Raises:
-            RefusedError: The fault's error, if it has one.
-        """
+        """Let a fault happen: stall, then fail, unless the server stops meanwhile."""
         if fault.stall_seconds:
             self.stopping.wait(fault.stall_seconds)
         error = fault.error()

@@ -65,18 +65,7 @@ def is_json(field: pyarrow.Field) -> bool:
 
 
 def normalise(table: pyarrow.Table) -> pyarrow.Table:
-    """Cast a table to the types that BigQuery has, without losing a value.
-
-    Args:
-        table: Any columns; lists, dictionaries and structs included. A list that is null becomes
-            an empty one, as in BigQuery.
-
-    Returns:
-        The same rows, columns and names.
-
-    Raises:
-        ConfigError: A column whose type BigQuery does not have, or a value that does not fit.
-    """
+    """Cast a table to the types that BigQuery has, without losing a value."""
     schema = pyarrow.schema([_normal_field(field) for field in table.schema])
     columns = []
     for column, field in zip(table.columns, schema, strict=True):
@@ -156,11 +145,7 @@ def _describe_field(field: pyarrow.Field) -> dict[str, Any]:
 
 
 def arrow_schema(fields: Iterable[dict[str, Any]]) -> pyarrow.Schema:
-    """Return the Arrow schema of REST fields, the inverse of :func:`describe`.
-
-    Raises:
-        ConfigError: A type that this server does not know.
-    """
+    """Return the Arrow schema of REST fields, the inverse of :func:`describe`."""
     return pyarrow.schema([_arrow_field(field) for field in fields])
 
 
@@ -187,12 +172,7 @@ def _arrow_field(field: dict[str, Any]) -> pyarrow.Field:
 
 
 def write_rows(table: pyarrow.Table, *, int64_timestamps: bool) -> list[dict[str, Any]]:
-    """Return rows as ``tabledata.list`` gives them: ``{"f": [{"v": ...}, ...]}``.
-
-    Args:
-        table: Normalised columns.
-        int64_timestamps: Timestamps as whole microseconds, instead of seconds as a float.
-    """
+    """Return rows as ``tabledata.list`` gives them: ``{"f": [{"v": ...}, ...]}``."""
     columns = [
         [_write(value, field.type, int64_timestamps) for value in column.to_pylist()]
         for field, column in zip(table.schema, table.columns, strict=True)
@@ -226,15 +206,7 @@ def _write(value: Any, kind: pyarrow.DataType, int64_timestamps: bool) -> Any:  
 
 
 def read_rows(rows: Sequence[dict[str, Any]], schema: pyarrow.Schema) -> pyarrow.Table:
-    """Return a table of the JSON rows that ``insertAll`` brings.
-
-    Args:
-        rows: One mapping for each row; a column that is absent is null.
-        schema: The table's normalised schema.
-
-    Raises:
-        ValueError: A value that is not of its column's type; its message names the column.
-    """
+    """Return a table of the JSON rows that ``insertAll`` brings."""
     columns = []
     for field in schema:
         try:

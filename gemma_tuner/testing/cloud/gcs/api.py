@@ -79,14 +79,7 @@ class Call:
     body: bytes = b""
 
     def number(self, parameter: str) -> int | None:
-        """Read a parameter that is a whole number.
-
-        Returns:
-            The number; None where the parameter is absent.
-
-        Raises:
-            ApiError: 400: it is not one.
-        """
+        """Read a parameter that is a whole number."""
         text = self.parameters.get(parameter)
         if text is None:
             return None
@@ -128,14 +121,7 @@ class GcsApi:
         self._uploads_lock = threading.Lock()
 
     def parse(self, method: str, url: str, headers: Message[str, str], body: bytes) -> Call:
-        """Take a request apart.
-
-        Returns:
-            The call; its operation is ``other`` where it is none of ours.
-
-        Raises:
-            ApiError: 400: the body cannot be read.
-        """
+        """Take a request apart."""
         parts = urllib.parse.urlsplit(url)
         parameters = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
         found = re.fullmatch(r"(?:/resumable)?(/upload|/download)?/storage/v1/(.*)", parts.path)

@@ -122,11 +122,7 @@ class Condition:
     generation_not_match: int | None = None
 
     def check(self, version: StoredVersion | None, *, reading: bool) -> None:
-        """Compare with an object.
-
-        Raises:
-            ApiError: 412, or 304 for a read of the generation that the client has.
-        """
+        """Compare with an object."""
         generation = version.generation if version else 0
         if self.generation_match not in (None, generation):
             raise ApiError(412, "At least one of the pre-conditions you specified did not hold.")
@@ -155,11 +151,7 @@ class GcsStore:
         self._last_generation = 0
 
     def create_bucket(self, bucket: str, *, keeps_versions: bool = False) -> None:
-        """Add an empty bucket.
-
-        Raises:
-            ApiError: 409: there is one.
-        """
+        """Add an empty bucket."""
         with self._lock:
             if bucket in self._buckets:
                 raise ApiError(409, f"The bucket {bucket} already exists.")
@@ -221,14 +213,7 @@ class GcsStore:
         generation: int | None = None,
         condition: Condition = UNCONDITIONAL,
     ) -> StoredVersion:
-        """Find the live version of an object, or one generation of it.
-
-        Returns:
-            The version, which no later write changes.
-
-        Raises:
-            ApiError: 404, 412 or 304.
-        """
+        """Find the live version of an object, or one generation of it."""
         with self._lock:
             within = self._find_bucket(bucket)
             if generation is None:
@@ -249,11 +234,7 @@ class GcsStore:
         generation: int | None = None,
         condition: Condition = UNCONDITIONAL,
     ) -> None:
-        """Remove the live version of an object, or one generation for good.
-
-        Raises:
-            ApiError: 404 or 412.
-        """
+        """Remove the live version of an object, or one generation for good."""
         with self._lock:
             version = self.get(bucket, name, generation)
             within = self._find_bucket(bucket)
@@ -342,16 +323,9 @@ def encode_md5(data: bytes) -> str:
 
 
 def compile_glob(pattern: str) -> re.Pattern[str]:
-    """Translate a ``matchGlob``: ``*`` and ``?`` stay within a folder, ``**`` does not.
-
-    Source: https://cloud.google.com/storage/docs/json_api/v1/objects/list#list-objects-and-prefixes-using-glob
-
-    Returns:
-        A pattern for :meth:`re.Pattern.fullmatch`.
-
-    Raises:
-        ApiError: 400: the pattern cannot be read.
-    """
+    """Translate a ``matchGlob``: ``*`` and ``?`` stay within a folder, ``**`` does not."""
+    # Source:
+    # https://cloud.google.com/storage/docs/json_api/v1/objects/list#list-objects-and-prefixes-using-glob
     tokens = re.compile(
         r"(?P<folders>\*\*/)|(?P<deep>\*\*)|(?P<star>\*)|(?P<one>\?)|(?P<set>\[[^\]]+\])"
         r"|(?P<open>\{)|(?P<close>\})|(?P<comma>,)|\\(?P<escaped>.)|(?P<plain>.)",
@@ -377,16 +351,7 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
 
 
 def select_fields(resource: Any, fields: str) -> Any:
-    """Keep the parts of a resource that a partial response asks for.
-
-    Args:
-        resource: What the API would answer.
-        fields: Names separated by commas; ``a(b,c)`` and ``a/b`` select within ``a``, and in
-            each element where it is a list.
-
-    Returns:
-        A copy with these parts alone.
-    """
+    """Keep the parts of a resource that a partial response asks for."""
     if isinstance(resource, list):
         return [select_fields(element, fields) for element in resource]
     if not isinstance(resource, dict):
