@@ -6,7 +6,6 @@ The only module that asks torch about accelerators or reads the environment.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import cache
@@ -26,11 +25,6 @@ _MPS_TORCH_FLOOR = (2, 14)
 _MPS_HIGH_WATERMARK = "1.0"
 _MPS_OUT_OF_MEMORY = ("MPS backend out of memory", "Invalid buffer size")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def announce(message: str) -> None:
-    """Tell the user about an automatic choice: one line on stderr."""
-    sys.stderr.write(f"gemma_tuner: {message}\n")
 
 
 def prepare_environment() -> None:

@@ -13,11 +13,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import httpx, validate_repo_id
 from peft import PeftModel
 
-from gemma_tuner.device import announce
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.cards import Scores, write_adapter_card
 from gemma_tuner.export.deltas import CONFIG
 from gemma_tuner.export.folders import new_folder
+from gemma_tuner.log import announce
 from gemma_tuner.models.adapter_files import save_adapter
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

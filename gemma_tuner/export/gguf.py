@@ -16,7 +16,6 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType, GGUFWriter
 
-from gemma_tuner.device import announce
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.bases import check_fits, check_same_base, find_base
 from gemma_tuner.export.deltas import Adapter, Delta, Replacement, read_adapter
@@ -39,6 +38,7 @@ from gemma_tuner.export.weights import (
     read_json,
     tensor_bytes,
 )
+from gemma_tuner.log import announce
 from gemma_tuner.models.identity import portable_name
 
 _EMBEDDING = "model.language_model.embed_tokens.weight"

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gemma_tuner.device import announce
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.bases import check_fits, check_same_base, find_base
 from gemma_tuner.export.deltas import (
@@ -37,6 +36,7 @@ from gemma_tuner.export.deltas import (
 from gemma_tuner.export.folders import new_folder
 from gemma_tuner.export.mlx_names import Program, check_program, mlx_name, transformers_name
 from gemma_tuner.export.weights import list_file, list_tensors, read_json
+from gemma_tuner.log import announce
 from gemma_tuner.models.identity import portable_name
 
 _MLX_WEIGHTS = "adapters.safetensors"

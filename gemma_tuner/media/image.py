@@ -6,7 +6,6 @@ processors do not apply them either. The first frame of an animation is used.
 
 from __future__ import annotations
 
-import logging
 import struct
 import zlib
 from pathlib import Path
@@ -16,9 +15,8 @@ import PIL.Image
 import PIL.ImageFile
 
 from gemma_tuner.errors import DataError
+from gemma_tuner.log import logger
 from gemma_tuner.media.encoded import describe_source, open_encoded
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_PIXELS = 89_478_485
 """The largest picture decoded unless told otherwise: 268 MB of RGB, above any phone's camera.

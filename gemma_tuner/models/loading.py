@@ -20,8 +20,9 @@ from huggingface_hub.errors import (
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from gemma_tuner.device import announce, choose_device, choose_dtype
+from gemma_tuner.device import choose_device, choose_dtype
 from gemma_tuner.errors import CheckpointError, ConfigError
+from gemma_tuner.log import announce
 from gemma_tuner.models import embeddings
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.families import Family, Modality, family_of

@@ -21,8 +21,9 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from gemma_tuner.checks import is_number, is_whole_number, name_nearest
-from gemma_tuner.device import announce, seeded
+from gemma_tuner.device import seeded
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.log import announce
 from gemma_tuner.models.lora_linear import use_lean_adapters
 
 if TYPE_CHECKING:

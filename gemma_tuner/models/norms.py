@@ -15,7 +15,7 @@ from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedRMSNorm
 
-from gemma_tuner.device import announce
+from gemma_tuner.log import announce
 
 _PROBE_TOLERANCE = 1e-5
 

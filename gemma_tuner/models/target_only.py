@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 from transformers.models.gemma4.modeling_gemma4 import apply_rotary_pos_emb
 
-from gemma_tuner.device import announce, is_out_of_memory
+from gemma_tuner.device import is_out_of_memory
+from gemma_tuner.log import announce
 from gemma_tuner.models.attention import ATTENTION
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.masks import AttentionMask

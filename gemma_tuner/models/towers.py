@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_tuner.device import announce
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.log import announce
 from gemma_tuner.models.families import Modality, family_of
 
 

@@ -8,7 +8,6 @@ its writer no longer locks it.
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import threading
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from gemma_tuner.display import show_bytes
 from gemma_tuner.errors import SourceError
+from gemma_tuner.log import logger
 from gemma_tuner.records import StoredObject
 from gemma_tuner.storage.cache_folder import (
     HEADER_BYTES,
@@ -29,8 +29,6 @@ from gemma_tuner.storage.cache_folder import (
     read_entry,
     write_entry,
 )
-
-logger = logging.getLogger(__name__)
 
 _TOUCH_SECONDS = 60.0  # An entry used again within this time is not marked again.
 _SLACK = 16  # Eviction frees a 16th of the budget beyond need, so that scans stay rare.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.log import logger
 from gemma_tuner.sources.examples import Outcome, Source
 from gemma_tuner.sources.pins import pin_media
 from gemma_tuner.storage.objects import ObjectStore
 from gemma_tuner.streaming.manifest import FORMAT_VERSION, Manifest, write_manifest
 from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine, read_reason
-
-logger = logging.getLogger(__name__)
 
 
 def open_manifest(

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gemma_tuner.device import announce
 from gemma_tuner.differences import list_differences, shorten_differences
 from gemma_tuner.errors import CheckpointError
+from gemma_tuner.log import announce
 from gemma_tuner.models.adapter_files import CONFIG, FINGERPRINT, WEIGHTS
 from gemma_tuner.models.families import Modality
 from gemma_tuner.models.identity import hash_decoder_norms, portable_name

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from gemma_tuner.device import announce
+from gemma_tuner.log import announce
 from gemma_tuner.planning.choice import CheckpointingLevel
 from gemma_tuner.planning.plan import Plan
 from gemma_tuner.training.config import TrainConfig

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gemma_tuner.device import announce, memory_used_bytes
+from gemma_tuner.device import memory_used_bytes
 from gemma_tuner.differences import list_differences, shorten_differences
 from gemma_tuner.errors import DivergedError, ResumeError
+from gemma_tuner.log import announce
 from gemma_tuner.streaming.quarantine import RUN_FILE, Budget, Quarantine
 from gemma_tuner.training.checkpoint import (
     TrainerState,

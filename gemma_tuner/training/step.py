@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gemma_tuner.batch import COUNTS, Batch
-from gemma_tuner.device import announce, random_generators
+from gemma_tuner.device import random_generators
+from gemma_tuner.log import announce
 from gemma_tuner.models.attention import set_query_chunk
 from gemma_tuner.models.features import FeatureCache
 from gemma_tuner.models.lora import unwrap_peft

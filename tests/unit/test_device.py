@@ -146,13 +146,6 @@ def test_errors_that_say_that_memory_ran_out(error, expected):
     assert device.is_out_of_memory(error) is expected
 
 
-def test_announcements_go_to_stderr(capsys):
-    device.announce("cpu, because")
-    printed = capsys.readouterr()
-    assert printed.err == "gemma_tuner: cpu, because\n"
-    assert not printed.out
-
-
 def test_cuda_is_chosen_and_measured():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU here")

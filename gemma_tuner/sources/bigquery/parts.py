@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import logging
 import os
 import struct
 import zlib
@@ -30,8 +29,7 @@ import pyarrow
 import pyarrow.ipc
 
 from gemma_tuner.errors import SourceError
-
-logger = logging.getLogger(__name__)
+from gemma_tuner.log import logger
 
 _ENTRY = struct.Struct("<QQI")
 _ENDS = struct.Struct("<QQ")

@@ -10,12 +10,12 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gemma_tuner.errors import ConfigError, SourceError
+from gemma_tuner.log import logger
 from gemma_tuner.sources.bigquery.parts import Column, Part, PartFolder, Record
 from gemma_tuner.sources.bigquery.query import (
     BigQueryQuery,
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from google.cloud.bigquery import Client, TableReference
     from google.cloud.bigquery_storage import BigQueryReadClient
 
-logger = logging.getLogger(__name__)
 
 _FORMAT_VERSION = 1
 

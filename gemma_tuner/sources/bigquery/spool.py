@@ -7,7 +7,6 @@ before all of them are on disk, so that a session that ends too early can be beg
 from __future__ import annotations
 
 import datetime
-import logging
 import queue
 import random
 import threading
@@ -20,6 +19,7 @@ import pyarrow
 import pyarrow.ipc
 
 from gemma_tuner.errors import SourceError
+from gemma_tuner.log import logger
 from gemma_tuner.sources.bigquery.errors import explain_errors, quote, refuse_lasting
 from gemma_tuner.sources.bigquery.parts import Part, PartFolder, ReadSession
 from gemma_tuner.sources.bigquery.query import format_bytes, refuse_excess
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 OpenClients = Callable[[], "tuple[Client, BigQueryReadClient]"]
 
-logger = logging.getLogger(__name__)
 
 _MAX_EXPIRED = 3
 _SESSION_SECONDS = 120.0

@@ -1,0 +1,28 @@
+"""What the library says: the logger ``gemma_tuner``, on stderr until a program configures it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+logger = logging.getLogger("gemma_tuner")
+
+
+class _StderrHandler(logging.Handler):
+    """Writes ``gemma_tuner: message``, unless the root logger writes to the console already."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console = (sys.stderr, sys.stdout)
+        if not any(getattr(each, "stream", None) in console for each in logging.root.handlers):
+            sys.stderr.write(f"{logger.name}: {record.getMessage()}\n")
+
+
+if not logger.handlers:  # a program that added its own is obeyed
+    logger.addHandler(_StderrHandler())
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
+
+
+def announce(message: str) -> None:
+    """Tell the user about an automatic choice."""
+    logger.info("%s", message)
