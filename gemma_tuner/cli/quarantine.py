@@ -31,7 +31,7 @@ def quarantine(
     RUN is the folder of a run, whose settings say which data; or give
     --data, as for train.
     """
-    from gemma_tuner.streaming.passing_over import list_bad, retry_bad
+    from gemma_tuner.streaming.view import list_bad, retry_bad
 
     streams = [stream for stream in open_streams(data, model.modality) if stream is not None]
     views = [view for stream in streams for view in stream.views]

@@ -25,6 +25,7 @@ import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import astuple
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,8 @@ import pyarrow.ipc
 
 from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import DataError, SourceError
-from gemma_tuner.records import Example, StoredObject
+from gemma_tuner.records import Audio, Example, Image, Part, StoredObject, Text, Turn
 from gemma_tuner.sources.examples import Outcome
-from gemma_tuner.streaming.packing import pack, unpack
 
 FORMAT_VERSION = 3
 """Raise it whenever the same source would make other rows: old manifests are then written anew."""
@@ -118,7 +118,7 @@ class Manifest:
 
     def read_key(self, row: int) -> str:
         """Return the key of a row."""
-        return self._read(row, "key")
+        return self._read(row, "key")[0]
 
     def read_keys(self) -> Iterator[str]:
         """Return the keys of all rows in order."""
@@ -128,18 +128,29 @@ class Manifest:
 
     def read_origin(self, row: int) -> str:
         """Return where in its source a row stands."""
-        return self._read(row, "origin")
+        return self._read(row, "origin")[0]
 
     def read_example(self, row: int) -> Example:
         """Return the example of a row, its media encoded, stored, or as paths below the root."""
-        payload = json.loads(self._read(row, "payload"))
-        return unpack(self.read_key(row), payload, self._read(row, "media"))
+        key, payload, media = self._read(row, "key", "payload", "media")
+        document = json.loads(payload)
+        turns = tuple(
+            Turn(
+                turn["role"],
+                tuple(_unpack_part(kind, value, media) for kind, value in turn["parts"]),
+                turn.get("fields", {}),
+            )
+            for turn in document.get("turns", ())
+        )
+        return Example(key, turns, document.get("document"), tuple(document.get("tools", ())))
 
-    def _read(self, row: int, column: str) -> Any:
+    def _read(self, row: int, *columns: str) -> list[Any]:
         index = bisect.bisect_right(self._starts, row) - 1
-        value = self._open_batch(index).column(column)[row - self._starts[index]].as_py()
-        self._touch(len(value) if isinstance(value, str) else sum(map(len, value)))
-        return value
+        batch, place = self._open_batch(index), row - self._starts[index]
+        values = [batch.column(column)[place].as_py() for column in columns]
+        for value in values:
+            self._touch(len(value) if isinstance(value, str) else sum(map(len, value)))
+        return values
 
     def _open_batch(self, index: int) -> pyarrow.RecordBatch:
         batch = self._batches[index]
@@ -215,7 +226,7 @@ def _write(
         for origin, outcome in outcomes:
             try:
                 example = _need_example(outcome)
-                payload, media = pack(example)
+                payload, media = _pack(example)
             except DataError as error:
                 pass_over(origin, error)
                 continue
@@ -250,6 +261,76 @@ def _write(
         content = json.dumps(entry).encode()
         metadata = {_ENTRY: content, _ENTRY_CHECKSUM: str(zlib.crc32(content)).encode()}
         writer.write_batch(end, custom_metadata=metadata)
+
+
+def _pack(example: Example) -> tuple[str, list[bytes]]:
+    """Write an example as JSON, and list the bytes that it refers to."""
+    media: list[bytes] = []
+    document: dict[str, Any] = {}
+    if example.document is not None:
+        document["document"] = example.document
+    if example.turns:
+        document["turns"] = [_pack_turn(turn, media) for turn in example.turns]
+    if example.tools:
+        document["tools"] = list(example.tools)
+    try:
+        payload = json.dumps(document, ensure_ascii=False, separators=(",", ":"))
+        (example.key + payload).encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            "its text or id holds half of a character (an unpaired surrogate); write it as UTF-8",
+            key=example.key,
+        ) from None
+    except (TypeError, ValueError, RecursionError):
+        raise DataError(
+            "its messages or tools hold a value that JSON has no form for (a date or bytes, say); "
+            "make it text",
+            key=example.key,
+        ) from None
+    return payload, media
+
+
+def _pack_turn(turn: Turn, media: list[bytes]) -> dict[str, Any]:
+    packed: dict[str, Any] = {
+        "role": turn.role,
+        "parts": [_pack_part(part, media) for part in turn.parts],
+    }
+    return {**packed, "fields": dict(turn.fields)} if turn.fields else packed
+
+
+def _pack_part(part: Part, media: list[bytes]) -> list[Any]:
+    if isinstance(part, Text):
+        return ["text", part.text]
+    kind = "image" if isinstance(part, Image) else "audio"
+    if isinstance(part.source, str):
+        return [kind, part.source]
+    if isinstance(part.source, StoredObject):
+        return [kind, {"stored": list(astuple(part.source))}]
+    place: dict[str, Any] = {"inline": len(media)}
+    if isinstance(part.source, bytes):
+        media.append(part.source)
+    elif isinstance(part, Audio) and isinstance(part.source, np.ndarray):
+        place["sample_rate_hz"] = part.sample_rate_hz
+        media.append(part.source.astype("<f4").tobytes())
+    else:
+        raise TypeError(f"a source gives media encoded, and gave a {type(part.source).__name__}")
+    return [kind, place]
+
+
+def _unpack_part(kind: str, value: Any, media: list[bytes]) -> Part:
+    if kind == "text":
+        return Text(value)
+    if isinstance(value, str):
+        source = value
+    elif "stored" in value:
+        source = StoredObject(*value["stored"])
+    else:
+        source = media[value["inline"]]
+    if kind == "image":
+        return Image(source)
+    if isinstance(value, dict) and "sample_rate_hz" in value and isinstance(source, bytes):
+        return Audio(np.frombuffer(source, dtype="<f4").copy(), value["sample_rate_hz"])
+    return Audio(source)
 
 
 def list_stored(example: Example) -> list[StoredObject]:

@@ -65,7 +65,11 @@ class Order:
     def _permute(self, value: int) -> int:
         left, right = value >> self._half_bits, value & self._half_mask
         for key in self._round_keys:
-            left, right = right, left ^ (_mix(right ^ key) & self._half_mask)
+            # SplitMix64's finalizer scatters 64 bits over 64 bits.
+            mixed = right ^ key
+            mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
+            mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & _MASK_64
+            left, right = right, left ^ ((mixed ^ mixed >> 31) & self._half_mask)
         return left << self._half_bits | right
 
 
@@ -134,10 +138,3 @@ class Interleave:
             else:
                 first, slot = middle, slot - before
         return first, slot
-
-
-def _mix(value: int) -> int:
-    """Scatter 64 bits over 64 bits."""
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK_64
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK_64
-    return value ^ value >> 31

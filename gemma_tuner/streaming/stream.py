@@ -7,25 +7,27 @@ beside what it refers to; a row that cannot be used leaves its slot empty and mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import operator
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
-from typing import Any, Generic, Self, TypeVar
+from typing import Any
 
 from gemma_tuner.errors import ConfigError, DataError, GemmaTunerError
 from gemma_tuner.records import Example
 from gemma_tuner.storage.config import FetchConfig
-from gemma_tuner.streaming.passing_over import list_bad, note_bad, retry_bad
+from gemma_tuner.streaming.order import Interleave
 from gemma_tuner.streaming.quarantine import BadExample, Stage
 from gemma_tuner.streaming.report import StreamPreview, StreamReport, report_view
-from gemma_tuner.streaming.slots import Slot, Slots
 from gemma_tuner.streaming.state import Place, identify, read_state
-from gemma_tuner.streaming.view import DatasetView
-from gemma_tuner.streaming.window import Failure, Window
+from gemma_tuner.streaming.view import DatasetView, Slot, list_bad, retry_bad
+from gemma_tuner.streaming.window import Window
 
-_REMEMBERED_EXAMPLES = 4096  # more than an optimizer step ever holds
-
-T = TypeVar("T")
+# An error holds a key and nothing else; the slots handed out last say which row it is of. These
+# are more than an optimizer step holds.
+_REMEMBERED_SLOTS = 4096
+_NEVER = object()
 
 
 class ExampleStream:
@@ -57,17 +59,17 @@ class ExampleStream:
     ) -> None:
         self.views = tuple(views)
         self.fetch = fetch
-        self._slots = Slots(views, weights)
+        self._weights = tuple(weights)
+        self._interleave = Interleave(self._weights)
         self._shard_index, self._num_shards = shard
-        self._place = Place(len(self._slots), len(self.views))
+        self._place = Place(len(self), len(self.views))
         self._consecutive_bad = 0
         self._num_handed_out = 0
         self._num_passed_over = 0
         self._wait_seconds = 0.0
         self._token = object()  # of the latest iterator
         self._window: Window | None = None
-        self._ahead: Iterator[Slot] = iter(())  # what the window will hand out
-        self._recent: dict[str, Slot] = {}
+        self._recent: deque[tuple[str, Slot]] = deque(maxlen=_REMEMBERED_SLOTS)
 
     def __repr__(self) -> str:
         subsets = " + ".join(view.subset for view in self.views)
@@ -91,7 +93,7 @@ class ExampleStream:
         return self._num_passed_over
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return sum(map(len, self.views))
 
     def __getitem__(self, index: int) -> Example:
         """Return a row of the data as it stands in the source, decoded; counts as nothing.
@@ -106,7 +108,8 @@ class ExampleStream:
             DataError: It cannot be used.
             IndexError: There is no such row.
         """
-        return self._slots.find(index).load()
+        slot = self._find(index)
+        return slot.view.load(slot.row)
 
     def read_rows(self, indices: Iterable[int]) -> Iterator[Example | None]:
         """Read rows as they stand in the source, ahead and in threads; counts as nothing.
@@ -120,15 +123,14 @@ class ExampleStream:
         Raises:
             DataError: An example that cannot be used, beyond its source's budget.
         """
-        slots = [self._slots.find(index) for index in indices]
         bad = [0] * len(self.views)
         consecutive = 0
-        window = Window(iter(slots), self.fetch)
+        window = Window(iter([self._find(index) for index in indices]), self.fetch)
         try:
-            for slot, outcome in zip(slots, window, strict=True):
+            for slot, outcome in window:
                 if isinstance(outcome, Example):
                     consecutive = 0
-                    self._remember(slot, outcome)
+                    self._recent.append((outcome.key, slot))
                     yield outcome
                 else:
                     consecutive += 1
@@ -141,7 +143,7 @@ class ExampleStream:
             window.close()
 
     def __iter__(self) -> Iterator[Example]:
-        return _Epoch(partial(_skip_empty, self.read_slots()))
+        return filter(None, self.read_slots())
 
     def read_slots(self) -> Iterator[Example | None]:
         """Begin an epoch, as iterating does, and hand it out slot by slot.
@@ -152,7 +154,8 @@ class ExampleStream:
         """
         self._place.begin_epoch()
         self._leave_iterator()
-        return _Epoch(partial(self._hand_out, self._token))
+        # Not a generator, which one failing example would end.
+        return iter(partial(self._hand_out, self._token), _NEVER)
 
     def shard(self, index: int, count: int) -> ExampleStream:
         """Return one of several streams that share the slots of this one evenly.
@@ -271,7 +274,7 @@ class ExampleStream:
         Returns:
             Figures, which ``print`` shows as text.
         """
-        weights = self._slots.weights
+        weights = self._weights
         waited = self._wait_seconds + (self._window.wait_seconds if self._window else 0.0)
         return StreamReport(
             parts=tuple(
@@ -298,7 +301,7 @@ class ExampleStream:
         Raises:
             DataError: The same, where its source's budget allows no more.
         """
-        slot = self._recent.get(error.key)
+        slot = next((slot for key, slot in reversed(self._recent) if key == error.key), None)
         if slot is None:
             raise error
         bad = self._place.bad
@@ -333,7 +336,7 @@ class ExampleStream:
     def _with_views(
         self, views: Sequence[DatasetView], *, shard: tuple[int, int] = (0, 1)
     ) -> ExampleStream:
-        return ExampleStream(views, self._slots.weights, fetch=self.fetch, shard=shard)
+        return ExampleStream(views, self._weights, fetch=self.fetch, shard=shard)
 
     # --- one slot after the other -------------------------------------------------------------
 
@@ -350,35 +353,50 @@ class ExampleStream:
             )
         if self._window is None:
             numbers = range(self._next_slot(), self._place.end, self._num_shards)
-            self._ahead = map(self._slots.locate, numbers)
-            self._window = Window(map(self._slots.locate, numbers), self.fetch)
+            self._window = Window(map(self._locate, numbers), self.fetch)
         try:
-            outcome = next(self._window)
+            slot, outcome = next(self._window)
         except StopIteration:
             self._place.is_begun = self._place.is_finished = True
             raise
         except BaseException:
             self._drop_window()
             raise
-        slot = next(self._ahead)
+        example = None
         if isinstance(outcome, Example):
+            example = outcome
             self._consecutive_bad = 0
             self._num_handed_out += 1
-            self._remember(slot, outcome)
+            self._recent.append((example.key, slot))
         else:
-            self._pass_over_slot(slot, outcome)
+            bad, consecutive = self._place.bad[slot.index] + 1, self._consecutive_bad + 1
+            try:
+                self._count_bad(slot, outcome.stage, outcome.error, bad, consecutive)
+            except GemmaTunerError:
+                self._drop_window()  # the next one begins with this slot again
+                raise
+            self._place.bad[slot.index], self._consecutive_bad = bad, consecutive
         self._place.slot += self._num_shards
         self._place.is_begun = True
-        return outcome if isinstance(outcome, Example) else None
+        return example
 
-    def _pass_over_slot(self, slot: Slot, failure: Failure) -> None:
-        bad, consecutive = self._place.bad[slot.index] + 1, self._consecutive_bad + 1
-        try:
-            self._count_bad(slot, failure.stage, failure.error, bad, consecutive)
-        except GemmaTunerError:
-            self._drop_window()  # the next one begins with this slot again
-            raise
-        self._place.bad[slot.index], self._consecutive_bad = bad, consecutive
+    def _locate(self, number: int) -> Slot:
+        """Say which row a slot holds."""
+        index, turn = self._interleave.locate(number)
+        view = self.views[index]
+        return Slot(index, view, view.find_row(turn))
+
+    def _find(self, index: int) -> Slot:
+        """Find a row as it stands in the sources, which follow each other."""
+        place = operator.index(index)
+        if not -len(self) <= place < len(self):
+            raise IndexError(f"row {place} of a stream of {len(self)} rows")
+        place %= len(self)
+        for number, view in enumerate(self.views):
+            if place < len(view):
+                return Slot(number, view, int(view.rows[place]))
+            place -= len(view)
+        raise IndexError(f"row {index} of a stream of {len(self)} rows")
 
     def _next_slot(self) -> int:
         """The first slot of this shard that the whole has not come to."""
@@ -393,38 +411,19 @@ class ExampleStream:
 
     def _identity(self) -> dict[str, Any]:
         """What epoch and position refer to."""
-        return identify([view.describe() for view in self.views], self._slots.weights)
+        return identify([view.describe() for view in self.views], self._weights)
 
     def _count_bad(
         self, slot: Slot, stage: Stage, error: DataError, bad: int, consecutive: int
     ) -> None:
         """Note a row in the quarantine, and raise its error where the budget allows no more."""
-        rows = self._slots.count_rows(slot.index)
-        note_bad(slot, stage, error, bad=bad, consecutive=consecutive, rows=rows)
+        share = self._weights[slot.index] / sum(self._weights)
+        slot.view.note_bad(
+            slot.row,
+            stage,
+            error,
+            bad=bad,
+            consecutive=consecutive,
+            epoch_rows=max(len(slot.view), int(share * len(self))),
+        )
         self._num_passed_over += 1
-
-    def _remember(self, slot: Slot, example: Example) -> None:
-        self._recent.pop(example.key, None)  # an old key would keep its old place
-        self._recent[example.key] = slot
-        if len(self._recent) > _REMEMBERED_EXAMPLES:
-            del self._recent[next(iter(self._recent))]
-
-
-class _Epoch(Generic[T]):
-    """The rest of one epoch; not a generator, which one failing example would end."""
-
-    def __init__(self, read_next: Callable[[], T]) -> None:
-        self._read_next = read_next
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> T:
-        return self._read_next()
-
-
-def _skip_empty(slots: Iterator[Example | None]) -> Example:
-    example = None
-    while example is None:
-        example = next(slots)
-    return example

@@ -1,10 +1,10 @@
-"""Rows of one manifest in an order of their own: what a stream, or one stream of a mix, reads."""
+"""Rows of one manifest in each epoch's order: how they are read, fetched, decoded and refused."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -15,9 +15,9 @@ from gemma_tuner.media.load import load_media
 from gemma_tuner.records import Audio, Example, Image, StoredObject
 from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.storage.objects import CorruptReadError, ObjectChangedError, TransientReadError
-from gemma_tuner.streaming.manifest import Manifest, hash_keys
+from gemma_tuner.streaming.manifest import Manifest, hash_keys, list_stored
 from gemma_tuner.streaming.order import Order, ShardOrder
-from gemma_tuner.streaming.quarantine import Quarantine
+from gemma_tuner.streaming.quarantine import BadExample, Quarantine, Stage, read_reason
 
 Locality = Literal["shard"]
 
@@ -134,15 +134,18 @@ class DatasetView:
             num_splits=num_splits,
         )
 
-    # --- loading ------------------------------------------------------------------------------
+    # --- one row ------------------------------------------------------------------------------
 
     def fetch(self, example: Example) -> Example:
         """Replace each stored object of an example by its bytes."""
 
         def read(part: Image | Audio) -> Image | Audio:
-            if not isinstance(part.source, StoredObject):
+            stored = part.source
+            if not isinstance(stored, StoredObject):
                 return part
-            return replace(part, source=self._read_object(part.source))
+            if "://" in stored.uri:
+                return replace(part, source=self.fetcher.fetch(stored))
+            return replace(part, source=_read_part(self.manifest.root / stored.uri, stored))
 
         try:
             return example.replace_media(read)
@@ -159,10 +162,83 @@ class DatasetView:
         """Decode the media of an example."""
         return load_media(example, root=self.manifest.root)
 
-    def _read_object(self, stored: StoredObject) -> bytes:
-        if "://" in stored.uri:
-            return self.fetcher.fetch(stored)
-        return _read_part(self.manifest.root / stored.uri, stored)
+    def load(self, row: int) -> Example:
+        """Read, fetch and decode the example of a row of the manifest."""
+        return self.decode(self.fetch(self.manifest.read_example(row)))
+
+    def note_bad(
+        self,
+        row: int,
+        stage: Stage,
+        error: DataError,
+        *,
+        bad: int,
+        consecutive: int,
+        epoch_rows: int,
+    ) -> None:
+        """Note a row in the quarantine, and raise its error where the budget allows no more."""
+        quarantine = self.quarantine
+        if quarantine.budget.max_bad_fraction:
+            objects = list_stored(self.manifest.read_example(row))
+            quarantine.add(
+                BadExample(
+                    key=error.key,
+                    origin=self.manifest.read_origin(row),
+                    row=row,
+                    stage=stage,
+                    error=type(error.__cause__ or error).__name__,
+                    reason=read_reason(error),
+                    objects=tuple(f"{stored.uri}#{stored.generation}" for stored in objects),
+                )
+            )
+        quarantine.budget.check(
+            error,
+            bad=bad,
+            consecutive=consecutive,
+            rows=epoch_rows,
+            read_records=quarantine.inspect,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A place in a stream's order, and the row that it holds."""
+
+    index: int  # of the view among those of the stream
+    view: DatasetView
+    row: int  # of the view's manifest
+
+
+def list_bad(views: Sequence[DatasetView]) -> list[BadExample]:
+    """List what some data sets have in quarantine."""
+    return [record for view in _by_file(views) for record in view.quarantine.inspect()]
+
+
+def retry_bad(views: Sequence[DatasetView]) -> tuple[int, int]:
+    """Load what is in quarantine again, and take out what can be used now."""
+    # Returns: how many can be used now, and how many remain.
+    num_mended = num_bad = 0
+    for view in _by_file(views):
+        mended = []
+        for record in view.quarantine.inspect():
+            if record.row is None or record.stage == "collate":
+                num_bad += 1
+                continue
+            try:
+                view.load(record.row)
+            except DataError:
+                num_bad += 1
+            else:
+                mended.append(record)
+        remaining = [r for r in view.quarantine.inspect() if r not in mended]
+        view.quarantine.replace(remaining)
+        num_mended += len(mended)
+    return num_mended, num_bad
+
+
+def _by_file(views: Sequence[DatasetView]) -> Iterable[DatasetView]:
+    """One data set for each quarantine; streams that were opened apart may share a file."""
+    return {view.quarantine.path: view for view in views}.values()
 
 
 def _read_part(path: Path, stored: StoredObject) -> bytes:

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum, auto
 from functools import partial
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 
@@ -24,38 +24,16 @@ from gemma_tuner.errors import DataError
 from gemma_tuner.records import Example, Image, StoredObject, Text
 from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.streaming.quarantine import Stage
+from gemma_tuner.streaming.view import Slot
 from gemma_tuner.threads import DaemonPool
-
-
-class Loading(Protocol):
-    """One example on its way: read from the manifest, its media fetched, then decoded."""
-
-    def read(self) -> Example:
-        """Read it from the manifest."""
-        ...
-
-    def fetch(self, example: Example) -> Example:
-        """Replace the stored objects by their bytes."""
-        ...
-
-    def decode(self, example: Example) -> Example:
-        """Replace encoded media by decoded."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An example that could not be loaded.
-
-    Args:
-        stage: ``fetch`` or ``decode``.
-        error: What is wrong with it.
-        example: As the manifest has it.
-    """
+    """Why the example of a slot could not be fetched or decoded."""
 
     stage: Stage
     error: DataError
-    example: Example
 
 
 class _Step(Enum):
@@ -67,7 +45,7 @@ class _Step(Enum):
 
 @dataclass(slots=True, eq=False)
 class _Entry:
-    loading: Loading
+    slot: Slot
     example: Example
     num_bytes: int
     has_media: bool
@@ -76,19 +54,10 @@ class _Entry:
 
 
 class Window:
-    """Iterate over examples in order while threads load the next ones.
+    """Iterate over slots and their examples in order while threads load the next ones."""
 
-    Args:
-        loadings: The examples to load, in order; asked only as far as the window reaches.
-        config: How many bytes, examples and threads.
-
-    Attributes:
-        wait_seconds: Time that the consumer spent waiting.
-        peak_bytes: The most that the window has held.
-    """
-
-    def __init__(self, loadings: Iterator[Loading], config: FetchConfig) -> None:
-        self._loadings = loadings
+    def __init__(self, slots: Iterator[Slot], config: FetchConfig) -> None:
+        self._slots = slots  # asked only as far as the window reaches
         self._config = config
         self._half_bytes = config.window_bytes // 2
         self._entries: deque[_Entry] = deque()
@@ -102,13 +71,13 @@ class Window:
         self._is_closed = False
         self._io = DaemonPool("gemma-tuner-io", config.io_threads)
         self._decoders = DaemonPool("gemma-tuner-decode", config.decode_threads)
-        self.wait_seconds = 0.0
-        self.peak_bytes = 0
+        self.wait_seconds = 0.0  # that the consumer spent waiting
+        self.peak_bytes = 0  # the most that the window has held
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Example | Failure:
+    def __next__(self) -> tuple[Slot, Example | Failure]:
         with self._changed:
             self._admit()
             if not self._entries:
@@ -127,7 +96,7 @@ class Window:
                 self._encoded_bytes -= head.num_bytes
             self._begin_decoding()
         if isinstance(head.outcome, Example | Failure):
-            return head.outcome
+            return head.slot, head.outcome
         self.close()
         if head.outcome is None:
             raise RuntimeError("an example was handed out before it was loaded")
@@ -143,10 +112,14 @@ class Window:
     def _admit(self) -> None:
         """Take in examples as far as the window reaches, and begin to fetch them."""
         while len(self._entries) < self._config.window_examples:
-            entry = self._next or self._read_next()
-            self._next = entry
+            entry = self._next
             if entry is None:
-                return
+                slot = next(self._slots, None)
+                if slot is None:
+                    return
+                example = slot.view.manifest.read_example(slot.row)
+                has_media = any(True for _ in example.media)
+                entry = self._next = _Entry(slot, example, measure_bytes(example), has_media)
             if self._entries and self._encoded_bytes + entry.num_bytes > self._half_bytes:
                 return
             self._next = None
@@ -154,7 +127,7 @@ class Window:
             self._encoded_bytes += entry.num_bytes
             self._note_peak()
             if any(isinstance(part.source, StoredObject) for part in entry.example.media):
-                future = self._io.submit(entry.loading.fetch, entry.example)
+                future = self._io.submit(entry.slot.view.fetch, entry.example)
                 future.add_done_callback(partial(self._finish_fetching, entry))
             elif entry.has_media:
                 entry.step = _Step.FETCHED
@@ -162,14 +135,6 @@ class Window:
             else:  # It stays with what waits: nothing else bounds how many texts are read ahead.
                 entry.outcome = entry.example
                 entry.step = _Step.DONE
-
-    def _read_next(self) -> _Entry | None:
-        loading = next(self._loadings, None)
-        if loading is None:
-            return None
-        example = loading.read()
-        has_media = any(True for _ in example.media)
-        return _Entry(loading, example, measure_bytes(example), has_media)
 
     def _begin_decoding(self) -> None:
         """Decode, in order, what fits; what comes next always fits."""
@@ -194,44 +159,42 @@ class Window:
             self._num_fetched -= 1
             self._num_decoding += 1
             self._decoded_bytes += reserved
-            future = self._decoders.submit(entry.loading.decode, fetched)
-            future.add_done_callback(partial(self._finish_decoding, entry, reserved))
+            future = self._decoders.submit(entry.slot.view.decode, fetched)
+            future.add_done_callback(partial(self._finish, entry, "decode", reserved))
 
     def _finish_fetching(self, entry: _Entry, future: Future[Example]) -> None:
         with self._changed:
             if future.cancelled():
                 return
-            error = future.exception()
-            if error is not None:
-                self._finish(entry, _explain("fetch", error, entry.example))
-            else:
-                entry.outcome = future.result()
-                entry.step = _Step.FETCHED
-                self._num_fetched += 1
-                self._begin_decoding()
+            if future.exception() is not None:
+                self._finish(entry, "fetch", 0, future)
+                return
+            entry.outcome = future.result()
+            entry.step = _Step.FETCHED
+            self._num_fetched += 1
+            self._begin_decoding()
 
-    def _finish_decoding(self, entry: _Entry, reserved: int, future: Future[Example]) -> None:
+    def _finish(self, entry: _Entry, stage: Stage, reserved: int, future: Future[Example]) -> None:
+        """Take in what decoding made of an entry, or why fetching failed."""
         with self._changed:
             if future.cancelled():
                 return
-            self._num_decoding -= 1
+            self._num_decoding -= stage == "decode"
             self._decoded_bytes -= reserved
+            self._encoded_bytes -= entry.num_bytes
             error = future.exception()
-            if error is not None:
-                self._finish(entry, _explain("decode", error, entry.example))
+            if error is None:
+                entry.outcome = future.result()
+                entry.num_bytes = measure_bytes(entry.outcome)
             else:
-                self._finish(entry, future.result())
+                entry.outcome = Failure(stage, error) if isinstance(error, DataError) else error
+                entry.num_bytes = 0
+            self._decoded_bytes += entry.num_bytes
+            self._largest_decoded_bytes = max(self._largest_decoded_bytes, entry.num_bytes)
+            self._note_peak()
+            entry.step = _Step.DONE
+            self._changed.notify_all()
             self._begin_decoding()
-
-    def _finish(self, entry: _Entry, outcome: Example | Failure | BaseException) -> None:
-        self._encoded_bytes -= entry.num_bytes
-        entry.num_bytes = measure_bytes(outcome) if isinstance(outcome, Example) else 0
-        self._decoded_bytes += entry.num_bytes
-        self._largest_decoded_bytes = max(self._largest_decoded_bytes, entry.num_bytes)
-        self._note_peak()
-        entry.outcome = outcome
-        entry.step = _Step.DONE
-        self._changed.notify_all()
 
     def _note_peak(self) -> None:
         self.peak_bytes = max(self.peak_bytes, self._encoded_bytes + self._decoded_bytes)
@@ -260,7 +223,3 @@ def measure_bytes(example: Example) -> int:
 def _measure_text(text: str) -> int:
     """Python takes two or four bytes for each character of a text that holds a wide one."""
     return len(text) if text.isascii() else sys.getsizeof(text)
-
-
-def _explain(stage: Stage, error: BaseException, example: Example) -> Failure | BaseException:
-    return Failure(stage, error, example) if isinstance(error, DataError) else error

@@ -173,7 +173,7 @@ def test_what_a_collator_refuses_is_noted_against_the_same_budget(folder):
 
 
 def test_an_example_that_came_again_is_remembered_as_the_latest(folder, monkeypatch):
-    monkeypatch.setattr("gemma_tuner.streaming.stream._REMEMBERED_EXAMPLES", 2)
+    monkeypatch.setattr("gemma_tuner.streaming.stream._REMEMBERED_SLOTS", 2)
     stream = open_stream(folder)
     list(stream.read_rows([0, 1, 0, 2]))
     stream.pass_over(DataError("too long", key="k0"))

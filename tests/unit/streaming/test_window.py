@@ -25,8 +25,9 @@ class Load:
         self.seconds, self.fail, self.kind = seconds, fail, kind
         self.fails_in = "fetch"
         self.fetched = self.was_decoded = False
+        self.row, self.view, self.manifest = number, self, self
 
-    def read(self):
+    def read_example(self, row):
         if self.kind == "text":
             return example(str(self.number), Text("x" * self.num_bytes))
         source = StoredObject("gs://b/x", 1, self.num_bytes) if self.kind == "stored" else b"e"
@@ -48,7 +49,13 @@ class Load:
 
 
 def keys(window):
-    return [outcome.key for outcome in window]
+    return [outcome.key for _, outcome in window]
+
+
+def test_each_slot_comes_with_its_own_outcome():
+    loads = [Load(n, kind=("stored", "bytes", "text")[n % 3]) for n in range(20)]
+    for slot, outcome in Window(iter(loads), FetchConfig()):
+        assert outcome.key == str(slot.row)
 
 
 def test_order_is_kept_whatever_is_slow():
@@ -75,7 +82,7 @@ def test_a_slow_consumer_meets_no_more_than_the_window(window_bytes):
     config = FetchConfig(window_bytes=window_bytes, window_examples=20)
     window = Window(iter(loads), config)
     for number in range(60):
-        assert next(window).key == str(number)
+        assert next(window)[1].key == str(number)
         time.sleep(0.001)
         ahead = sum(load.fetched for load in loads) - number
         assert ahead <= 21
@@ -98,7 +105,7 @@ def test_what_fails_comes_in_its_place_and_others_go_on():
     loads = [Load(n) for n in range(10)]
     loads[3].fail = DataError("gone", key="3")
     loads[6].fail, loads[6].fails_in = DataError("damaged", key="6"), "decode"
-    outcomes = list(Window(iter(loads), FetchConfig()))
+    outcomes = [outcome for _, outcome in Window(iter(loads), FetchConfig())]
     assert [type(outcome) for outcome in outcomes].count(Failure) == 2
     assert (outcomes[3].stage, outcomes[3].error.key) == ("fetch", "3")
     assert (outcomes[6].stage, outcomes[6].error.key) == ("decode", "6")
@@ -109,7 +116,7 @@ def test_what_is_not_about_one_example_is_raised_in_its_place():
     loads = [Load(n) for n in range(10)]
     loads[3].fail = SourceError("no permission")
     window = Window(iter(loads), FetchConfig())
-    assert [next(window).key for _ in range(3)] == ["0", "1", "2"]
+    assert [next(window)[1].key for _ in range(3)] == ["0", "1", "2"]
     with pytest.raises(SourceError, match="no permission"):
         next(window)
 
