@@ -22,6 +22,7 @@ from gemma_tuner.cli.settings import (
     RowSettings,
 )
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.storage.stores import SCHEMES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -91,7 +92,7 @@ def _open_places(places: list[str], options: dict[str, Any]) -> ExampleStream:
     match kinds.pop():
         case "local":
             return opening.stream_local(names, **options)
-        case "gs":
+        case kind if kind in SCHEMES:
             return opening.stream_gcs(places, **options)
         case kind if len(places) > 1:
             raise ConfigError(f"{kind}:// takes one name, and there are {len(places)}; give one")
@@ -117,7 +118,7 @@ def _check_media(stream: ExampleStream, modality: Modality) -> None:
 def _kind_of(place: str) -> str:
     scheme, separator, _ = place.partition("://")
     if separator:
-        if scheme not in {"gs", "hf", "bq"}:
+        if scheme not in {*SCHEMES, "hf", "bq"}:
             raise ConfigError(
                 f"data begins with {scheme}://; give a path, gs://bucket/..., hf://owner/name or "
                 "bq://project.dataset.table"

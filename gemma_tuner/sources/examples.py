@@ -18,6 +18,7 @@ from gemma_tuner.sources.columns import Columns, Keywords, recognise_columns
 from gemma_tuner.sources.files import Row
 from gemma_tuner.sources.folders import NO_SPLIT, name_canonically
 from gemma_tuner.sources.rows import RowReader
+from gemma_tuner.storage.stores import is_stored, list_schemes
 
 Outcome = Example | DataError
 """What a row makes: an example, or what is wrong with it."""
@@ -129,12 +130,12 @@ class ExampleReader:
 
 
 def is_in_bucket(source: str, kind: str, *, key: str) -> bool:
-    """Tell a ``gs:`` URI from a path."""
+    """Tell the URI of an object from a path."""
     scheme, is_uri, _ = source.partition("://")
-    if is_uri and scheme != "gs":
+    if is_uri and not is_stored(source):
         raise DataError(
             f"its {kind} is a {scheme[:12]}: URI, which is not fetched; download the file and "
-            "name it by its path, or keep it in a bucket (gs://)",
+            f"name it by its path, or keep it in a bucket ({list_schemes()})",
             key=key,
         )
     return bool(is_uri)

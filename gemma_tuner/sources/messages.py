@@ -19,6 +19,7 @@ import numpy as np
 
 from gemma_tuner.errors import DataError
 from gemma_tuner.records import Audio, Image, Part, Role, StoredObject, Text, Turn
+from gemma_tuner.storage.stores import is_stored, list_schemes
 
 MediaKind = Literal["image", "audio"]
 
@@ -320,9 +321,10 @@ def _read_object_ref(value: Mapping[str, Any], kind: MediaKind, key: str) -> Sto
             f"{describe_type(version)}; text and a generation are expected",
             key=key,
         )
-    if not uri.startswith("gs://"):
+    if not is_stored(uri):
         raise DataError(
-            f"its {kind} is an ObjectRef with no gs:// URI; name an object in a bucket", key=key
+            f"its {kind} is an ObjectRef with no {list_schemes()} URI; name an object in a bucket",
+            key=key,
         )
     details = value.get("details")
     if isinstance(details, str):

@@ -1,31 +1,34 @@
-"""Pins the ``gs://`` media of examples, of whatever source, to what is in the bucket now."""
+"""Pins the media of examples that are in a bucket, of whatever source, to what is there now."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import Audio, Example, Image, StoredObject
 from gemma_tuner.sources.examples import Outcome
 from gemma_tuner.storage.objects import ObjectStore
+from gemma_tuner.storage.stores import Stores, is_stored
 
 _BATCH_EXAMPLES = 1000  # as many as a page of a listing holds
 
 
 def pin_media(
-    outcomes: Iterable[tuple[str, Outcome]], open_store: Callable[[], ObjectStore]
+    outcomes: Iterable[tuple[str, Outcome]], stores: Stores
 ) -> Iterator[tuple[str, Outcome]]:
-    """Give every ``gs://`` picture and sound its version, size and checksum."""
-    store: ObjectStore | None = None
+    """Give every image and clip in a bucket its version, size and checksum."""
     waiting: list[tuple[str, Outcome]] = []
     uris: dict[str, None] = {}
 
     def pin_waiting() -> Iterator[tuple[str, Outcome]]:
-        nonlocal store
         if uris:
-            store = store or open_store()
-            pins = dict(zip(uris, store.pin_objects(list(uris)), strict=True))
+            by_store: dict[ObjectStore, list[str]] = {}
+            for uri in uris:
+                by_store.setdefault(stores.find(uri), []).append(uri)
+            pins: dict[str, StoredObject | SourceError] = {}
+            for store, its in by_store.items():
+                pins |= zip(its, store.pin_objects(its), strict=True)
             for origin, outcome in waiting:
                 yield origin, _pin(outcome, pins)
         waiting.clear()
@@ -51,11 +54,11 @@ def _read_uri(part: Image | Audio) -> str | None:
     """Return the URI of media that are in a bucket and of which something is not known."""
     source = part.source
     if isinstance(source, str):
-        return source if source.startswith("gs://") else None
+        return source if is_stored(source) else None
     if not isinstance(source, StoredObject) or source.start is not None:
         return None
     is_known = None not in (source.generation, source.num_bytes, source.crc32c)
-    return None if is_known or not source.uri.startswith("gs://") else source.uri
+    return None if is_known or not is_stored(source.uri) else source.uri
 
 
 def _pin(outcome: Outcome, pins: Mapping[str, StoredObject | SourceError]) -> Outcome:

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import google_crc32c
@@ -34,6 +35,7 @@ from gemma_tuner.storage.objects import (
     ObjectStore,
     TransientReadError,
 )
+from gemma_tuner.storage.stores import Stores
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -100,13 +102,12 @@ class _Piece:
 
 
 class Fetcher:
-    """Reads objects of a store, from any number of threads.
+    """Reads objects of any store, from any number of threads.
 
     Args:
-        open_store: Makes the store; called before the first read, not before: it may look for
-            credentials.
-        open_cache: Opens the cache in which objects are kept; likewise.
-        config: Timeouts, threads and hedging.
+        stores: Where the objects are.
+        cache_folder: Where what was read is kept; not touched before the first read.
+        config: Timeouts, threads, hedging and the cache's budget.
         rng: Draws the jitter of waits.
         clock: Seconds from any beginning.
         sleep: Waits for seconds; None waits in a way that :meth:`close` ends.
@@ -114,19 +115,18 @@ class Fetcher:
 
     def __init__(
         self,
-        open_store: Callable[[], ObjectStore],
-        open_cache: Callable[[], MediaCache],
+        stores: Stores,
+        cache_folder: Path,
         config: FetchConfig,
         *,
         rng: random.Random | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
-        self._open_store = open_store
-        self._store: ObjectStore | None = None
-        self._opening = threading.Lock()
-        self._open_cache = open_cache
+        self.stores = stores
+        self._cache_folder = cache_folder
         self._cache: MediaCache | None = None
+        self._opening = threading.Lock()
         self._config = config
         self._rng = rng or random.Random()
         self._clock = clock
@@ -199,21 +199,19 @@ class Fetcher:
         with self._state:
             self._counts[name] += number
 
-    def _get_store(self) -> ObjectStore:
-        with self._opening:
-            if self._store is None:
-                self._store = self._open_store()
-            return self._store
-
     def _get_cache(self) -> MediaCache:
         with self._opening:
             if self._cache is None:
-                self._cache = self._open_cache()
+                self._cache = MediaCache(
+                    self._cache_folder,
+                    max_bytes=self._config.cache_bytes,
+                    min_free_bytes=self._config.min_free_disk_bytes,
+                )
             return self._cache
 
     def _read(self, piece: _Piece) -> bytes:
         """Attempt until it succeeds or there is nothing more to try."""
-        store = self._get_store()
+        store = self.stores.find(piece.stored.uri)
         began = self._clock()
         deadline = began + self._config.total_timeout_seconds
         num_transient = num_corrupt = 0

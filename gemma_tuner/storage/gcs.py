@@ -13,10 +13,13 @@ from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.records import StoredObject
 from gemma_tuner.storage.gcs_errors import LOG_IN, describe, explain_errors, is_transient
 from gemma_tuner.storage.objects import (
+    GLOB,
     AccessDeniedError,
     CorruptReadError,
     ObjectChangedError,
+    StoreOptions,
     TransientReadError,
+    name_folder,
 )
 
 if TYPE_CHECKING:
@@ -29,8 +32,6 @@ _PIN_THREADS = 16
 _WORTH_A_PAGE = 16
 """How many objects a page of a listing must find: it costs as much as some twelve single reads of
 metadata, and takes as long as a few rounds of them."""
-GLOB = re.compile(r"[*?\[{]")
-"""What makes a URI a glob."""
 _URI = re.compile(r"gs://([a-z0-9][a-z0-9._-]*)/(.*)", re.DOTALL)
 
 
@@ -50,26 +51,13 @@ def split_uri(uri: str, *, needs_name: bool = False) -> tuple[str, str]:
 
 
 class GcsStore:
-    """Objects of Google Cloud Storage.
-
-    It can be used by many threads. ``num_requests`` and ``num_retries`` count what was asked of
-    the service, and what was asked again after a failure; not the client's own look at each
-    bucket, once, for its traces.
-
-    Args:
-        client: A ``google.cloud.storage.Client``; None makes one with the application-default
-            credentials when the first object is asked for.
-        num_connections: How many connections are kept open; as many as there are threads.
-    """
+    """Objects of Google Cloud Storage, for any number of threads."""
 
     def __init__(self, client: storage.Client | None = None, *, num_connections: int = 64) -> None:
-        self.num_requests = 0
-        self.num_retries = 0
         self._given_client = client
         self._num_connections = num_connections
         self._client: storage.Client | None = None
         self._opening = threading.Lock()
-        self._counting = threading.Lock()
         self._unlistable: set[str] = set()
 
     def list_objects(self, uri: str) -> Iterator[StoredObject]:
@@ -136,7 +124,6 @@ class GcsStore:
         bucket, name = split_uri(stored.uri)
         is_whole = start == 0 and num_bytes is None
         blob = self._open_blob(bucket, name, stored.generation)
-        self._count()
         try:
             with explain_errors(bucket, name):
                 content: bytes = blob.download_as_bytes(
@@ -160,7 +147,6 @@ class GcsStore:
         bucket, name = split_uri(stored.uri)
         what = describe(bucket, name)
         blob = self._open_blob(bucket, name)
-        self._count()
         try:
             with explain_errors(bucket, name):
                 blob.reload(timeout=timeout_seconds, retry=None)
@@ -184,9 +170,8 @@ class GcsStore:
     def _find(self, uri: str) -> StoredObject:
         bucket, name = split_uri(uri)
         blob = self._open_blob(bucket, name)
-        self._count()
         with explain_errors(bucket, name):
-            blob.reload(timeout=_METADATA_TIMEOUT_SECONDS, retry=self._make_retry())
+            blob.reload(timeout=_METADATA_TIMEOUT_SECONDS, retry=_make_retry())
         return _describe_blob(blob)
 
     def _pin(self, uri: str) -> StoredObject | SourceError:
@@ -229,13 +214,12 @@ class GcsStore:
     def _list_page(self, bucket: str, **how: Any) -> tuple[list[StoredObject], str | None]:
         """Return a page of a listing, and the token of the next one."""
         client: Any = self._open_client()  # whose hints know no other timeouts than whole ones
-        self._count()
         with explain_errors(bucket):
             blobs = client.list_blobs(
                 bucket,
                 fields=_FIELDS,
                 timeout=_METADATA_TIMEOUT_SECONDS,
-                retry=self._make_retry(),
+                retry=_make_retry(),
                 **how,
             )
             page = [_describe_blob(blob) for blob in next(blobs.pages)]
@@ -250,37 +234,22 @@ class GcsStore:
                 self._client = _prepare_client(self._given_client, self._num_connections)
             return self._client
 
-    def _make_retry(self) -> Any:
-        from google.api_core.retry import Retry
 
-        return Retry(
-            predicate=is_transient, timeout=_RETRY_TIMEOUT_SECONDS, on_error=self._count_retry
-        )
+def open_store(options: StoreOptions) -> GcsStore:
+    """Open Google Cloud Storage."""
+    return GcsStore(options.gcs_client, num_connections=options.num_connections)
 
-    def _count(self) -> None:
-        with self._counting:
-            self.num_requests += 1
 
-    def _count_retry(self, _: Exception) -> None:
-        with self._counting:
-            self.num_requests += 1
-            self.num_retries += 1
+def _make_retry() -> Any:
+    from google.api_core.retry import Retry
+
+    return Retry(predicate=is_transient, timeout=_RETRY_TIMEOUT_SECONDS)
 
 
 def _prepare_client(client: storage.Client | None, num_connections: int) -> storage.Client:
-    """Make a client where none is given, and let it hold as many connections as there are threads.
-
-    Its session keeps ten, and discards the connections of further threads.
-    Source: https://github.com/googleapis/python-storage/issues/253
-
-    Returns:
-        The client.
-
-    Raises:
-        AccessDeniedError: There are no credentials.
-        ConfigError: What was given is no client.
-        SourceError: The package is not installed.
-    """
+    """Make a client where none is given, and let it keep that many connections."""
+    # Its session keeps ten, and discards the connections of further threads.
+    # Source: https://github.com/googleapis/python-storage/issues/253
     try:
         from google.auth.exceptions import GoogleAuthError
         from google.cloud import storage
@@ -316,8 +285,3 @@ def _describe_blob(blob: storage.Blob) -> StoredObject:
         num_bytes=blob.size,
         crc32c=int.from_bytes(base64.b64decode(checksum), "big") if checksum else None,
     )
-
-
-def name_folder(name: str) -> str:
-    """Return what comes before the last part of a name or URI, with its slash."""
-    return name[: name.rfind("/") + 1]

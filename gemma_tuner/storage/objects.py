@@ -6,11 +6,30 @@ checks them. The four errors differ in what follows: try again, pass over the ob
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from gemma_tuner.errors import SourceError
 from gemma_tuner.records import StoredObject
+
+GLOB = re.compile(r"[*?\[{]")
+"""What makes a URI a glob."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOptions:
+    """What stores are opened with.
+
+    Args:
+        gcs_client: A ``google.cloud.storage.Client``; None makes one with the application-default
+            credentials when the first object is asked for.
+        num_connections: How many connections are kept open; as many as there are threads.
+    """
+
+    gcs_client: Any = None
+    num_connections: int = 64
 
 
 class TransientReadError(SourceError):
@@ -59,3 +78,8 @@ class ObjectStore(Protocol):
     ) -> bytes:
         """Read bytes of the pinned version, in one attempt."""
         ...
+
+
+def name_folder(name: str) -> str:
+    """Return what comes before the last part of a name or URI, with its slash."""
+    return name[: name.rfind("/") + 1]

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 from gemma_tuner.sources.bigquery.source import BigQuerySource
+from gemma_tuner.sources.buckets import BucketSource
 from gemma_tuner.sources.examples import Source
 from gemma_tuner.sources.folders import Paths
-from gemma_tuner.sources.gcs import GcsSource, GcsStore
 from gemma_tuner.sources.hub import HubSource
 from gemma_tuner.sources.local import LocalSource
-from gemma_tuner.storage.cache import MediaCache
 from gemma_tuner.storage.fetch import Fetcher
+from gemma_tuner.storage.objects import StoreOptions
+from gemma_tuner.storage.stores import Stores
 from gemma_tuner.streaming.options import StreamKeywords, StreamOptions, spell_out
 from gemma_tuner.streaming.quarantine import Budget
 from gemma_tuner.streaming.spool import name_source, open_manifest
@@ -59,7 +59,7 @@ def stream_local(
     """
     options = StreamOptions.read(stream_local, keywords)
     source = LocalSource(paths, file_format=format, split=split, keywords=options.columns)
-    return _open_stream(options, lambda store, fetcher: source)
+    return _open_stream(options, source, _make_fetcher(options))
 
 
 @spell_out()
@@ -98,18 +98,9 @@ def stream_gcs(
             or credentials that are missing.
     """
     options = StreamOptions.read(stream_gcs, keywords)
-
-    def make_source(store: GcsStore, fetcher: Fetcher) -> GcsSource:
-        return GcsSource(
-            uris,
-            file_format=format,
-            split=split,
-            keywords=options.columns,
-            open_store=lambda: store,
-            open_object=fetcher.open,
-        )
-
-    return _open_stream(options, make_source, refresh=refresh)
+    fetcher = _make_fetcher(options)
+    source = BucketSource(uris, fetcher, file_format=format, split=split, keywords=options.columns)
+    return _open_stream(options, source, fetcher, refresh=refresh)
 
 
 @spell_out()
@@ -162,10 +153,10 @@ def stream_bigquery(
             credentials that are missing.
     """
     options = StreamOptions.read(stream_bigquery, keywords)
-    make_source = partial(
-        BigQuerySource,
+    source = BigQuerySource(
         table,
         query,
+        folder=options.folder / "parts",
         query_parameters=query_parameters,
         project=project,
         row_restriction=row_restriction,
@@ -177,10 +168,9 @@ def stream_bigquery(
         client=bigquery_client,
         read_client=bigquery_read_client,
     )
-    name = name_source(make_source(folder=options.folder))
-    source = make_source(folder=options.folder / "parts" / name)
+    source.folder /= name_source(source)
     return _open_stream(
-        options, lambda store, fetcher: source, refresh=refresh, discard=source.discard
+        options, source, _make_fetcher(options), refresh=refresh, discard=source.discard
     )
 
 
@@ -221,42 +211,37 @@ def stream_hub(
         SourceError: A data set, subset, split or columns that are not there or cannot be read.
     """
     options = StreamOptions.read(stream_hub, keywords)
+    source = HubSource(
+        name,
+        subset=subset,
+        split=split,
+        revision=revision,
+        streaming=streaming,
+        max_rows=max_rows,
+        keywords=options.columns,
+    )
+    return _open_stream(options, source, _make_fetcher(options), refresh=refresh)
 
-    def make_source(store: GcsStore, fetcher: Fetcher) -> HubSource:
-        return HubSource(
-            name,
-            subset=subset,
-            split=split,
-            revision=revision,
-            streaming=streaming,
-            max_rows=max_rows,
-            keywords=options.columns,
-        )
 
-    return _open_stream(options, make_source, refresh=refresh)
+def _make_fetcher(options: StreamOptions) -> Fetcher:
+    config = options.fetch
+    # An attempt that was abandoned holds its connection until it ends.
+    stores = Stores(StoreOptions(options.gcs_client, num_connections=8 * config.io_threads))
+    return Fetcher(stores, options.folder / "media", config)
 
 
 def _open_stream(
     options: StreamOptions,
-    make_source: Callable[[GcsStore, Fetcher], Source],
+    source: Source,
+    fetcher: Fetcher,
     *,
     refresh: bool = False,
     discard: Callable[[], None] = lambda: None,
 ) -> ExampleStream:
     """Open the manifest of a source, after writing it where there is none that can be used."""
-    config = options.fetch
-    # An attempt that was abandoned holds its connection until it ends.
-    store = GcsStore(options.gcs_client, num_connections=8 * config.io_threads)
-    open_cache = partial(
-        MediaCache,
-        options.folder / "media",
-        max_bytes=config.cache_bytes,
-        min_free_bytes=config.min_free_disk_bytes,
-    )
-    fetcher = Fetcher(lambda: store, open_cache, config)
     manifest, quarantine = open_manifest(
-        make_source(store, fetcher),
-        lambda: store,
+        source,
+        fetcher.stores,
         folder=options.folder,
         budget=Budget(options.max_bad_fraction, options.max_consecutive_bad),
         refresh=refresh,
@@ -270,4 +255,4 @@ def _open_stream(
         shuffle=options.shuffle,
         locality=options.locality,
     )
-    return ExampleStream([view], fetch=config)
+    return ExampleStream([view], fetch=options.fetch)

@@ -17,14 +17,14 @@ from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.log import logger
 from gemma_tuner.sources.examples import Outcome, Source
 from gemma_tuner.sources.pins import pin_media
-from gemma_tuner.storage.objects import ObjectStore
+from gemma_tuner.storage.stores import Stores
 from gemma_tuner.streaming.manifest import FORMAT_VERSION, Manifest, write_manifest
 from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine, read_reason
 
 
 def open_manifest(
     source: Source,
-    open_store: Callable[[], ObjectStore],
+    stores: Stores,
     *,
     folder: Path,
     budget: Budget,
@@ -44,7 +44,7 @@ def open_manifest(
             if manifest is None:
                 if refresh:
                     discard()
-                _write(path, source, open_store, quarantine)
+                _write(path, source, stores, quarantine)
                 discard()
                 manifest = Manifest(path)
     return manifest, quarantine
@@ -74,7 +74,7 @@ def _find(path: Path, budget: Budget, wanted_since: float) -> Manifest | None:
 def _write(
     path: Path,
     source: Source,
-    open_store: Callable[[], ObjectStore],
+    stores: Stores,
     quarantine: Quarantine,
 ) -> None:
     tally = _Tally(quarantine.budget)
@@ -89,7 +89,7 @@ def _write(
 
     write_manifest(
         path,
-        tally.count(pin_media(source, open_store)),
+        tally.count(pin_media(source, stores)),
         root=source.root,
         read_summary=read_summary,
         pass_over=tally.pass_over,

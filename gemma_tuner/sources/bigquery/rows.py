@@ -13,6 +13,7 @@ from gemma_tuner.sources.bigquery.parts import Column, Part
 from gemma_tuner.sources.columns import Columns
 from gemma_tuner.sources.files import Row
 from gemma_tuner.sources.messages import parse_json
+from gemma_tuner.storage.stores import is_stored
 
 _SLICE_BYTES = 4 << 20
 _JSON_FIELD = (b"ARROW:extension:name", b"google:sqlType:json")
@@ -94,9 +95,9 @@ def read_rows(opened: Iterable[Part], columns: Columns, origin: str) -> Iterator
 def refuse_paths(kind: str, source: str, folder: str | Path, key: str) -> str:
     """Take a ``gs://`` URI as it is."""
     # A row of a table has no folder that a path could start from.
-    scheme, is_uri, _ = source.partition("://")
-    if is_uri and scheme == "gs":
+    if is_stored(source):
         return source
+    scheme, is_uri, _ = source.partition("://")
     what = f"a {scheme[:12]}: URI" if is_uri else "a path"
     raise DataError(
         f"its {kind} is {what}, and media of BigQuery rows are gs:// URIs, ObjectRefs or bytes; "

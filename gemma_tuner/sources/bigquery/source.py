@@ -99,7 +99,7 @@ class BigQuerySource:
         self._destination = destination
         self._split = split
         self._keywords: Keywords = keywords or {}
-        self._folder = folder
+        self.folder = folder
         self._client = client
         self._read_client = read_client
         self._max_streams = max_streams
@@ -134,7 +134,7 @@ class BigQuerySource:
 
     def discard(self) -> None:
         """Delete the rows that lie in the folder; the next iteration asks BigQuery anew."""
-        if self._folder.is_dir():
+        if self.folder.is_dir():
             with self._open_folder() as parts:
                 parts.delete()
 
@@ -185,13 +185,13 @@ class BigQuerySource:
         asked = {"version": _FORMAT_VERSION, **self.read_identity(), "to": self._destination}
         identity = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
         try:
-            return PartFolder(self._folder, identity)
+            return PartFolder(self.folder, identity)
         except OSError as error:
             raise self._explain_folder(error) from None
 
     def _explain_folder(self, error: OSError) -> SourceError:
         return SourceError(
-            f"the rows cannot be kept in the folder {self._folder.name!r} ({error.strerror}); "
+            f"the rows cannot be kept in the folder {self.folder.name!r} ({error.strerror}); "
             "free some space there, or choose another by cache_dir="
         )
 

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from gemma_tuner.errors import SourceError
 from gemma_tuner.records import StoredObject
 from gemma_tuner.storage import fetch as fetch_module
-from gemma_tuner.storage.cache import MediaCache
 from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.storage.objects import (
@@ -40,12 +39,13 @@ class ScriptedStore:
         self.contents = contents
         self.scripts = {uri: list(steps) for uri, steps in (scripts or {}).items()}
         self.reads = []
-        self.num_opened = 0
+        self.num_found = 0
         self.is_up = False
         self._lock = threading.Lock()
 
-    def open(self):
-        self.num_opened += 1
+    def find(self, uri):
+        """Stand for the stores of all schemes."""
+        self.num_found += 1
         return self
 
     def list_objects(self, uri):
@@ -92,10 +92,10 @@ def pin(uri, content, **changes):
 
 
 def make_fetcher(store, cache_folder=None, clock=None, rng=None, **config):
-    max_bytes = 1 << 24 if cache_folder else 0
-    cache = MediaCache(cache_folder or Path("none"), max_bytes=max_bytes, min_free_bytes=0)
+    kept = {"cache_bytes": 1 << 24 if cache_folder else 0, "min_free_disk_bytes": 0}
     times = {} if clock is None else {"clock": clock.read, "sleep": clock.sleep}
-    return Fetcher(store.open, lambda: cache, FetchConfig(**config), rng=rng, **times)
+    config = FetchConfig(**kept, **config)
+    return Fetcher(store, cache_folder or Path("none"), config, rng=rng, **times)
 
 
 def make_contents(num_objects, num_bytes=1000):
@@ -132,14 +132,12 @@ def test_objects_and_parts_arrive_once_and_then_from_the_cache(tmp_path):
     contents = make_contents(10)
     store = ScriptedStore(contents)
     fetcher = make_fetcher(store, tmp_path)
-    assert store.num_opened == 0
     part = StoredObject("gs://b/3.jpg", generation=1, start=100, num_bytes=50)
     for _ in range(2):
         for uri, content in contents.items():
             assert fetcher.fetch(pin(uri, content)) == content
         assert fetcher.fetch(part) == contents[part.uri][100:150]
-    assert store.num_opened == 1
-    assert len(store.reads) == 11
+    assert store.num_found == len(store.reads) == 11
     assert {read[1:3] for read in store.reads} == {(0, None), (100, 50)}
     counts = fetcher.counts
     assert (counts.requests, counts.hits, counts.bytes_downloaded) == (11, 11, 10_050)
@@ -153,11 +151,11 @@ def test_a_full_cache_asks_for_no_store(tmp_path):
     fetcher.fetch(pin("gs://b/x", content))
     fetcher.close()
 
-    def refuse():
-        raise AccessDeniedError("no credentials")
+    class Refusing:
+        def find(self, uri):
+            raise AccessDeniedError("no credentials")
 
-    cache = MediaCache(tmp_path, max_bytes=1 << 20, min_free_bytes=0)
-    offline = Fetcher(refuse, lambda: cache, FetchConfig())
+    offline = Fetcher(Refusing(), tmp_path, FetchConfig(min_free_disk_bytes=0))
     assert offline.fetch(pin("gs://b/x", content)) == content
     for _ in range(2):
         with pytest.raises(AccessDeniedError, match="no credentials"):
@@ -174,7 +172,6 @@ def test_many_threads_read_at_once():
         found = list(pool.map(lambda uri: fetcher.fetch(pin(uri, contents[uri])), contents))
     assert found == list(contents.values())
     assert time.monotonic() - began < 64 * 0.02
-    assert store.num_opened == 1
     assert fetcher.counts.requests == 64
     fetcher.close()
 

@@ -8,15 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 import PIL.Image
 import pytest
 
-from gemma_tuner.storage.cache import MediaCache
 from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.storage.fetch import Fetcher
+from gemma_tuner.storage.gcs import GcsStore
 from gemma_tuner.storage.objects import (
     AccessDeniedError,
     CorruptReadError,
     ObjectChangedError,
+    StoreOptions,
     TransientReadError,
 )
+from gemma_tuner.storage.stores import Stores
 from gemma_tuner.streaming.opening import stream_gcs
 from gemma_tuner.testing.cloud.gcs.faults import (
     Fault,
@@ -28,8 +30,6 @@ from gemma_tuner.testing.cloud.gcs.faults import (
     Truncate,
 )
 from gemma_tuner.testing.cloud.gcs.server import GcsServer
-
-gcs = pytest.importorskip("gemma_tuner.sources.gcs", reason="NOT TESTED: sources/gcs.py is absent")
 
 NUM_OBJECTS = 200
 CONTENTS = {
@@ -46,13 +46,14 @@ def server():
 
 
 def make_fetcher(server, folder, cache_bytes=1 << 26, **config):
-    cache = MediaCache(folder / "media", max_bytes=cache_bytes, min_free_bytes=0)
-    settings = {"attempt_timeout_seconds": 2.0, "total_timeout_seconds": 30.0} | config
-    return Fetcher(lambda: gcs.GcsStore(server.client()), lambda: cache, FetchConfig(**settings))
+    kept = {"cache_bytes": cache_bytes, "min_free_disk_bytes": 0}
+    settings = {"attempt_timeout_seconds": 2.0, "total_timeout_seconds": 30.0, **kept} | config
+    stores = Stores(StoreOptions(gcs_client=server.client()))
+    return Fetcher(stores, folder / "media", FetchConfig(**settings))
 
 
 def pin(server, name="a/"):
-    return list(gcs.GcsStore(server.client()).list_objects(f"gs://media/{name}"))
+    return list(GcsStore(server.client()).list_objects(f"gs://media/{name}"))
 
 
 @pytest.mark.parametrize(

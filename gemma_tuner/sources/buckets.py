@@ -1,8 +1,8 @@
-"""The examples of data files in Google Cloud Storage."""
+"""The examples of data files in a store of objects, of whatever scheme."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,25 +21,18 @@ from gemma_tuner.sources.folders import (
     choose_one_format,
     name_format,
 )
-from gemma_tuner.storage.gcs import GLOB, GcsStore, name_folder, split_uri
-from gemma_tuner.storage.objects import ObjectChangedError, ObjectStore
-
-__all__ = ["GcsSource", "GcsStore", "ObjectFile"]
+from gemma_tuner.storage.fetch import Fetcher
+from gemma_tuner.storage.objects import GLOB, ObjectChangedError, name_folder
+from gemma_tuner.storage.stores import list_schemes, split_uri
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectFile:
-    """A data file in a bucket.
-
-    Args:
-        stored: The object, in the version that was found.
-        name: Its path from the data's root.
-        open_object: Opens an object as a seekable file.
-    """
+    """A data file in a bucket, in the version that was found."""
 
     stored: StoredObject
-    name: str
-    open_object: Callable[[StoredObject], BinaryIO]
+    name: str  # its path from the data's root
+    fetcher: Fetcher
 
     @property
     def folder(self) -> str:
@@ -48,32 +41,19 @@ class ObjectFile:
 
     def open(self) -> BinaryIO:
         """Open it for reading from its first byte."""
-        return self.open_object(self.stored)
+        return self.fetcher.open(self.stored)
 
     def cut(self, start: int, num_bytes: int) -> StoredObject:
         """Return a part of it, as examples refer to it."""
         return replace(self.stored, start=start, num_bytes=num_bytes, crc32c=None)
 
 
-class GcsSource:
-    """The examples of data files in Google Cloud Storage, read anew each time it is iterated.
+class BucketSource:
+    """The examples of data files in buckets, found and read each time it is iterated.
 
     Each file is read in the version that was found: one that is overwritten meanwhile ends the
-    reading with a SourceError. Texts beside pictures (``captions``) are read one after the other,
+    reading with a SourceError. Texts beside images (``captions``) are read one after the other,
     some 40 ms each; a manifest is read at once.
-
-    Args:
-        uris: ``gs://bucket/name``, a folder, a glob, or a list of them; a folder means what
-            :mod:`gemma_tuner.sources.folders` says.
-        file_format: As :func:`~gemma_tuner.sources.folders.find_files`.
-        split: Keeps the rows, or files, of this split alone; None keeps all.
-        keywords: Column by part, as :func:`~gemma_tuner.sources.columns.recognise_columns`.
-        open_store: Returns the store; called when it is iterated.
-        open_object: Opens an object as a seekable file.
-
-    Raises:
-        ConfigError: A format that is not known.
-        SourceError: Not ``gs://`` URIs.
     """
 
     root = Path()
@@ -82,27 +62,27 @@ class GcsSource:
     def __init__(
         self,
         uris: str | Sequence[str],
+        fetcher: Fetcher,
         *,
         file_format: str | None = None,
         split: str | None = None,
         keywords: Keywords | None = None,
-        open_store: Callable[[], ObjectStore],
-        open_object: Callable[[StoredObject], BinaryIO],
     ) -> None:
         self.uris = (uris,) if isinstance(uris, str) else tuple(uris)
         if not self.uris:
-            raise SourceError("no URIs were given; name an object, a folder or a glob (gs://...)")
+            raise SourceError(
+                f"no URIs were given; name an object, a folder or a glob ({list_schemes('...')})"
+            )
         for uri in self.uris:
             split_uri(uri)
         self._format: Format | None = check_format(file_format)
         self._reader = FileSetReader(keywords or {}, split)
-        self._open_store = open_store
-        self._open_object = open_object
+        self._fetcher = fetcher
 
     def read_identity(self) -> dict[str, Any]:
         """Return what was asked for, as JSON; nothing is asked of the service."""
         return {
-            "source": "gcs",
+            "source": "gcs",  # whatever the scheme: manifests are named after this
             "uris": list(self.uris),
             "format": self._format,
             "split": self._reader.split,
@@ -115,13 +95,12 @@ class GcsSource:
 
     def __iter__(self) -> Iterator[tuple[str, Outcome]]:
         """Find the data files, and read every row."""
-        store = self._open_store()
         formats: dict[str, Format] = {}
         objects: dict[str, StoredObject] = {}
         folders: list[str] = []
         is_folder = False
         for uri in self.uris:
-            found, chosen, folder = self._find(store, uri)
+            found, chosen, folder = self._find(uri)
             objects |= found
             formats |= chosen
             is_folder = folder is not None and len(self.uris) == 1
@@ -130,7 +109,7 @@ class GcsSource:
         while not all(folder.startswith(root) for folder in folders):
             root = name_folder(root[:-1])
         files = {
-            uri: ObjectFile(stored, uri.removeprefix(root), self._open_object)
+            uri: ObjectFile(stored, uri.removeprefix(root), self._fetcher)
             for uri, stored in objects.items()
         }
         kind = choose_one_format({files[uri].name: formats[uri] for uri in formats})
@@ -149,11 +128,10 @@ class GcsSource:
             self._locate,
         )
 
-    def _find(
-        self, store: ObjectStore, uri: str
-    ) -> tuple[dict[str, StoredObject], dict[str, Format], str | None]:
+    def _find(self, uri: str) -> tuple[dict[str, StoredObject], dict[str, Format], str | None]:
         """Return the objects that a URI means, the formats of those that are data, its folder."""
-        if split_uri(uri)[1] and not uri.endswith("/"):
+        store = self._fetcher.stores.find(uri)
+        if split_uri(uri)[2] and not uri.endswith("/"):
             try:
                 found = {stored.uri: stored for stored in store.list_objects(uri)}
             except ObjectChangedError:
@@ -176,16 +154,11 @@ class GcsSource:
         return found, {folder + name: kind for name, kind in chosen.items()}, folder
 
     def _locate(self, kind: str, source: str, folder: str | Path, key: str) -> str:
-        """Return the URI of a picture or sound whose path may start from its data file's folder.
-
-        Names in a bucket are no paths: only ``.`` and ``..`` mean something.
-
-        Raises:
-            DataError: It leads out of the bucket, or is a URI of another kind.
-        """
+        """Return the URI of media whose path may start from the folder of their data file."""
+        # Names in a bucket are no paths: only . and .. mean something.
         if is_in_bucket(source, kind, key=key):
             return source
-        bucket, name = split_uri(str(folder))
+        scheme, bucket, name = split_uri(str(folder))
         parts = name.split("/")[:-1]
         for part in source.split("/"):
             if part == ".." and parts:
@@ -194,12 +167,12 @@ class GcsSource:
                 last = _last(source.partition("?")[0])[:80]  # what follows may be a signature
                 raise DataError(
                     f"its {kind} {last!r} lies outside the bucket {bucket!r}; name "
-                    "it by a path from the folder of its data file, or by its gs:// URI",
+                    f"it by a path from the folder of its data file, or by its {scheme}:// URI",
                     key=key,
                 )
             elif part != ".":
                 parts.append(part)
-        return f"gs://{bucket}/{'/'.join(parts)}"
+        return f"{scheme}://{bucket}/{'/'.join(parts)}"
 
 
 def _last(uri: str) -> str:
