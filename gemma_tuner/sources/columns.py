@@ -1,4 +1,4 @@
-"""Which column of the data plays which part of an example.
+"""Columns of the data, recognised by the parts that they play in an example.
 
 Each part (``messages prompt response text system image audio id``) is played by the column that
 the user's keyword names, by none where the keyword is False, and else by the conventional column
@@ -59,18 +59,10 @@ _CONVENTIONS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Which column plays which part; None where none does.
-
-    Args:
-        layout: What the columns make: a chat, a prompt and a response, a response to media with
-            a default prompt, or a document.
-        names: Column by part: ``messages prompt context response text system image audio file
-            tools id split``, only those that are played.
-        by_keyword: The parts that the user named.
-        unused: Columns that play no part.
-    """
+    """Which column plays which part; None where none does."""
 
     layout: Layout
+    # By part: messages prompt context response text system image audio file tools id split.
     names: Mapping[str, str]
     by_keyword: frozenset[str] = frozenset()
     unused: tuple[str, ...] = ()
@@ -213,7 +205,7 @@ class _Recogniser:
 
 
 def list_media_columns(names: Mapping[str, str]) -> list[str]:
-    """Return the columns that hold media, pictures first."""
+    """Return the columns that hold media, images first."""
     return [names[part] for part in ("image", "audio", "file") if part in names]
 
 

@@ -21,10 +21,10 @@ from gemma_tuner.sources.rows import RowReader
 from gemma_tuner.storage.stores import is_stored, list_schemes
 
 Outcome = Example | DataError
-"""What a row makes: an example, or what is wrong with it."""
+"""An example, or what is wrong with its row."""
 
 Locate = Callable[[str, str, str | Path, str], str | StoredObject]
-"""Finds one picture or sound: ``(kind, source, folder, key)`` to what the manifest keeps."""
+"""Finds one image or clip: ``(kind, source, folder, key)`` to what the manifest keeps."""
 
 
 class Source(Protocol):
@@ -47,17 +47,7 @@ class Source(Protocol):
 
 
 class ExampleReader:
-    """Makes examples of the rows of one data set.
-
-    Args:
-        available: The columns there are, as far as they are known.
-        keywords: Column by part, as :func:`~gemma_tuner.sources.columns.recognise_columns`.
-        split: Keeps the rows whose column ``split`` has this value, where there is such a column.
-
-    Raises:
-        ConfigError: Keywords that exclude each other.
-        SourceError: Columns that make no example.
-    """
+    """Makes examples of the rows of one data set."""
 
     def __init__(
         self, available: Collection[str], keywords: Keywords, *, split: str | None = None

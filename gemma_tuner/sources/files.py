@@ -27,9 +27,9 @@ from gemma_tuner.sources.columns import Columns
 from gemma_tuner.sources.messages import describe_type, parse_json
 
 RowFormat = Literal["jsonl", "csv", "parquet"]
-"""What a file of rows holds."""
+"""Formats of files that hold rows."""
 Format = RowFormat | Literal["webdataset", "captions"]
-"""What a data file holds: rows, samples in a tar, or a picture or sound with a text beside it."""
+"""Rows, samples in a tar, or an image or a clip with a text beside it."""
 
 PEEKED_ROWS = 1000
 """JSON lines name their columns row by row: this many rows of each file decide what there is."""
@@ -61,15 +61,10 @@ class DataFile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LocalFile:
-    """A data file on this machine.
-
-    Args:
-        path: Where it is.
-        name: Its path from the data's root.
-    """
+    """A data file on this machine."""
 
     path: Path
-    name: str
+    name: str  # its path from the data's root
 
     @property
     def folder(self) -> Path:
@@ -87,18 +82,11 @@ class LocalFile:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row as it stands in a file.
+    """One row as it stands in a file."""
 
-    Args:
-        origin: The file's name and the row's number from 1: the line of JSON lines, the record
-            below the header of CSV, the row of Parquet.
-        values: By column, or what is wrong with the row.
-        folder: Where the row's relative paths start: a folder, or a URI ending in a slash.
-    """
-
-    origin: str
-    values: Mapping[str, Any] | DataError
-    folder: str | Path = ""
+    origin: str  # the file's name and the row's number from 1 (in JSON lines, the line)
+    values: Mapping[str, Any] | DataError  # by column, or what is wrong with the row
+    folder: str | Path = ""  # where its relative paths start; a URI ends in a slash
 
 
 def list_columns(files: Sequence[DataFile], file_format: RowFormat) -> list[str]:

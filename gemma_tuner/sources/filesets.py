@@ -25,37 +25,22 @@ _CAPTION_COLUMNS = ("file_name", "text")
 
 @dataclass(frozen=True, slots=True)
 class FileSet:
-    """Data files that make one data set.
+    """Data files that make one data set."""
 
-    Args:
-        files: In the order in which they are read.
-        format: What they hold; of ``captions`` each file is a picture or sound, and one row.
-        is_folder: Whether they are those of one folder, which may hold more splits than one.
-        captions: The texts beside pictures and sounds, by the name of the file that each is for.
-        notes: What is to be said of the files that are not among them.
-    """
-
-    files: Sequence[DataFile]
+    files: Sequence[DataFile]  # in reading order; of captions each is an image or a clip
     format: Format
-    is_folder: bool = False
-    captions: Mapping[str, DataFile] = field(default_factory=dict)
-    notes: Sequence[str] = ()
+    is_folder: bool = False  # one folder was given, which may hold several splits
+    captions: Mapping[str, DataFile] = field(default_factory=dict)  # by the name of its file
+    notes: Sequence[str] = ()  # on files that are left out
 
 
 @dataclass(slots=True)
 class FileSetReader:
-    """Reads the examples of data files, and keeps what it met on the way.
-
-    Args:
-        keywords: Column by part, as :func:`~gemma_tuner.sources.columns.recognise_columns`.
-        split: Keeps the rows or files of this split; None keeps all rows.
-        summary: What the last complete reading met: ``format layout columns unused splits notes
-            num_files``.
-    """
+    """Reads the examples of data files, and keeps what it met on the way."""
 
     keywords: Keywords
     split: str | None
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)  # of the last complete reading
 
     def read(self, found: FileSet, locate: Locate) -> Iterator[tuple[str, Outcome]]:
         """Read every row of the files."""

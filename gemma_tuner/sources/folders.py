@@ -1,4 +1,4 @@
-"""Which files a path, a glob or a folder means, and which split each is of.
+"""From a path, a glob or a folder to its files, and the split of each.
 
 A folder, on this machine or in a bucket, means, in this order:
 
@@ -6,7 +6,7 @@ A folder, on this machine or in a bucket, means, in this order:
    ``metadata.parquet``
 2. else its data files (``.jsonl .ndjson .json .csv .parquet .tar``, the first three also
    ``.gz``), or, where it holds none itself, those of its subfolders; all of one kind
-3. else every picture and sound in it and its subfolders, each with its text in a file of the same
+3. else every image and clip in it and its subfolders, each with its text in a file of the same
    name ending in ``.txt``
 
 Names that begin with a dot or an underscore are passed over. Subfolders that are links are read
@@ -38,7 +38,7 @@ MANIFESTS: Mapping[str, Format] = {
 }
 """The manifests that a folder may have, first choice first."""
 NO_SPLIT = "(none)"
-"""What rows and files without a split are counted as."""
+"""The name under which rows and files without a split are counted."""
 
 _FORMATS: Mapping[str, Format] = {
     ".jsonl": "jsonl",
@@ -68,23 +68,14 @@ _SHARD = re.compile(r"[-.]\d+-of-\d+$")
 
 @dataclass(frozen=True, slots=True)
 class LocalFiles:
-    """The files of one data set.
-
-    Args:
-        files: In the order in which they are read.
-        format: What they hold; ``captions`` for media with text files beside them.
-        root: The folder that keys and media paths are relative to.
-        is_folder: Whether one folder was given, which may hold more splits than one.
-        captions: Where the format is ``captions``, the text file of each file.
-        num_unread_texts: Text files without a picture or sound beside them.
-    """
+    """The files of one data set."""
 
     files: tuple[Path, ...]
     format: Format
-    root: Path
-    is_folder: bool = False
-    captions: tuple[Path, ...] = ()
-    num_unread_texts: int = 0
+    root: Path  # which keys and media paths are relative to
+    is_folder: bool = False  # one folder was given, which may hold several splits
+    captions: tuple[Path, ...] = ()  # the text file of each, where the format is captions
+    num_unread_texts: int = 0  # text files without an image or a clip beside them
 
 
 def find_files(paths: Paths, file_format: str | None = None) -> LocalFiles:
@@ -203,7 +194,7 @@ def name_split(name: str, file_format: Format) -> str:
         if part.lower() in _SPLITS:
             return _SPLITS[part.lower()]
     if file_format == "captions":
-        return NO_SPLIT  # what a picture's name tells is what it shows
+        return NO_SPLIT  # an image's name says what it shows
     path = PurePosixPath(last)
     while path.suffix.lower() in _ENDINGS:  # and at no other dot: snli_1.0_test.jsonl.gz
         path = path.with_suffix("")
@@ -300,8 +291,8 @@ def _refuse_compressed_tar(name: str) -> None:
     if name.lower().endswith(_COMPRESSED_TARS):
         raise SourceError(
             f"{PurePosixPath(name).name!r} is a compressed tar, in which nothing can be found "
-            "without unpacking what comes before it; unpack it to a plain .tar (pictures and "
-            "sounds are compressed already)"
+            "without unpacking what comes before it; unpack it to a plain .tar (images and "
+            "clips are compressed already)"
         )
 
 

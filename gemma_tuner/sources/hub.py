@@ -1,7 +1,7 @@
 """Examples of a data set on the Hugging Face Hub, or of a folder as ``datasets`` reads it.
 
-Media stay encoded: bytes that the rows hold go on as they are, and a picture or sound in a file
-of its own goes on as the file's path, or, where the data set is streamed, as its bytes.
+Media stay encoded: bytes that the rows hold go on as they are, and an image or a clip in its own
+file goes on as the file's path, or, where the data set is streamed, as its bytes.
 
 A column of class labels holds numbers, and what they stand for is kept beside them: the rows get
 the names, so that a response is ``cat`` and not ``3``. The summary counts them.
@@ -34,25 +34,9 @@ _BLOCK_ROWS = 16  # small, as rows may hold media
 
 
 class HubSource:
-    """The examples of one split, read anew each time it is iterated.
+    """The examples of one split, read each time it is iterated.
 
     Origins are ``<name>/<subset>/<split>:<number>``, from 1.
-
-    Args:
-        name: ``owner/name`` of a data set on the Hub, or a folder: data files as they lie on the
-            Hub, or what ``save_to_disk`` wrote.
-        subset: One of its configurations; None for its only or default one.
-        split: One of its splits. ``valid``, ``val`` and ``validation`` are one.
-        revision: Branch, tag or commit; None for the present one. Which commit it was is in the
-            summary's notes.
-        streaming: Read rows over the network one by one, and keep nothing; False downloads the
-            whole subset and keeps it where ``datasets`` does.
-        max_rows: Read no more rows than these, such as of a data set without an end.
-        keywords: Column by part, as :func:`~gemma_tuner.sources.columns.recognise_columns`.
-
-    Raises:
-        ConfigError: An argument that cannot work.
-        SourceError: The name is a path, and leads to no folder.
     """
 
     def __init__(
@@ -62,7 +46,7 @@ class HubSource:
         subset: str | None = None,
         split: str = "train",
         revision: str | None = None,
-        streaming: bool = False,
+        streaming: bool = False,  # reads over the network and keeps nothing
         max_rows: int | None = None,
         keywords: Keywords | None = None,
     ) -> None:
@@ -96,7 +80,7 @@ class HubSource:
         """Return what decides the examples, as JSON: the arguments, and the files of a folder."""
         # A data set on the Hub is taken to be what it was: asking for its present commit would
         # need the network at every start, and a run could not go on after an upload. Naming
-        # another revision reads it anew.
+        # another revision reads it again.
         return {
             "source": "hub",
             "name": self.wanted.name if self.wanted.folder is None else str(self.wanted.folder),

@@ -1,7 +1,7 @@
 """Opening a data set by the ``datasets`` library: its rows in Arrow form, and why there are none.
 
 Rows are asked for as Arrow tables, which ``datasets`` hands out as they are stored: it decodes no
-picture and no sound, so that a damaged one cannot end the iteration. Code that a data set brings
+image and no clip, so that a damaged one cannot end the iteration. Code that a data set brings
 along is never run: ``trust_remote_code`` is never passed. Messages of ``datasets`` name URLs and
 contents, so that none of them is passed on.
 """
@@ -32,18 +32,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 @dataclass(frozen=True, slots=True)
 class HubName:
-    """What names the rows of one data set.
-
-    Args:
-        name: ``owner/name`` on the Hub, or a folder as the user wrote it.
-        folder: The local folder; None for a data set on the Hub.
-        subset: One of the data set's configurations; None for its only or default one.
-        split: One of its splits.
-        revision: Branch, tag or commit; None for the present one.
-    """
+    """What names the rows of one data set."""
 
     name: str
-    folder: Path | None
+    folder: Path | None  # None for a data set on the Hub
     subset: str | None
     split: str
     revision: str | None
@@ -56,23 +48,13 @@ class HubName:
 
 @dataclass(frozen=True, slots=True)
 class OpenedSplit:
-    """One split, ready to be read.
+    """One split, ready to be read."""
 
-    Args:
-        tables: ``datasets.Dataset`` or ``IterableDataset`` that hands out Arrow tables.
-        features: Type by column, as ``datasets`` names them.
-        subset: The configuration that was opened.
-        split: The split that was opened.
-        base: The folder or URI below which its files lie; None where it holds everything itself.
-        num_files: How many files it is read from.
-        notes: Where it comes from, for the summary.
-    """
-
-    tables: Any
-    features: Any
+    tables: Any  # datasets.Dataset or IterableDataset that hands out Arrow tables
+    features: Any  # type by column, as datasets names them
     subset: str
     split: str
-    base: str | None
+    base: str | None  # the folder or URI below which its files lie
     num_files: int
     notes: tuple[str, ...]
 

@@ -15,14 +15,7 @@ from gemma_tuner.sources.folders import Paths, find_files
 
 
 class LocalSource:
-    """The examples of local files, read anew each time it is iterated.
-
-    Args:
-        paths: As :func:`find_files`.
-        file_format: As :func:`find_files`.
-        split: Keeps the rows of this split alone; None keeps all.
-        keywords: Column by part, as :func:`~gemma_tuner.sources.columns.recognise_columns`.
-    """
+    """The examples of local files, read each time it is iterated."""
 
     def __init__(
         self,
@@ -44,7 +37,7 @@ class LocalSource:
                 state = path.stat()
             except OSError as error:
                 if path in self.found.captions:
-                    continue  # a missing caption is told of with its example
+                    continue  # the example of a missing caption says so
                 raise SourceError(
                     f"{path.name!r} cannot be read ({error.strerror}); check that it is there and "
                     "readable"

@@ -33,7 +33,7 @@ ROLE_NAMES: Mapping[str, Role] = {
     "model": "assistant",
     "tool": "tool",
 }
-"""What the roles are called in data, and what they are called here."""
+"""From the names of roles in data to the names here."""
 
 PASSED_FIELDS = (
     "name",

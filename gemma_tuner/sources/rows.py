@@ -1,6 +1,6 @@
 """A row of any source to an Example, by the parts that its columns play.
 
-Media come before the text of the user's turn, pictures first, then sounds, unless the messages
+Media come before the text of the user's turn, images first, then clips, unless the messages
 say where they belong.
 """
 
@@ -25,19 +25,14 @@ from gemma_tuner.sources.messages import (
 )
 
 IMAGE_PROMPT = "Describe this image."
-"""The prompt of rows that hold a picture, a text, and no prompt."""
+"""The prompt of rows that hold an image, a text, and no prompt."""
 AUDIO_PROMPT = "Transcribe this audio."
-"""The prompt of rows that hold a sound, a text, and no prompt."""
+"""The prompt of rows that hold a clip, a text, and no prompt."""
 
 
 @dataclass(slots=True)
 class RowReader:
-    """Makes examples of rows, and counts what it chose for them.
-
-    Args:
-        columns: Which column plays which part.
-        counts: Pictures, sounds, and what was defaulted.
-    """
+    """Makes examples of rows, and counts what it chose for them."""
 
     columns: Columns
     counts: Counter[str] = field(default_factory=Counter)
@@ -159,7 +154,7 @@ class RowReader:
         kinds = {type(part) for part in media}
         if len(kinds) > 1:
             raise DataError(
-                "it holds a picture and a sound, for which there is no default prompt; name a "
+                "it holds an image and a clip, for which there is no default prompt; name a "
                 "column by prompt=",
                 key=key,
             )
@@ -236,7 +231,7 @@ def _guess_kind(name: Any, key: str) -> MediaKind:
         return "audio"
     raise DataError(
         f"its file_name is {describe_type(name)} ending in {suffix[:12]!r}, which is no known "
-        "picture or sound; name the column by image= or audio=",
+        "image or clip; name the column by image= or audio=",
         key=key,
     )
 

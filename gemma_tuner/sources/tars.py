@@ -7,11 +7,11 @@ A sample is what lies side by side in the tar under one name up to the first dot
 member                         column
 =============================  ==================================================================
 ``.jpg .png .webp ...``        ``image``, a part of the tar that is read when it is needed
-``.flac .wav .mp3 ...``        ``audio``, likewise
+``.flac .wav .mp3 ...``        ``audio``
 ``.txt .text``                 ``text``
 ``.transcript``, ``.cls``      ``transcript``, ``cls``
 ``.json``                      one for each of its fields, unless a member makes one of that name
-``.<name>.jpg``, ``.<name>.txt``, ``.<name>.json``  ``<name>``: a column of its own
+``.<name>.jpg``, ``.<name>.txt``, ``.<name>.json``  ``<name>``: a further column
 =============================  ==================================================================
 
 The name up to the dot is the ``id``, unless the json has one. Members of other endings are not
@@ -54,20 +54,12 @@ _COMPRESSIONS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """One file of a tar.
+    """One file of a tar."""
 
-    Args:
-        key: Its name up to the first dot of the last part.
-        column: The middle of its name, where it has one.
-        ending: The last part of its name, in small letters.
-        start: Where in the tar its first byte is.
-        num_bytes: Its length.
-    """
-
-    key: str
-    column: str
-    ending: str
-    start: int
+    key: str  # its name up to the first dot of the last part
+    column: str  # the middle of its name, where it has one
+    ending: str  # in small letters
+    start: int  # of its first byte in the tar
     num_bytes: int
 
     @property
@@ -83,11 +75,7 @@ class _Member:
 
 @dataclass(slots=True)
 class TarReader:
-    """Reads samples as rows, and counts what it leaves out.
-
-    Args:
-        counts: What was not used, in words.
-    """
+    """Reads samples as rows, and counts what it leaves out."""
 
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -202,8 +190,8 @@ def list_tar_columns(files: Sequence[DataFile]) -> list[str]:
     if not names:
         found = "; ".join(f"{what}: {count:,}" for what, count in reader.counts.items())
         raise SourceError(
-            f"the tars hold no samples ({found or 'nothing at all'}); a sample is a picture, "
-            "sound or text and what lies beside it under the same name"
+            f"the tars hold no samples ({found or 'nothing at all'}); a sample is an image, "
+            "clip or text and what lies beside it under the same name"
         )
     return list(names)
 
@@ -212,7 +200,7 @@ def _refuse_compressed(stream: BinaryIO, file: DataFile) -> None:
     if stream.read(6).startswith(_COMPRESSIONS):
         raise SourceError(
             f"{_last(file)!r} is compressed, so that nothing in it can be found without unpacking "
-            "what comes before it; unpack it to a plain .tar (pictures and sounds are compressed "
+            "what comes before it; unpack it to a plain .tar (images and clips are compressed "
             "already)"
         )
     stream.seek(0)

@@ -36,60 +36,24 @@ _SLACK = 16  # Eviction frees a 16th of the budget beyond need, so that scans st
 
 @dataclass(frozen=True, slots=True)
 class CacheCounts:
-    """What a cache did since it was opened, in this process.
-
-    Args:
-        hits: Reads that were answered.
-        misses: Reads that were not, the damaged among them.
-        damaged: Entries whose bytes were not what was written; they are deleted.
-        evicted: Entries deleted to make room.
-        not_stored: Writes that were passed over: no pinned version, larger than the budget, or
-            no space on the disk.
-    """
+    """What a cache did since it was opened, in this process."""
 
     hits: int
-    misses: int
-    damaged: int
-    evicted: int
-    not_stored: int
-
-
-@dataclass(frozen=True, slots=True)
-class CacheCheck:
-    """What reading a whole cache found.
-
-    Args:
-        entries: Entries that are whole.
-        num_bytes: Bytes of media in them.
-        damaged: Entries that are not.
-    """
-
-    entries: int
-    num_bytes: int
-    damaged: int
+    misses: int  # the damaged among them
+    damaged: int  # not what was written; deleted
+    evicted: int  # deleted to make room
+    not_stored: int  # no pinned version, larger than the budget, or no space on the disk
 
 
 class MediaCache:
-    """Media on disk, least recently used out first.
-
-    Args:
-        folder: Where; it is created, for the user alone, if need be.
-        max_bytes: What all files in the folder may have together; 0, as any number too small for
-            an entry, keeps nothing and touches no disk. A folder that holds more is brought down
-            to it at once.
-        min_free_bytes: What is left free on the disk.
-        clock: The time in seconds since 1970.
-
-    Raises:
-        SourceError: The folder cannot be used.
-    """
+    """Media on disk, least recently used out first."""
 
     def __init__(
         self,
         folder: Path,
         *,
-        max_bytes: int,
-        min_free_bytes: int,
+        max_bytes: int,  # of all files in the folder; 0 keeps nothing and touches no disk
+        min_free_bytes: int,  # on its disk
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._files = CacheFolder(folder)
@@ -168,22 +132,6 @@ class MediaCache:
             raise SourceError(
                 f"the cache folder {self._files.path.name!r} cannot be read ({error.strerror})"
             ) from None
-
-    def verify(self) -> CacheCheck:
-        """Read every entry and compare it with its checksum; nothing is changed."""
-        entries = num_bytes = damaged = 0
-        for entry in self._files.list_entries():
-            try:
-                with Path(entry.path).open("rb", buffering=0) as file:
-                    content = read_entry(file)
-            except FileNotFoundError:
-                continue  # Evicted since it was listed.
-            except OSError:
-                content = None
-            entries += content is not None
-            damaged += content is None
-            num_bytes += len(content or b"")
-        return CacheCheck(entries, num_bytes, damaged)
 
     def _count(self, name: str, number: int = 1) -> None:
         with self._counting:

@@ -32,9 +32,9 @@ _HEADER = struct.Struct("<8sQI")  # magic, bytes that follow, their crc32c
 _MAGIC = b"gtmedia1"
 _TOTAL = struct.Struct("<QI")  # bytes of all files, crc32c of the eight bytes before it
 HEADER_BYTES = _HEADER.size
-"""What an entry has beside its media."""
+"""Bytes of an entry beside its media."""
 LOCK_BYTES = _TOTAL.size
-"""What an empty cache has."""
+"""Bytes of an empty cache."""
 
 
 class Entry(NamedTuple):
@@ -46,11 +46,7 @@ class Entry(NamedTuple):
 
 
 class CacheFolder:
-    """The folder of a cache.
-
-    Args:
-        path: Where; it is created, for the user alone, when it is first locked.
-    """
+    """The folder of a cache."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -18,7 +18,7 @@ class FetchConfig:
 
     Args:
         io_threads: Reads under way at one time.
-        decode_threads: Pictures and sounds decoded at one time.
+        decode_threads: Images and clips decoded at one time.
         window_bytes: Media fetched or decoded ahead of the consumer; one example larger than
             this is still handed out, alone.
         window_examples: Examples ahead of the consumer.

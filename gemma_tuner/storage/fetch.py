@@ -102,26 +102,17 @@ class _Piece:
 
 
 class Fetcher:
-    """Reads objects of any store, from any number of threads.
-
-    Args:
-        stores: Where the objects are.
-        cache_folder: Where what was read is kept; not touched before the first read.
-        config: Timeouts, threads, hedging and the cache's budget.
-        rng: Draws the jitter of waits.
-        clock: Seconds from any beginning.
-        sleep: Waits for seconds; None waits in a way that :meth:`close` ends.
-    """
+    """Reads objects of any store, from any number of threads."""
 
     def __init__(
         self,
         stores: Stores,
-        cache_folder: Path,
+        cache_folder: Path,  # not touched before the first read
         config: FetchConfig,
         *,
-        rng: random.Random | None = None,
+        rng: random.Random | None = None,  # draws the jitter of waits
         clock: Callable[[], float] = time.monotonic,
-        sleep: Callable[[float], object] | None = None,
+        sleep: Callable[[float], object] | None = None,  # by itself, until close() at most
     ) -> None:
         self.stores = stores
         self._cache_folder = cache_folder
@@ -237,11 +228,13 @@ class Fetcher:
 
     def _attempt(self, store: ObjectStore, piece: _Piece, timeout_seconds: float) -> bytes:
         self._count("requests")
+        began = self._clock()
         content = store.read_object(
             piece.stored, piece.start, piece.asked_bytes, timeout_seconds=timeout_seconds
         )
         self._count("bytes_downloaded", len(content))
         piece.check(content)
+        self._racer.note_seconds(self._clock() - began)
         return content
 
     def _draw_backoff(self, num_failures: int, retry_after_seconds: float | None) -> float:

@@ -1,4 +1,4 @@
-"""What the Cloud Storage client raises, as the errors of a store, with the remedy.
+"""The Cloud Storage client's errors as those of a store, with the remedy.
 
 Its own messages hold addresses, which may be signed, and bodies; nothing of them is passed on but
 the name of a permission.

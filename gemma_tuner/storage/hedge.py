@@ -1,7 +1,7 @@
 """Attempts that are given up in time, and a second one beside a first that takes long.
 
-Who waits does so here, while attempts run on threads of their own: no server can hold a reader
-for longer than a timeout, however slowly it trickles. An abandoned attempt ends with its socket.
+The reader waits in its own thread while attempts run in others: no server can hold a reader for
+longer than a timeout, however slowly it trickles. An abandoned attempt ends with its socket.
 """
 
 from __future__ import annotations
@@ -44,12 +44,7 @@ Attempt = Callable[[float], bytes]
 
 
 class Racer:
-    """Runs attempts at reads, for any number of threads.
-
-    Args:
-        config: Timeouts, threads and the fraction of reads that are hedged.
-        clock: Seconds from any beginning.
-    """
+    """Runs attempts at reads, for any number of threads."""
 
     def __init__(self, config: FetchConfig, clock: Callable[[], float]) -> None:
         self._config = config
@@ -69,11 +64,25 @@ class Racer:
             most = float(self._config.io_threads)
             self._tokens = min(most, self._tokens + self._config.hedged_fraction)
 
+    def note_seconds(self, seconds: float) -> None:
+        """Learn how long an attempt that succeeded took."""
+        with self._state:
+            self._attempt_seconds.append(seconds)
+
     def race(self, attempt: Attempt, *, what: str, deadline: float) -> bytes:
         """Make one attempt, and a second beside it when it takes long; the first answer counts."""
         # A transient failure is no answer as long as the other attempt is under way.
         under_way: dict[Future[Any], float] = {}  # and when each is given up
-        first = self._begin(attempt, deadline, under_way)
+
+        def begin() -> Future[bytes]:
+            now = self._clock()
+            # A sleep before this may have ended a little after the deadline.
+            seconds = max(0.001, min(self._config.attempt_timeout_seconds, deadline - now))
+            future = self._pool.submit(attempt, seconds)
+            under_way[future] = now + seconds
+            return future
+
+        first = begin()
         hedge_at = self._clock() + self._choose_hedge_seconds()
         failure: TransientReadError | None = None
         try:
@@ -101,7 +110,7 @@ class Racer:
                 if now >= hedge_at:
                     hedge_at = math.inf
                     if self._take_token():
-                        self._begin(attempt, deadline, under_way)
+                        begin()
         finally:
             for future in under_way:
                 future.cancel()
@@ -133,23 +142,6 @@ class Racer:
     def wait_for_close(self, seconds: float) -> None:
         """Sleep, but no longer than until :meth:`close`."""
         wait([self._closing], seconds)
-
-    def _begin(
-        self, attempt: Attempt, deadline: float, under_way: dict[Future[Any], float]
-    ) -> Future[Any]:
-        now = self._clock()
-        # A sleep before this may have ended a little after the deadline.
-        seconds = max(0.001, min(self._config.attempt_timeout_seconds, deadline - now))
-        future = self._pool.submit(self._run, attempt, seconds)
-        under_way[future] = now + seconds
-        return future
-
-    def _run(self, attempt: Attempt, timeout_seconds: float) -> bytes:
-        began = self._clock()
-        content = attempt(timeout_seconds)
-        with self._state:
-            self._attempt_seconds.append(self._clock() - began)
-        return content
 
     def _give_up(self, future: Future[Any], what: str) -> TransientReadError:
         future.cancel()  # It may still wait for a thread.

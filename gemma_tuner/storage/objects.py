@@ -1,4 +1,4 @@
-"""What can be asked of a store of objects, and how it can fail.
+"""The questions that a store of objects answers, and how it can fail.
 
 A store makes one attempt at each read; :mod:`gemma_tuner.storage.fetch` repeats, hedges and
 checks them. The four errors differ in what follows: try again, pass over the object, or stop.
@@ -15,7 +15,7 @@ from gemma_tuner.errors import SourceError
 from gemma_tuner.records import StoredObject
 
 GLOB = re.compile(r"[*?\[{]")
-"""What makes a URI a glob."""
+"""Characters that make a URI a glob."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +33,7 @@ class StoreOptions:
 
 
 class TransientReadError(SourceError):
-    """An attempt that may succeed when it is repeated: too many requests, a lost connection.
-
-    Args:
-        message: What happened.
-        retry_after_seconds: How long the store asks to wait; None where it does not say.
-    """
+    """An attempt that may succeed when it is repeated: too many requests, a lost connection."""
 
     def __init__(self, message: str, *, retry_after_seconds: float | None = None) -> None:
         super().__init__(message)

@@ -40,7 +40,7 @@ from gemma_tuner.records import Audio, Example, Image, Part, StoredObject, Text,
 from gemma_tuner.sources.examples import Outcome
 
 FORMAT_VERSION = 3
-"""Raise it whenever the same source would make other rows: old manifests are then written anew."""
+"""Raise it when the same source would make other rows: old manifests are then written again."""
 
 _SCHEMA = pyarrow.schema(
     [
@@ -66,13 +66,6 @@ class Manifest:
 
     It is memory-mapped. Pages that were read are given back from time to time: they would count
     as this process's memory until the whole file does.
-
-    Args:
-        path: The file. Every batch's checksum is verified: at once, or of a large manifest when
-            the batch is first read.
-
-    Raises:
-        SourceError: Damaged, incomplete, or of another format version.
     """
 
     def __init__(self, path: Path) -> None:

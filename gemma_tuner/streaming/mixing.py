@@ -21,7 +21,7 @@ def mix(streams: Mapping[ExampleStream, float]) -> ExampleStream:
     """Mix streams slot by slot, each in proportion to its weight.
 
     The proportions are kept as evenly as whole numbers can be at every place of the mix. Each
-    stream goes on in its own order and begins anew when it is through, so that no row of it is
+    stream keeps its own order and starts again when it is through, so that no row of it is
     left out; an epoch of the mix is as long as all streams together.
 
     Args:
@@ -37,9 +37,9 @@ def mix(streams: Mapping[ExampleStream, float]) -> ExampleStream:
     Example:
         >>> import gemma_tuner as gt
         >>> text = gt.stream_local(gt.testing.sample_data("text"), split="train")
-        >>> sounds = gt.stream_local(gt.testing.sample_data("audio"), split="train")
-        >>> both = gt.mix({text: 0.7, sounds: 0.3})
-        >>> len(both) == len(text) + len(sounds)
+        >>> clips = gt.stream_local(gt.testing.sample_data("audio"), split="train")
+        >>> both = gt.mix({text: 0.7, clips: 0.3})
+        >>> len(both) == len(text) + len(clips)
         True
     """
     if not isinstance(streams, Mapping) or not streams:

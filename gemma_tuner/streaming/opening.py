@@ -84,7 +84,7 @@ def stream_gcs(
         format: ``jsonl csv parquet webdataset captions``, for files of another name or mixed
             prefixes.
         split: Keeps the rows whose column ``split`` has this value, or the files named by it.
-        refresh: Read the bucket anew, even if there is a manifest of it; a run that was begun
+        refresh: Read the bucket again, even if there is a manifest of it; a run that was begun
             with the old one does not continue with a new one that differs.
         **keywords: As :class:`StreamOptions`.
 
@@ -128,7 +128,7 @@ def stream_bigquery(
 
     Args:
         table: ``project.dataset.table``. Give this or ``query``.
-        query: GoogleSQL. It is tried without running first, and its bytes are told.
+        query: GoogleSQL. A dry run says first how many bytes it reads.
         query_parameters: The official client's parameters of the query.
         project: Who pays; None is the project of the credentials or of the table.
         row_restriction: Of a table, a condition as after WHERE.
@@ -137,10 +137,11 @@ def stream_bigquery(
         destination: ``project.dataset.table`` for the query's result, which must not exist; None
             is a temporary table of BigQuery's.
         split: Keeps the rows whose column ``split`` has this value.
-        refresh: Read the table anew, even if there is a manifest of it.
+        refresh: Read the table again, even if there is a manifest of it.
         bigquery_client: A ``google.cloud.bigquery.Client``; None makes one with the
             application-default credentials.
-        bigquery_read_client: A ``google.cloud.bigquery_storage.BigQueryReadClient``, likewise.
+        bigquery_read_client: A ``google.cloud.bigquery_storage.BigQueryReadClient``; give both
+            clients or neither.
         **keywords: As :class:`StreamOptions`.
 
     Returns:
@@ -199,7 +200,7 @@ def stream_hub(
             commit ``report()`` names.
         streaming: Read rows as they are downloaded instead of keeping the data set's files.
         max_rows: Read no more than the first so many.
-        refresh: Read the data set anew, even if there is a manifest of it.
+        refresh: Read the data set again, even if there is a manifest of it.
         **keywords: As :class:`StreamOptions`.
 
     Returns:

@@ -29,12 +29,6 @@ class Order:
 
     The order is part of saved runs: it is the same on every machine and for every version of
     Python, and a test pins it.
-
-    Args:
-        num_rows: Rows of the data, at least 1.
-        seed: Any whole number.
-        epoch: From 0; each has an order of its own.
-        shuffle: False keeps the rows as they stand.
     """
 
     def __init__(self, num_rows: int, *, seed: int, epoch: int, shuffle: bool = True) -> None:
@@ -78,12 +72,6 @@ class ShardOrder:
 
     Neighbours in time are neighbours in a file: a disk reads a large tar from one end to the other
     instead of here and there. The shuffle is worse for it.
-
-    Args:
-        starts: The row at which each shard begins, ascending from 0.
-        num_rows: Rows of all shards.
-        seed: Any whole number.
-        epoch: From 0.
     """
 
     def __init__(self, starts: Sequence[int], num_rows: int, *, seed: int, epoch: int) -> None:
@@ -118,9 +106,6 @@ class Interleave:
     Of any ``n`` slots in a row from the first, each of two streams has its share of ``n`` to
     within one; more streams are divided in halves, again and again. How often a stream was taken
     from before a slot is computed, so that nothing needs to be remembered.
-
-    Args:
-        weights: One per stream, above 0; only their proportions count.
     """
 
     def __init__(self, weights: Sequence[Fraction]) -> None:

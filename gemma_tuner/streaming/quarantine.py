@@ -1,4 +1,4 @@
-"""What could not be used, why, and how much of it a run puts up with.
+"""Examples that could not be used, why, and how many of them a run allows.
 
 A bad example is passed over and leaves a hole in the order, so that every later one keeps its
 place. Each is written once to a file beside the manifest, which only its owner can read::
@@ -53,17 +53,9 @@ class BadExample:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How much of the data may be bad.
+    """How much of the data may be bad."""
 
-    Args:
-        max_bad_fraction: Of the rows of an epoch; 0 lets the first bad row end the run.
-        max_consecutive_bad: Bad rows without a good one between them.
-
-    Raises:
-        ConfigError: A value out of its range.
-    """
-
-    max_bad_fraction: float = 0.0
+    max_bad_fraction: float = 0.0  # of an epoch's rows; 0 lets the first bad row end the run
     max_consecutive_bad: int = 100
 
     def __post_init__(self) -> None:
@@ -109,12 +101,7 @@ class Budget:
 
 
 class Quarantine:
-    """The bad examples of one manifest.
-
-    Args:
-        path: The file; made when the first is added.
-        budget: How many are put up with.
-    """
+    """The bad examples of one manifest."""
 
     def __init__(self, path: Path, budget: Budget) -> None:
         self.path = path
@@ -146,7 +133,7 @@ class Quarantine:
             self._known = {_identify(known) for known in self.inspect()}
         if _identify(record) not in self._known:
             self._known.add(_identify(record))
-            # A line of its own, also after one that a kill cut off.
+            # On a new line, also after one that a kill cut off.
             line = "\n" + json.dumps(dataclasses.asdict(record), ensure_ascii=False)
             os.write(descriptor, line.encode("utf-8", "replace"))
         self._num_bytes = os.fstat(descriptor).st_size

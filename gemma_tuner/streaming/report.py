@@ -1,4 +1,4 @@
-"""What a stream says of itself: a report in figures, and single examples for the eye."""
+"""A stream's report in figures, and single examples to look at."""
 
 from __future__ import annotations
 

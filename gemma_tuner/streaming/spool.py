@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.log import logger
@@ -153,15 +153,15 @@ def _locked(folder: Path, name: str) -> Iterator[None]:
     try:
         for path in (folder, folder / "locks"):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT
-        descriptor = os.open(folder / "locks" / f"{name}.lock", flags, 0o600)
+        # Preserved: no soft lock takes its place, which would outlive a killed process.
+        lock = FileLock(folder / "locks" / f"{name}.lock", mode=0o600, preserve_lock_file=True)
+        lock.acquire()
     except OSError as error:
         raise SourceError(
             f"the manifest cannot be written to the folder {folder.name!r} ({error.strerror}); "
             "free some space there, or choose another by cache_dir="
         ) from None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        lock.release()

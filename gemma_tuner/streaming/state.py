@@ -1,4 +1,4 @@
-"""Where a stream stands, and this as JSON: two numbers, and what they refer to."""
+"""The place of a stream, and its state as JSON: two numbers, and what they refer to."""
 
 from __future__ import annotations
 
@@ -14,26 +14,14 @@ STATE_VERSION = 2
 
 
 class Place:
-    """Where a stream stands: a slot, numbered on over the epochs, and the bad rows of its epoch.
-
-    Args:
-        num_slots: Slots of an epoch.
-        num_portions: Data sets in the stream.
-
-    Attributes:
-        epoch: The epoch, from 0.
-        slot: The first slot that was not handed out.
-        bad: Rows of each data set that could not be used, in this epoch.
-        is_begun: Whether the latest iteration has handed out anything.
-        is_finished: Whether it came to the end of its epoch.
-    """
+    """Where a stream stands: a slot, numbered on over the epochs, and its epoch's bad rows."""
 
     def __init__(self, num_slots: int, num_portions: int) -> None:
         self._num_slots = num_slots
         self.epoch = 0
-        self.slot = 0
-        self.bad = [0] * num_portions
-        self.is_begun = False
+        self.slot = 0  # the first that was not handed out, numbered on over the epochs
+        self.bad = [0] * num_portions  # rows of each data set that could not be used
+        self.is_begun = False  # the latest iteration has handed out something
         self.is_finished = False
 
     @property

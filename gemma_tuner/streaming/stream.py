@@ -1,4 +1,4 @@
-"""A stream of examples: shuffled anew each epoch, resumable at the exact next example.
+"""A stream of examples: reshuffled each epoch, resumable at the exact next example.
 
 A stream is a sequence of slots that runs on over the epochs. Which row a slot holds is computed
 from its number (:mod:`gemma_tuner.streaming.order`), so that the state of a stream is one number
@@ -31,7 +31,7 @@ _NEVER = object()
 
 
 class ExampleStream:
-    """Examples with their media decoded, epoch after epoch, each in an order of its own.
+    """Examples with their media decoded, epoch after epoch, each in another order.
 
     One iteration is one epoch, and the next is the next epoch. An iteration left before its end
     is left for good: the next one begins the next epoch, unless a state was loaded in between.
@@ -168,7 +168,7 @@ class ExampleStream:
             count: How many there are.
 
         Returns:
-            A stream of its own at the place of this one, with the rows and length of the whole.
+            A new stream at the place of this one, with the rows and length of the whole.
 
         Raises:
             ConfigError: No such shard, or a shard of a shard.
@@ -220,7 +220,7 @@ class ExampleStream:
             num_rows: How many at most.
 
         Returns:
-            A stream of its own, at its beginning.
+            A new stream, at its beginning.
 
         Raises:
             ConfigError: Not a whole number above 0, or a mix.
@@ -260,7 +260,7 @@ class ExampleStream:
             count: How many rows.
 
         Returns:
-            What a person reads: ``print`` it; notebooks show its pictures and play its sounds.
+            What a person reads: ``print`` it; notebooks show its images and play its clips.
             It holds contents of the data.
 
         Raises:

@@ -23,22 +23,7 @@ Locality = Literal["shard"]
 
 
 class DatasetView:
-    """Some rows of a manifest, how they are shuffled, and what loads them.
-
-    Args:
-        manifest: The rows.
-        fetcher: What fetches their media.
-        quarantine: Where those that cannot be used are noted.
-        seed: Decides the order, with the epoch.
-        shuffle: False keeps the rows as they stand.
-        locality: "shard" shuffles files, and rows within each; None shuffles all rows.
-        rows: Those of the manifest's rows that are in it, ascending; None for all.
-        subset: What ``rows`` are, in words.
-        num_splits: How many times :meth:`split` led here; each divides by hashes of its own.
-
-    Raises:
-        SourceError: No rows.
-    """
+    """Some rows of a manifest, how they are shuffled, and what loads them."""
 
     def __init__(
         self,
@@ -49,9 +34,9 @@ class DatasetView:
         seed: int = 0,
         shuffle: bool = True,
         locality: Locality | None = None,
-        rows: Sequence[int] | np.ndarray | None = None,
+        rows: Sequence[int] | np.ndarray | None = None,  # of the manifest, ascending
         subset: str = "all",
-        num_splits: int = 0,
+        num_splits: int = 0,  # each divides by other hashes
     ) -> None:
         self.manifest = manifest
         self.fetcher = fetcher

@@ -22,11 +22,11 @@ import PIL.Image
 import pyarrow
 import pytest
 
-from gemma_tuner.storage.cache import MediaCache
 from gemma_tuner.testing.cloud.bigquery.server import BigQueryFault, BigQueryServer
 from gemma_tuner.testing.cloud.gcs.faults import Fault, FlipBit, Refuse, Stall, Truncate
 from gemma_tuner.testing.cloud.gcs.server import GcsServer
-from tests.e2e.killed_run import CACHE_BYTES, TABLE, open_stream
+from tests.e2e.killed_run import TABLE, open_stream
+from tests.media_cache import check_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 60.0
@@ -308,9 +308,7 @@ def check_quarantine(folder: Path, cloud: Cloud) -> None:
 
 def check_disk(folder: Path, num_rows: int) -> None:
     """Everything is whole, and nothing is left of what was killed."""
-    check = MediaCache(
-        folder / "cache" / "media", max_bytes=CACHE_BYTES, min_free_bytes=0
-    ).verify()
+    check = check_cache(folder / "cache" / "media")
     assert check.damaged == 0
     assert check.entries == num_rows - len(WRONG) + len(BROKEN)
     names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]

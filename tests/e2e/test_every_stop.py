@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tuner.storage.cache import MediaCache
 from gemma_tuner.streaming.stream import ExampleStream
 from gemma_tuner.testing.cloud.gcs.faults import Fault, FlipBit, Refuse, Reset, Stall, Truncate
 from gemma_tuner.testing.cloud.gcs.server import GcsServer
@@ -38,6 +37,7 @@ from tests.e2e.stopping import (
     record,
     write_data,
 )
+from tests.media_cache import check_cache
 
 ROOT = Path(__file__).resolve().parents[2]
 NUM_EPOCHS = 2
@@ -96,9 +96,9 @@ def check_every_stop(world: World, case: Case, *, ahead: int, whole_every: int) 
         if count:
             assert reached == states[k + count], f"stopped at {k}"
     if "cache_bytes" in case.fetch:
-        cache = MediaCache(world.folder / "cache" / "media", max_bytes=1, min_free_bytes=0)
-        assert cache.verify().entries < 20
-        assert cache.verify().damaged == 0
+        check = check_cache(world.folder / "cache" / "media")
+        assert check.entries < 20
+        assert check.damaged == 0
     if "attempt_timeout_seconds" in case.fetch:
         struck = Counter(type(request.effect).__name__ for request in world.server.requests)
         assert min(struck[name] for name in ("Refuse", "Stall", "Truncate", "FlipBit")) > 3

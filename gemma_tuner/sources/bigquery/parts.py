@@ -15,7 +15,6 @@ follows, and read again.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import struct
@@ -27,6 +26,7 @@ from typing import BinaryIO
 
 import pyarrow
 import pyarrow.ipc
+from filelock import FileLock, Timeout
 
 from gemma_tuner.errors import SourceError
 from gemma_tuner.log import logger
@@ -200,11 +200,11 @@ class PartFolder:
         for path in (folder.parent, folder):  # parents made on the way are everybody's to read
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
-        self._lock = _open_private(folder / "lock")
+        # Preserved: no soft lock takes its place, which would outlive a killed process.
+        self._lock = FileLock(folder / "lock", mode=0o600, preserve_lock_file=True)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
+            self._lock.acquire(blocking=False)
+        except Timeout:
             raise SourceError(
                 "the same BigQuery data is being read already, here or by another process; wait "
                 "for it to end, or choose another folder by cache_dir="
@@ -215,7 +215,7 @@ class PartFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        self._lock.release()
 
     def save_record(self) -> None:
         """Replace the record on disk by the present one."""

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from gemma_tuner.errors import SourceError
 from gemma_tuner.records import StoredObject
-from gemma_tuner.storage.cache import CacheCheck, MediaCache
+from gemma_tuner.storage.cache import MediaCache
+from tests.media_cache import CacheCheck, check_cache
 
 HEADER_BYTES, TOTAL_BYTES = 20, 12
 ROOT = Path(__file__).resolve().parents[3]
@@ -64,7 +65,7 @@ def test_what_was_written_comes_back(tmp_path):
         assert cache.read(stored) == content
         assert open_cache(cache._files.path).read(stored) == content
     assert (cache.counts.hits, cache.counts.misses, cache.counts.not_stored) == (3, 3, 0)
-    assert cache.verify() == CacheCheck(entries=3, num_bytes=100_001, damaged=0)
+    assert check_cache(cache._files.path) == CacheCheck(entries=3, num_bytes=100_001, damaged=0)
     assert cache.num_bytes == sum_sizes(cache._files.path) == 100_001 + 3 * 20 + 12
 
 
@@ -119,7 +120,7 @@ def test_every_flipped_bit_is_found(tmp_path):
         damaged = bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
-        assert cache.verify() == CacheCheck(0, 0, damaged=1)
+        assert check_cache(cache._files.path) == CacheCheck(0, 0, damaged=1)
         assert cache.read(stored) is None
         assert not path.exists()
         assert cache.num_bytes == sum_sizes(tmp_path)
@@ -211,7 +212,7 @@ def test_it_keeps_what_a_model_keeps(tmp_path_factory, sizes, max_bytes, steps):
         assert cache.num_bytes == model.total() == sum_sizes(folder) <= max_bytes
     assert num_evicted + cache.counts.evicted == model.evicted
     clock.probe = None
-    assert cache.verify().entries == len(model.entries)
+    assert check_cache(cache._files.path).entries == len(model.entries)
 
 
 def test_a_full_budget_keeps_what_was_used_last(tmp_path):
@@ -235,7 +236,7 @@ def test_no_budget_is_no_cache(tmp_path):
     assert not cache.write(make_object(1), b"abc")
     assert cache.read(make_object(1)) is None
     assert cache.num_bytes == 0
-    assert cache.verify() == CacheCheck(0, 0, 0)
+    assert check_cache(cache._files.path) == CacheCheck(0, 0, 0)
     assert not (tmp_path / "none").exists()
 
 
@@ -419,7 +420,7 @@ def test_processes_and_threads_share_a_folder_within_its_budget(tmp_path):
         assert num_hits > 10
     assert len(sums) > 20
     assert max_bytes // 2 < max(sums) <= max_bytes
-    assert cache.verify().damaged == 0
+    assert check_cache(cache._files.path).damaged == 0
     assert cache.num_bytes == sum_sizes(tmp_path)
 
 
@@ -434,7 +435,7 @@ def test_a_killed_writer_leaves_a_whole_cache(tmp_path):
         num_leftovers += len(list(tmp_path.glob("incoming/*")))
         cache = open_cache(tmp_path, max_bytes)
         assert list(tmp_path.glob("incoming/*")) == []
-        check = cache.verify()
+        check = check_cache(cache._files.path)
         assert check.damaged == 0
         assert cache.num_bytes == sum_sizes(tmp_path) <= max_bytes
     assert num_leftovers > 0
