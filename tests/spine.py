@@ -16,7 +16,7 @@ from typing import Any
 import gemma_tuner
 from gemma_tuner.batch import Batch, Row
 from gemma_tuner.records import Example
-from gemma_tuner.streaming.slots import Slot
+from gemma_tuner.streaming.view import Slot
 from gemma_tuner.training.feed import StepInput
 
 PACKAGE = Path(gemma_tuner.__file__).parent
