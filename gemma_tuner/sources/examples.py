@@ -39,6 +39,7 @@ class Source(Protocol):
 
     def read_summary(self) -> dict[str, Any]:
         """Return what the last complete iteration met, as JSON."""
+        # format layout columns unused splits notes num_files
         ...
 
     def __iter__(self) -> Iterator[tuple[str, Outcome]]:
@@ -61,6 +62,7 @@ class ExampleReader:
 
     def read(self, rows: Iterable[Row], locate: Locate) -> Iterator[tuple[str, Outcome]]:
         """Make an example of each row of the split."""
+        # Raises DataError for a row that shows that those before it were misread.
         num_rows = 0
         for row in rows:
             if isinstance(row.values, DataError):

@@ -112,7 +112,7 @@ def list_columns(files: Sequence[DataFile], file_format: RowFormat) -> list[str]
 def read_rows(
     file: DataFile, file_format: RowFormat, columns: Columns
 ) -> Iterator[tuple[int, Mapping[str, Any] | DataError]]:
-    """Read the rows of a file."""
+    """Read the rows of a file, numbered from 1; Parquet reads no other columns than these."""
     if file_format == "parquet":
         return _read_parquet(file, set(columns.names.values()))
     return _read_csv(file) if file_format == "csv" else _read_json(file)

@@ -79,7 +79,7 @@ class LocalFiles:
 
 
 def find_files(paths: Paths, file_format: str | None = None) -> LocalFiles:
-    """Find the data files that paths, globs and folders mean."""
+    """Find the data files that paths, globs and folders mean; one given twice is read once."""
     wanted = check_format(file_format)
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
@@ -188,7 +188,7 @@ def name_canonically(split: str) -> str:
 
 
 def name_split(name: str, file_format: Format) -> str:
-    """Tell which split a file is of."""
+    """Tell which split a file is of, by a folder above it or a word of its name."""
     *folders, last = name.split("/")
     for part in reversed(folders):
         if part.lower() in _SPLITS:

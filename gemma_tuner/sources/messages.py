@@ -85,7 +85,7 @@ def describe_type(value: object) -> str:
 
 
 def read_media(value: Any, kind: MediaKind, *, key: str) -> Image | Audio | None:
-    """Make a media part of one value."""
+    """Make a media part of one value, still encoded; None where it holds nothing."""
     part = Image if kind == "image" else Audio
     if isinstance(value, Mapping):
         if kind == "audio" and value.get("array") is not None:
@@ -140,7 +140,7 @@ def read_turns(
     media: Mapping[MediaKind, Sequence[Image | Audio]],
     unused_fields: Counter[str],
 ) -> tuple[tuple[Turn, ...], list[Image | Audio]]:
-    """Make turns of a row's messages."""
+    """Make turns of a row's messages; return them, and the media that have no place in them."""
     # A part without content (``{"type": "image"}``), or the tag ``<image>`` or ``<audio>`` within
     # the text of a row that has such media, takes the next of the row's own media.
     if isinstance(messages, str):

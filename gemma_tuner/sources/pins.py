@@ -18,6 +18,7 @@ def pin_media(
     outcomes: Iterable[tuple[str, Outcome]], stores: Stores
 ) -> Iterator[tuple[str, Outcome]]:
     """Give every image and clip in a bucket its version, size and checksum."""
+    # Missing, empty or overwritten media are what is wrong with their example, and end nothing.
     waiting: list[tuple[str, Outcome]] = []
     uris: dict[str, None] = {}
 

@@ -93,7 +93,7 @@ class MediaCache:
         return content
 
     def write(self, stored: StoredObject, content: bytes) -> bool:
-        """Keep the bytes of an object."""
+        """Keep the bytes of an object; whatever prevents it is counted, and no error."""
         # An object with neither a generation nor a checksum is not kept: nothing would tell when
         # it has changed. One of them is enough, because both are part of an entry's name.
         if not self._max_bytes:

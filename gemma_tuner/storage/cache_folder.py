@@ -62,7 +62,7 @@ class CacheFolder:
         return self.path / name[:2] / f"{name}.media"
 
     def begin(self, num_bytes: int) -> tuple[Path, int]:
-        """Create a file of its final size, locked as long as its writer lives."""
+        """Create a file of its final size, locked as long as its descriptor is open."""
         self._incoming.mkdir(mode=0o700, exist_ok=True)
         path = self._incoming / f"{secrets.token_hex(16)}.part"
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

@@ -128,7 +128,9 @@ class Fetcher:
         self._seconds_waited = 0.0
 
     def fetch(self, stored: StoredObject) -> bytes:
-        """Return an object, or the part of one, from the cache or the store."""
+        """Return an object, or the part of one, from the cache or the store; gzip is undone."""
+        # Raises TransientReadError where the store answers and this object cannot be read, and a
+        # plain SourceError where nothing can be read within total_timeout_seconds.
         cache = self._get_cache()
         content = cache.read(stored)
         if content is not None:
@@ -147,7 +149,7 @@ class Fetcher:
         return _unzip(content, stored) if content.startswith(_GZIP_MAGIC) else content
 
     def read_range(self, stored: StoredObject, start: int, num_bytes: int) -> bytes:
-        """Return bytes of an object as they are stored, past the cache."""
+        """Return bytes of an object as they are stored, past the cache; no checksum is known."""
         end = start + num_bytes
         if start < 0 or num_bytes < 0 or (stored.num_bytes is not None and end > stored.num_bytes):
             raise ValueError(f"bytes {start} to {end} of an object of {stored.num_bytes}")

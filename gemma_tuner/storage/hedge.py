@@ -71,6 +71,7 @@ class Racer:
 
     def race(self, attempt: Attempt, *, what: str, deadline: float) -> bytes:
         """Make one attempt, and a second beside it when it takes long; the first answer counts."""
+        # Raises RuntimeError once close() was called.
         # A transient failure is no answer as long as the other attempt is under way.
         under_way: dict[Future[Any], float] = {}  # and when each is given up
 

@@ -61,6 +61,7 @@ class ObjectStore(Protocol):
 
     def pin_objects(self, uris: Sequence[str]) -> list[StoredObject | SourceError]:
         """Find each URI's present version, size and checksum, or why there is none."""
+        # Raises AccessDeniedError for the whole call: the next ones would fail as well.
         ...
 
     def read_object(
@@ -72,6 +73,8 @@ class ObjectStore(Protocol):
         timeout_seconds: float,
     ) -> bytes:
         """Read bytes of the pinned version, in one attempt."""
+        # num_bytes=None reads to the end and checks the store's own checksum. The timeout is of
+        # connecting and of each wait for bytes: whoever trickles may take longer.
         ...
 
 

@@ -176,6 +176,8 @@ def write_manifest(
     pass_over: Callable[[str, DataError], None] | None = None,
 ) -> None:
     """Write a manifest, replacing what is there only once it is complete."""
+    # pass_over gets each row that cannot be kept, and raises to end the writing; None raises the
+    # first. read_summary is called after the last row.
     with disk_errors_explained(
         lambda reason: SourceError(
             f"the manifest cannot be written to the folder {path.parent.name!r} ({reason}); free "

@@ -112,7 +112,7 @@ class Interleave:
         self._weights = weights
 
     def locate(self, slot: int) -> tuple[int, int]:
-        """Say where a slot is taken from."""
+        """Return the stream that a slot is taken from, and how many of its slots came before."""
         first, last = 0, len(self._weights)
         while last - first > 1:
             middle = (first + last) // 2

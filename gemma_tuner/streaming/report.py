@@ -18,7 +18,7 @@ _SHOWN_CHARACTERS = 200
 
 
 @dataclass(frozen=True, slots=True)
-class PortionReport:
+class DatasetReport:
     """What one data set of a stream is made of, what was chosen by itself, and what it cost.
 
     Args:
@@ -111,7 +111,7 @@ class StreamReport:
         wait_seconds: Time spent waiting for examples.
     """
 
-    parts: tuple[PortionReport, ...]
+    parts: tuple[DatasetReport, ...]
     epoch: int
     position: int
     handed_out: int
@@ -178,10 +178,10 @@ class StreamPreview:
         return "".join(map(write_html, self.examples))
 
 
-def report_view(view: DatasetView, *, share: float, cache_bytes: int) -> PortionReport:
+def report_view(view: DatasetView, *, share: float, cache_bytes: int) -> DatasetReport:
     """Say what one data set of a stream is made of."""
     manifest, summary = view.manifest, view.manifest.summary
-    return PortionReport(
+    return DatasetReport(
         rows=len(view),
         subset=view.subset,
         share=share,

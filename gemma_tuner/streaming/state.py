@@ -16,11 +16,11 @@ STATE_VERSION = 2
 class Place:
     """Where a stream stands: a slot, numbered on over the epochs, and its epoch's bad rows."""
 
-    def __init__(self, num_slots: int, num_portions: int) -> None:
+    def __init__(self, num_slots: int, num_views: int) -> None:
         self._num_slots = num_slots
         self.epoch = 0
         self.slot = 0  # the first that was not handed out, numbered on over the epochs
-        self.bad = [0] * num_portions  # rows of each data set that could not be used
+        self.bad = [0] * num_views  # rows of each data set that could not be used
         self.is_begun = False  # the latest iteration has handed out something
         self.is_finished = False
 
@@ -89,8 +89,8 @@ def read_state(
             "mix, or start a new one"
         )
     epoch, position, bad = state["epoch"], state["position"], state["bad"]
-    num_portions = len(identity.get("weights", [1]))
-    is_right = isinstance(bad, list) and len(bad) == num_portions
+    num_views = len(identity.get("weights", [1]))
+    is_right = isinstance(bad, list) and len(bad) == num_views
     for value in (epoch, position, *(bad if is_right else ())):
         is_right &= isinstance(value, int) and not isinstance(value, bool) and value >= 0
     if not is_right:

@@ -417,6 +417,7 @@ class ExampleStream:
         self, slot: Slot, stage: Stage, error: DataError, bad: int, consecutive: int
     ) -> None:
         """Note a row in the quarantine, and raise its error where the budget allows no more."""
+        # A mix may go through a small data set several times in one of its epochs.
         share = self._weights[slot.index] / sum(self._weights)
         slot.view.note_bad(
             slot.row,

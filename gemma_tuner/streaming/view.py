@@ -162,6 +162,7 @@ class DatasetView:
         epoch_rows: int,
     ) -> None:
         """Note a row in the quarantine, and raise its error where the budget allows no more."""
+        # bad: bad rows of the epoch with this one; consecutive: those since the last good one.
         quarantine = self.quarantine
         if quarantine.budget.max_bad_fraction:
             objects = list_stored(self.manifest.read_example(row))
