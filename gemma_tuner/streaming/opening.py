@@ -252,6 +252,7 @@ def _open_stream(
         manifest,
         fetcher,
         quarantine,
+        range(len(manifest)),
         seed=options.seed,
         shuffle=options.shuffle,
         locality=options.locality,

@@ -17,9 +17,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 from gemma_tuner.errors import ConfigError, DataError, SourceError
+from gemma_tuner.records import StoredObject
 
 Stage = Literal["row", "fetch", "decode", "collate"]
 
@@ -49,6 +50,27 @@ class BadExample:
     error: str
     reason: str
     objects: tuple[str, ...] = ()
+
+    @classmethod
+    def explain(
+        cls,
+        error: DataError,
+        origin: str,
+        stage: Stage,
+        *,
+        row: int | None = None,
+        stored: Iterable[StoredObject] = (),
+    ) -> Self:
+        """Describe what is wrong with an example."""
+        return cls(
+            key=error.key,
+            origin=origin,
+            row=row,
+            stage=stage,
+            error=type(error.__cause__ or error).__name__,
+            reason=read_reason(error),
+            objects=tuple(f"{each.uri}#{each.generation}" for each in stored),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,16 +122,7 @@ class _Tally:
         is_next = self._latest is not None and self._latest[0] == self._num_rows - 1
         self._num_consecutive = self._num_consecutive + 1 if is_next else 1
         self._latest = (self._num_rows, error)
-        self.records.append(
-            BadExample(
-                key=error.key,
-                origin=origin,
-                row=None,
-                stage="row",
-                error=type(error.__cause__ or error).__name__,
-                reason=read_reason(error),
-            )
-        )
+        self.records.append(BadExample.explain(error, origin, "row"))
         if self._num_consecutive > budget.max_consecutive_bad:
             self.check_all()
 

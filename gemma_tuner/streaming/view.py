@@ -17,45 +17,35 @@ from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.storage.objects import CorruptReadError, ObjectChangedError, TransientReadError
 from gemma_tuner.streaming.manifest import Manifest, hash_keys, list_stored
 from gemma_tuner.streaming.order import Order, ShardOrder
-from gemma_tuner.streaming.quarantine import BadExample, Quarantine, Stage, read_reason
+from gemma_tuner.streaming.quarantine import BadExample, Quarantine, Stage
 
 Locality = Literal["shard"]
 
 
+@dataclass(eq=False, repr=False)
 class DatasetView:
     """Some rows of a manifest, how they are shuffled, and what loads them."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        fetcher: Fetcher,
-        quarantine: Quarantine,
-        *,
-        seed: int = 0,
-        shuffle: bool = True,
-        locality: Locality | None = None,
-        rows: Sequence[int] | np.ndarray | None = None,  # of the manifest, ascending
-        subset: str = "all",
-        num_splits: int = 0,  # each divides by other hashes
-    ) -> None:
-        self.manifest = manifest
-        self.fetcher = fetcher
-        self.quarantine = quarantine
-        self.seed = seed
-        self.shuffle = shuffle
-        self.locality: Locality | None = locality
-        self.rows = range(len(manifest)) if rows is None else rows
-        self.subset = subset
-        self._num_splits = num_splits
+    manifest: Manifest
+    fetcher: Fetcher
+    quarantine: Quarantine
+    rows: Sequence[int] | np.ndarray  # those of the manifest that are in it, ascending
+    seed: int = 0
+    shuffle: bool = True
+    locality: Locality | None = None
+    subset: str = "all"  # what the rows are, in words
+    num_splits: int = 0  # how often split() led here: each divides by other hashes
+
+    def __post_init__(self) -> None:
         if len(self.rows) == 0:
             raise SourceError(
-                f"the stream ({subset}) holds no rows; check paths, split and subset"
+                f"the stream ({self.subset}) holds no rows; check paths, split and subset"
             )
         self._latest_order: tuple[int, Order | ShardOrder] | None = None
         # The same rows may lie in other files, which changes their order and no fingerprint.
-        shards = np.asarray(manifest.shards, dtype="<i8").tobytes()
+        shards = np.asarray(self.manifest.shards, dtype="<i8").tobytes()
         digest = hashlib.sha256(shards).hexdigest()[:16]
-        self._layout = {} if locality is None else {"shards": digest}
+        self._layout = {} if self.locality is None else {"shards": digest}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -89,11 +79,12 @@ class DatasetView:
 
     def take(self, num_rows: int) -> Self:
         """Return the first rows, in the order of the source."""
-        return self._select(self.rows[:num_rows], f"take {num_rows}", self._num_splits)
+        subset = f"{self.subset}, take {num_rows}"
+        return replace(self, rows=self.rows[:num_rows], subset=subset)
 
     def split(self, fraction: float) -> tuple[Self, Self]:
         """Divide the rows by hashes of their keys."""
-        hashes = hash_keys(self.manifest.read_keys(), salt=f"split {self._num_splits}")
+        hashes = hash_keys(self.manifest.read_keys(), salt=f"split {self.num_splits}")
         rows = np.asarray(self.rows)
         is_held_out = hashes[rows] < np.uint64(min(int(fraction * 2**64), 2**64 - 1))
         sides = []
@@ -103,21 +94,9 @@ class DatasetView:
                     f"split({fraction}) of {len(self)} rows leaves none {name}: each row falls by "
                     f"chance of its key; {_suggest_fraction(hashes[rows])}, or give more rows"
                 )
-            sides.append(self._select(chosen, f"split {fraction:g} {name}", self._num_splits + 1))
+            subset = f"{self.subset}, split {fraction:g} {name}"
+            sides.append(replace(self, rows=chosen, subset=subset, num_splits=self.num_splits + 1))
         return sides[0], sides[1]
-
-    def _select(self, rows: Sequence[int] | np.ndarray, name: str, num_splits: int) -> Self:
-        return type(self)(
-            self.manifest,
-            self.fetcher,
-            self.quarantine,
-            seed=self.seed,
-            shuffle=self.shuffle,
-            locality=self.locality,
-            rows=rows,
-            subset=f"{self.subset}, {name}",
-            num_splits=num_splits,
-        )
 
     # --- one row ------------------------------------------------------------------------------
 
@@ -165,18 +144,9 @@ class DatasetView:
         # bad: bad rows of the epoch with this one; consecutive: those since the last good one.
         quarantine = self.quarantine
         if quarantine.budget.max_bad_fraction:
-            objects = list_stored(self.manifest.read_example(row))
-            quarantine.add(
-                BadExample(
-                    key=error.key,
-                    origin=self.manifest.read_origin(row),
-                    row=row,
-                    stage=stage,
-                    error=type(error.__cause__ or error).__name__,
-                    reason=read_reason(error),
-                    objects=tuple(f"{stored.uri}#{stored.generation}" for stored in objects),
-                )
-            )
+            stored = list_stored(self.manifest.read_example(row))
+            origin = self.manifest.read_origin(row)
+            quarantine.add(BadExample.explain(error, origin, stage, row=row, stored=stored))
         quarantine.budget.check(
             error,
             bad=bad,
