@@ -13,9 +13,8 @@ from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError
 from gemma_tuner.evaluation.evaluate import evaluate
 from gemma_tuner.evaluation.generation import generate
-from gemma_tuner.evaluation.results import compare
 from gemma_tuner.evaluation.samples import SampleGenerations
-from gemma_tuner.evaluation.scores import Tally, exact_match, word_error_rate
+from gemma_tuner.evaluation.scores import Tally, compare, exact_match, word_error_rate
 from gemma_tuner.evaluation.subset import Subset
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.modes import begin_training
