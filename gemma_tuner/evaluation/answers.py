@@ -1,4 +1,4 @@
-"""A model's answers: prompts to tokens, and tokens to an answer and the thoughts before it."""
+"""A model's answers: encoded prompts to tokens, tokens to an answer and the thoughts before it."""
 
 from __future__ import annotations
 

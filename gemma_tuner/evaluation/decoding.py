@@ -1,4 +1,4 @@
-"""Rows of prompts to the tokens that follow them, through the model's own ``generate``."""
+"""Settings of decoding, and encoded prompts to the tokens that follow them."""
 
 from __future__ import annotations
 

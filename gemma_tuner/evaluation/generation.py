@@ -89,7 +89,7 @@ def generate(
             ``Audio(samples, sample_rate_hz)``.
         enable_thinking: Lets the model think before it answers, where its family can.
         batch_size: Prompts at a time; in float32 it does not change the answers.
-        **decoding: ``max_new_tokens do_sample temperature top_p top_k``, as in transformers, by
+        **decoding: ``max_new_tokens do_sample temperature top_p top_k`` of transformers, by
             default as the checkpoint says; ``seed`` makes sampling repeatable
             (:class:`~gemma_tuner.evaluation.decoding.Decoding`).
 
@@ -132,18 +132,18 @@ def generate_stream(
         model: From ``load_model`` or ``add_lora``.
         processor: From ``load_model``.
         prompt: One prompt.
-        image: Its images, as in :func:`generate`.
-        audio: Its clips, as in :func:`generate`.
+        image: Its images, in the forms that :func:`generate` takes.
+        audio: Its clips, in the forms that :func:`generate` takes.
         enable_thinking: Lets the model think before it answers, where its family can.
-        **decoding: As in :func:`generate`.
+        **decoding: The settings of :func:`generate`.
 
     Returns:
         An iterator of the answer's text; its ``result`` has the thoughts as well. Do not use the
         model for anything else until it ends or is closed.
 
     Raises:
-        ConfigError: As in :func:`generate`, or a list of prompts.
-        DataError: As in :func:`generate`.
+        ConfigError: Those of :func:`generate`, or a list of prompts.
+        DataError: Those of :func:`generate`.
     """
     generator = _make_generator(
         model, processor, Decoding(**decoding), enable_thinking=enable_thinking

@@ -1,4 +1,4 @@
-"""Prompts in the forms people write them, to the rows that a model continues.
+"""Prompts in every form that people write, to the rows that a model continues.
 
 A prompt is rendered as training renders it, with an answer at its end, and cut where that answer
 begins: what the model is asked is what it was trained to answer, by construction.
@@ -173,7 +173,7 @@ def _read_prompt(prompt: Any, given: Mapping[MediaKind, Any], key: str) -> Examp
         raise DataError("it is empty; give text, an image or a clip", key=key)
     if turns[-1].role == "assistant":
         raise DataError(
-            "the conversation ends with an answer; leave that out to have it answered anew, or "
+            "the conversation ends with an answer; leave that out to have it answered again, or "
             "add the next question",
             key=key,
         )

@@ -188,7 +188,7 @@ def find_scores(
     names = [score.name for score in found]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"two scores are called {name!r}; give each a name of its own")
+            raise ConfigError(f"two scores are called {name!r}; give each another name")
     return found
 
 

@@ -1,4 +1,4 @@
-"""The rows of a stream that an evaluation reads, several times over."""
+"""Rows spread evenly over a stream, which an evaluation reads several times."""
 
 from __future__ import annotations
 

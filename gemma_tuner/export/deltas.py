@@ -1,4 +1,4 @@
-"""What a PEFT adapter adds to which weight of a checkpoint."""
+"""A PEFT adapter, read from its folder as deltas of named weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.weights import list_file, read_json
-from gemma_tuner.models.adapter_files import FINGERPRINT
+from gemma_tuner.export.weights import read_file, read_json
+from gemma_tuner.models.adapter_files import CONFIG, FINGERPRINT, WEIGHTS
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 # Settings of PEFT's LoRA that change what an adapter computes, with the value that does not.
@@ -171,8 +168,7 @@ class Adapter:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """Read a PEFT LoRA adapter."""
-    # Returns: The adapter, in memory, float32.
+    """Read a PEFT LoRA adapter into memory, as float32."""
     folder = Path(path)
     name = folder.resolve().name
     if not (folder / CONFIG).is_file():
@@ -182,8 +178,7 @@ def read_adapter(path: str | Path) -> Adapter:
         )
     config = read_json(folder / CONFIG)
     _check_config(name, config)
-    list_file(folder / WEIGHTS)
-    tensors = load_file(folder / WEIGHTS)
+    tensors = read_file(folder / WEIGHTS)
     fingerprint = (
         read_json(folder / FINGERPRINT).get("base_norms_sha256")
         if (folder / FINGERPRINT).is_file()

@@ -1,4 +1,4 @@
-"""What makes two models the same to a saved run."""
+"""The identity of a model: its description in a saved run, a release's hash, a portable name."""
 
 from __future__ import annotations
 
