@@ -50,16 +50,7 @@ class Generation:
 
 
 class Generator:
-    """Answers prompts: one model with one collator and one way of choosing tokens.
-
-    Args:
-        model: A Gemma model, as loaded or wrapped by PEFT.
-        collator: Encodes prompts; ``train_on="last"``.
-        decoding: How tokens are chosen.
-
-    Raises:
-        ConfigError: A processor of another family than the model's.
-    """
+    """Answers prompts: a model, a collator with ``train_on="last"``, a way of choosing tokens."""
 
     def __init__(self, model: Any, collator: TextCollator, decoding: Decoding) -> None:
         gemma = unwrap_peft(model)

@@ -35,15 +35,10 @@ _PLACEHOLDER = Turn("assistant", (Text("x"),))
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One example, cut where its last answer begins.
+    """One example, cut where its last answer begins."""
 
-    Args:
-        row: The prompt: every token before the answer, with all media.
-        answer_ids: The answer's tokens, the one that ends it included.
-    """
-
-    row: Row
-    answer_ids: tuple[int, ...]
+    row: Row  # every token before the answer, with all media
+    answer_ids: tuple[int, ...]  # with the token that ends it
 
 
 def read_prompts(

@@ -15,10 +15,6 @@ class Subset:
 
     A row that cannot be used is not read again, so that it counts once against the stream's
     budget however often the rest is read.
-
-    Args:
-        stream: Held-out examples.
-        max_rows: How many to read at most; None reads all.
     """
 
     def __init__(self, stream: Stream, max_rows: int | None) -> None:

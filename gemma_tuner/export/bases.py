@@ -17,19 +17,12 @@ from gemma_tuner.models.identity import hash_decoder_norms, portable_name
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """The checkpoint that an adapter belongs to, and what the adapter does to it.
-
-    Args:
-        folder: Where it is.
-        config: Its ``config.json``.
-        tensors: Its weights.
-        deltas: The adapter's, by the names in ``tensors``.
-    """
+    """The checkpoint that an adapter belongs to, and the adapter by that checkpoint's names."""
 
     folder: Path
-    config: Mapping[str, Any]
+    config: Mapping[str, Any]  # config.json
     tensors: Mapping[str, StoredTensor]
-    deltas: Mapping[str, Delta | Replacement]
+    deltas: Mapping[str, Delta | Replacement]  # by names in tensors
 
     @property
     def model_type(self) -> str:

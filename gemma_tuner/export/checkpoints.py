@@ -23,19 +23,12 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class NewTensor:
-    """A tensor that will be written.
-
-    Args:
-        name: Its name in the new checkpoint.
-        dtype: Of its elements.
-        shape: Its shape.
-        chunks: Makes its bytes; called when it is its turn.
-    """
+    """A tensor that will be written."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[bytes]]
+    chunks: Callable[[], Iterator[bytes]]  # makes its bytes, once it is its turn
 
     @property
     def num_bytes(self) -> int:

@@ -42,16 +42,10 @@ _PER_LAYER_EMBEDDING = "model.language_model.embed_tokens_per_layer.weight"
 
 @dataclass(frozen=True, slots=True)
 class _Decoder:
-    """The decoder of the checkpoint that an adapter belongs to.
-
-    Args:
-        base: The checkpoint.
-        text: The decoder's settings, as transformers reads them.
-        names: Translates its weights' names to llama.cpp's.
-    """
+    """The decoder of the checkpoint that an adapter belongs to."""
 
     base: Base
-    text: Mapping[str, Any]
+    text: Mapping[str, Any]  # its settings, as transformers reads them
     names: Names
 
 

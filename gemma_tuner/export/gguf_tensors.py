@@ -44,19 +44,12 @@ _ALWAYS_F32 = (
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor of a GGUF file.
-
-    Args:
-        name: Its name there.
-        shape: In torch's order.
-        kind: How its elements are kept.
-        chunks: Makes its bytes; called when it is its turn.
-    """
+    """A tensor that will be written into a GGUF file."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # in torch's order
     kind: GGMLQuantizationType
-    chunks: Callable[[], Iterator[bytes]]
+    chunks: Callable[[], Iterator[bytes]]  # makes its bytes, once it is its turn
 
     @property
     def num_bytes(self) -> int:

@@ -123,12 +123,10 @@ def _read_sources(
     for name, stored in tensors.items():
         module, _, part = name.rpartition(".")
         scales = tensors.get(f"{module}.scales")
-        if scales is None:
+        if scales is None or part not in ("weight", "scales", "biases"):
             sources[name] = _Source(stored.dtype, stored.shape, partial(_read_plain, stored))
         elif part == "weight":
             sources[name] = _dequantised(name, stored, scales, tensors, settings)
-        elif part not in ("scales", "biases"):
-            sources[name] = _Source(stored.dtype, stored.shape, partial(_read_plain, stored))
     return sources
 
 

@@ -39,21 +39,13 @@ DTYPES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies.
-
-    Args:
-        path: Its file.
-        name: Its name there.
-        dtype: Of its elements.
-        shape: Its shape.
-        start: Of its bytes in the file.
-    """
+    """A tensor in a file, not read yet."""
 
     path: Path
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int
+    start: int  # of its bytes in the file
 
     @property
     def num_bytes(self) -> int:
