@@ -79,7 +79,20 @@ class Report:
     media: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        return _write_text(self)
+        # As wide as the terminal, or 80 characters where there is none.
+        head, *rows = _make_rows(self)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for place, name in enumerate(head):
+            table.add_column(Text(name), justify="right" if place else "left")
+        for row in rows:
+            table.add_row(*map(Text, row))
+        console = Console(file=StringIO(), highlight=False)
+        with console.capture() as written:
+            console.print(Text(f"Evaluation of {self.model}", style="bold"))
+            console.print(table)
+            lines = (line for line in _describe(self) if " version: " not in line)
+            console.print(Text("\n".join(lines)))
+        return "\n".join(line.rstrip() for line in written.get().splitlines())
 
     def __getitem__(self, name: str) -> ScoreResult:
         for score in self.scores:
@@ -137,10 +150,45 @@ class Report:
         Returns:
             The text; media are linked where the report was written with them.
         """
-        return _write_markdown(self, num_worst)
+        head, *rows = _make_rows(self)
+        lines = [
+            f"# Evaluation of {_escape_markdown(self.model)}",
+            "",
+            _join_row(head),
+            _join_row(("---", *["---:"] * (len(head) - 1))),
+            *(_join_row(tuple(map(_escape_markdown, row))) for row in rows),
+            "",
+            *(f"- {_escape_markdown(line)}" for line in _describe(self)),
+        ]
+        worst, title = _find_worst(self, num_worst)
+        if worst:
+            lines += ["", f"## The {title}"]
+        for number, example in enumerate(worst, 1):
+            lines += ["", f"### {number}. {_escape_markdown(example.key)}", ""]
+            for path in self.media.get(example.key, ()):
+                mark = "!" if path.endswith(".png") else ""
+                lines += [f"{mark}[{path}]({path})", ""]
+            lines += [
+                f"- **{name}:** {_shorten(text)}" for name, text in _list_texts(self, example)
+            ]
+        return "\n".join(lines) + "\n"
 
     def _repr_html_(self) -> str:
-        return _write_html(self, _SHOWN_IN_NOTEBOOKS)
+        head, *rows = _make_rows(self)
+        facts = "".join(element("li", escape(line)) for line in _describe(self))
+        worst, title = _find_worst(self, _SHOWN_IN_NOTEBOOKS)
+        examples = [
+            element("b", escape(example.key))
+            + make_table((), [(escape(k), escape(text)) for k, text in _list_texts(self, example)])
+            for example in worst
+        ]
+        return make_card(
+            f"Evaluation of {self.model}",
+            ", ".join(self.systems),
+            make_table(head, [tuple(map(escape, row)) for row in rows]),
+            make_details(f"the {title}", "".join(examples)) if worst else "",
+            make_details("what was measured, and how", element("ul", facts)),
+        )
 
 
 def _as_json(value: Any) -> Any:
@@ -151,66 +199,6 @@ def _as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _write_text(report: Report) -> str:
-    """Write the figures as wide as the terminal, or as 80 characters where there is none."""
-    head, *rows = _make_rows(report)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for place, name in enumerate(head):
-        table.add_column(Text(name), justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console = Console(file=StringIO(), highlight=False)
-    with console.capture() as written:
-        console.print(Text(f"Evaluation of {report.model}", style="bold"))
-        console.print(table)
-        lines = (line for line in _describe(report) if " version: " not in line)
-        console.print(Text("\n".join(lines)))
-    return "\n".join(line.rstrip() for line in written.get().splitlines())
-
-
-def _write_markdown(report: Report, num_worst: int) -> str:
-    """Write figures and the worst examples as Markdown."""
-    head, *rows = _make_rows(report)
-    lines = [
-        f"# Evaluation of {_escape_markdown(report.model)}",
-        "",
-        _join_row(head),
-        _join_row(("---", *["---:"] * (len(head) - 1))),
-        *(_join_row(tuple(map(_escape_markdown, row))) for row in rows),
-        "",
-        *(f"- {_escape_markdown(line)}" for line in _describe(report)),
-    ]
-    worst, title = _find_worst(report, num_worst)
-    if worst:
-        lines += ["", f"## The {title}"]
-    for number, example in enumerate(worst, 1):
-        lines += ["", f"### {number}. {_escape_markdown(example.key)}", ""]
-        for path in report.media.get(example.key, ()):
-            mark = "!" if path.endswith(".png") else ""
-            lines += [f"{mark}[{path}]({path})", ""]
-        lines += [f"- **{name}:** {_shorten(text)}" for name, text in _list_texts(report, example)]
-    return "\n".join(lines) + "\n"
-
-
-def _write_html(report: Report, num_worst: int) -> str:
-    """Write figures and the worst examples as HTML without scripts or links, for notebooks."""
-    head, *rows = _make_rows(report)
-    facts = "".join(element("li", escape(line)) for line in _describe(report))
-    worst, title = _find_worst(report, num_worst)
-    examples = [
-        element("b", escape(example.key))
-        + make_table((), [(escape(k), escape(text)) for k, text in _list_texts(report, example)])
-        for example in worst
-    ]
-    return make_card(
-        f"Evaluation of {report.model}",
-        ", ".join(report.systems),
-        make_table(head, [tuple(map(escape, row)) for row in rows]),
-        make_details(f"the {title}", "".join(examples)) if worst else "",
-        make_details("what was measured, and how", element("ul", facts)),
-    )
 
 
 def _make_rows(report: Report) -> list[Row]:
