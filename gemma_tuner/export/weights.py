@@ -94,12 +94,13 @@ def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Pa
     try:
         return Path(snapshot_download(str(name_or_path), revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
-        at = f" --revision {revision}" if revision else ""
+        name = folder.name if folder.is_absolute() else name_or_path
+        at, option = (
+            (f" at revision {revision}", f" --revision {revision}") if revision else ("", "")
+        )
         raise CheckpointError(
-            f"{folder.name if folder.is_absolute() else name_or_path} is no folder, and not in "
-            f"the local cache{f' at revision {revision}' if revision else ''}; fetch it with `hf "
-            f"download {folder.name if folder.is_absolute() else name_or_path}{at}`, or give the "
-            "checkpoint's folder"
+            f"{name} is no folder, and not in the local cache{at}; fetch it with `hf download "
+            f"{name}{option}`, or give the checkpoint's folder"
         ) from None
 
 
