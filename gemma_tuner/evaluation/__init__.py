@@ -1,1 +1,1 @@
-"""Generation with a fine-tuned model, and what its answers score beside those of its base."""
+"""Answers of a fine-tuned model, and their scores beside those of its base."""

@@ -1,4 +1,4 @@
-"""What a model wrote, from token ids: its answer, its thoughts, and whether it was done."""
+"""A model's answers: encoded prompts to tokens, tokens to an answer and the thoughts before it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from gemma_tuner.collators.labels import TurnMarkers
+from gemma_tuner.errors import ConfigError
+from gemma_tuner.evaluation.decoding import Decoding, build_config, check_length, complete
+from gemma_tuner.evaluation.prompts import PromptRow, encode_prompt
+from gemma_tuner.models.families import family_of, loaded_modalities
+from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.records import Example, Image
 
 if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+    from gemma_tuner.collators.text import TextCollator
     from gemma_tuner.models.families import Family
 
 _THOUGHT = "thought\n"  # the channel's name, which is no part of the thought
@@ -40,17 +49,52 @@ class Generation:
         return self.text
 
 
+class Generator:
+    """Answers prompts: a model, a collator with ``train_on="last"``, a way of choosing tokens."""
+
+    def __init__(self, model: Any, collator: TextCollator, decoding: Decoding) -> None:
+        gemma = unwrap_peft(model)
+        family = family_of(gemma.config)
+        if collator.family.model_type != family.model_type:
+            raise ConfigError(
+                f"the model is {family.name}, but the processor is of {collator.family.name}; "
+                "give the processor that load_model returned together with the model"
+            )
+        self.model = model
+        self.collator = collator
+        self.reader = AnswerReader(collator.processor.tokenizer, family)
+        self.config: GenerationConfig = build_config(gemma, decoding, self.reader.stop_ids)
+        self._seed = decoding.seed
+
+    def encode(self, example: Example) -> PromptRow:
+        """Encode an example that ends with an answer, or a placeholder for one."""
+        prompt = encode_prompt(self.collator, example)
+        check_length(unwrap_peft(self.model), prompt.row, self.config)
+        return prompt
+
+    def answer(self, prompts: Sequence[PromptRow], **options: Any) -> list[Generation]:
+        """Answer prompts in one batch; ``generate`` in transformers gets the options."""
+        rows = [prompt.row for prompt in prompts]
+        written = complete(
+            self.model, self.collator, rows, self.config, seed=self._seed, **options
+        )
+        return [self._describe(p, ids) for p, ids in zip(prompts, written, strict=True)]
+
+    def _describe(self, prompt: PromptRow, ids: Sequence[int]) -> Generation:
+        opening = self.reader.find_opening(prompt.row.input_ids.tolist())
+        text, thinking = self.reader.read(ids, opening)
+        stops: Any = self.config.eos_token_id
+        return Generation(
+            text=text,
+            thinking=thinking,
+            token_ids=tuple(ids),
+            finished_by="stop" if ids and ids[-1] in stops else "length",
+            num_prompt_tokens=len(prompt.row.input_ids),
+        )
+
+
 class AnswerReader:
-    """Reads answers that are written in the tokens of one family.
-
-    Args:
-        tokenizer: The processor's.
-        family: The model family.
-
-    Attributes:
-        stop_ids: What ends an answer: the end of the sequence, the end of a turn, and what opens
-            a tool's response, which is not for the model to write.
-    """
+    """Reads answers that are written in the tokens of one family."""
 
     def __init__(self, tokenizer: Any, family: Family) -> None:
         self._tokenizer = tokenizer
@@ -61,16 +105,12 @@ class AnswerReader:
         )
         calls = to_ids(list(_CALL_TOKENS)) if family.has_tools else ()
         self._dropped = self._markers.special.difference(calls)
-        ends = (
-            tokenizer.eos_token_id,
-            self._markers.close,
-            self._markers.tool_response_open,
-        )
+        ends = (tokenizer.eos_token_id, self._markers.close, self._markers.tool_response_open)
+        # The last opens a tool's response, which is not for the model to write.
         self.stop_ids = frozenset(token for token in ends if token is not None)
 
     def find_opening(self, prompt_ids: Sequence[int]) -> tuple[int, ...]:
         """Find what a prompt has of the model's turn: an empty thought, or an opened one."""
-        # prompt_ids: ``[T]``.
         header = self._markers.header
         for start in range(len(prompt_ids) - len(header), -1, -1):
             if tuple(prompt_ids[start : start + len(header)]) == header:
@@ -78,7 +118,7 @@ class AnswerReader:
         return ()
 
     def read(self, ids: Sequence[int], opening: Sequence[int] = ()) -> tuple[str, str | None]:
-        """Separate an answer from the thoughts before it."""
+        """Separate an answer, or the part that is there yet, from the thoughts before it."""
         spoken: list[int] = []
         thought: list[int] = []
         inside = False
@@ -106,3 +146,17 @@ class AnswerReader:
             skip_special_tokens=False,
             clean_up_tokenization_spaces=False,
         )
+
+
+def check_modalities(model: Any, examples: Sequence[Example]) -> None:
+    """Refuse media whose tower was not loaded; they need not be decoded yet."""
+    loaded = loaded_modalities(unwrap_peft(model))
+    for example in examples:
+        for part in example.media:
+            modality = "image" if isinstance(part, Image) else "audio"
+            if modality not in loaded:
+                raise ConfigError(
+                    f"{example.key} holds {modality}, but the model has no part for that (it has "
+                    f"{', '.join(loaded)}); load it with load_model(..., modalities=('text', "
+                    f"'{modality}')) if its checkpoint offers it"
+                )

@@ -1,7 +1,4 @@
-"""Rows of prompts to the tokens that follow them, through the model's own ``generate``.
-
-Axes: ``B`` rows, ``T`` tokens of the longest prompt.
-"""
+"""Settings of decoding, and encoded prompts to the tokens that follow them."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ DEFAULT_NEW_TOKENS = 256
 
 
 class DecodingOptions(TypedDict, total=False):
-    """The keywords of :class:`Decoding`, for functions that pass them on."""
+    """The keywords of :class:`Decoding`, for functions that hand them over."""
 
     max_new_tokens: int | None
     do_sample: bool | None
@@ -63,9 +60,8 @@ class Decoding:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        tokens = self.max_new_tokens
-        if tokens is not None and (not is_whole_number(tokens) or tokens < 1):
-            raise ConfigError(f"max_new_tokens is {tokens!r}; it must be a whole number from 1 up")
+        if self.max_new_tokens is not None:
+            check_count("max_new_tokens", self.max_new_tokens)
         if self.do_sample not in (None, True, False):
             raise ConfigError(f"do_sample is {self.do_sample!r}; it may be True or False")
         given = self.sampling
@@ -83,8 +79,8 @@ class Decoding:
             )
         if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ConfigError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
-        if self.top_k is not None and (not is_whole_number(self.top_k) or self.top_k < 1):
-            raise ConfigError(f"top_k is {self.top_k!r}; it must be a whole number from 1 up")
+        if self.top_k is not None:
+            check_count("top_k", self.top_k)
         if self.seed is not None and (
             not is_whole_number(self.seed) or not 0 <= self.seed < 2**63
         ):
@@ -97,8 +93,14 @@ class Decoding:
         return {name: value for name, value in given.items() if value is not None}
 
 
+def check_count(name: str, value: object) -> None:
+    """Refuse a setting that is no whole number from 1 up."""
+    if not is_whole_number(value) or value < 1:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1 up")
+
+
 def build_config(gemma: Any, decoding: Decoding, stop_ids: frozenset[int]) -> GenerationConfig:
-    """Put the wanted settings over the checkpoint's own."""
+    """Put the wanted settings over a copy of the checkpoint's own."""
     config = copy.deepcopy(gemma.generation_config)
     own = config.eos_token_id
     own_ids = own if isinstance(own, list) else [] if own is None else [own]
@@ -137,7 +139,7 @@ def complete(
     seed: int | None = None,
     **options: Any,
 ) -> list[tuple[int, ...]]:
-    """Continue prompts."""
+    """Continue prompts: the new tokens of each row, up to its stop token and with it."""
     gemma = unwrap_peft(model)
     inputs = {name: tensor.to(gemma.device) for name, tensor in pad_left(collator, rows).items()}
     with ExitStack() as stack:
@@ -151,7 +153,6 @@ def complete(
 
 def pad_left(collator: TextCollator, rows: Sequence[Row]) -> dict[str, Tensor]:
     """Pad prompts on the left, so that every answer begins at the same place."""
-    # Returns: The model's inputs, ``[B, T]`` int64, and media tensors.
     lengths = [len(row.input_ids) for row in rows]
     batch = pad_rows(
         rows,

@@ -10,23 +10,21 @@ from functools import partial
 from importlib import metadata
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from peft import PeftModel
 from rich.console import Console
-from rich.progress import Progress, TaskID
+from rich.progress import Progress
+from torch import Tensor
 
 from gemma_tuner.batch import Batch
-from gemma_tuner.checks import is_whole_number
 from gemma_tuner.errors import ConfigError, DataError
-from gemma_tuner.evaluation.answers import Generation
-from gemma_tuner.evaluation.decoding import Decoding, in_eval_mode
-from gemma_tuner.evaluation.generator import Generator, check_modalities
+from gemma_tuner.evaluation.answers import Generation, Generator, check_modalities
+from gemma_tuner.evaluation.decoding import Decoding, check_count, in_eval_mode
 from gemma_tuner.evaluation.prompts import PromptRow, end_with_answer, show_prompt
-from gemma_tuner.evaluation.report import Report
+from gemma_tuner.evaluation.report import Answered, Report
 from gemma_tuner.evaluation.report_files import check_output, write_report
-from gemma_tuner.evaluation.results import Answered, compare
-from gemma_tuner.evaluation.scores import Score, UserScore, find_scores
+from gemma_tuner.evaluation.scores import Score, UserScore, compare, find_scores
 from gemma_tuner.evaluation.subset import Subset
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.identity import portable_name
@@ -48,6 +46,8 @@ _CHUNK_TOKENS = 256  # target tokens whose logits exist at one time; it changes 
 _NUM_WORST = 20
 
 ReferencesOf = Callable[[Example], Sequence[str]]
+Systems = Mapping[str, Callable[[], AbstractContextManager[object]]]
+"""What is measured, by name, each with what switches the model to it."""
 
 
 def evaluate(
@@ -100,14 +100,17 @@ def evaluate(
     """
     check_collator(model, collator)  # pyright: ignore[reportArgumentType] - it unwraps
     found = find_scores(scores, language)
-    if not is_whole_number(batch_size) or batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size!r}; it must be a whole number from 1 up")
+    check_count("batch_size", batch_size)
     decoding = Decoding(max_new_tokens=max_new_tokens, do_sample=False)
     subset = Subset(stream, max_examples)
     if output is not None:
         check_output(output)
+    is_adapted = isinstance(model, PeftModel)
+    systems: Systems = {"adapter" if is_adapted else "model": nullcontext}
+    if is_adapted and compare_base:
+        systems = {**systems, "base": partial(_without_adapter, model)}
     evaluation = _Evaluation(
-        systems=_list_systems(model, compare_base=compare_base),
+        systems=systems,
         generator=Generator(model, replace(collator, train_on="last"), decoding),
         collator=collator,
         subset=subset,
@@ -115,7 +118,9 @@ def evaluate(
         references=references,
         batch_size=batch_size,
     )
-    with in_eval_mode(model), _show_progress(enabled=progress) as bar:
+    console = Console(stderr=True)
+    is_shown = progress and console.is_terminal
+    with in_eval_mode(model), Progress(console=console, disable=not is_shown) as bar:
         held_out = evaluation.measure_losses(bar)
         examples = tuple(evaluation.answer(bar)) if found else ()
     report = evaluation.make_report(held_out, examples, language)
@@ -126,9 +131,9 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Evaluation:
-    """One evaluation's parts."""
+    """The parts of one evaluation."""
 
-    systems: Mapping[str, Callable[[], AbstractContextManager[object]]]
+    systems: Systems
     generator: Generator
     collator: TextCollator
     subset: Subset
@@ -147,30 +152,31 @@ class _Evaluation:
                 f"evaluate() runs in one process, and this is one of {processes.count}; call it "
                 "in a script that is started with plain python"
             )
+
+        def sum_losses(batch: Batch) -> Tensor:
+            return target_loss_sum(model, batch.to(device), chunk_tokens=_CHUNK_TOKENS)
+
         records = {}
         for system, switched in self.systems.items():
             task = bar.add_task(f"loss, {system}", total=len(self.subset))
-
-            def collate(
-                stream: Stream, examples: Sequence[Example], task: TaskID = task
-            ) -> Batch | None:
-                bar.advance(task, self.batch_size)
-                check_modalities(model, examples)
-                return collate_good(self.collator, stream, examples)
-
             with switched():
                 records[system] = measure_held_out(
                     model,
                     cast(Stream, self.subset),
-                    collate,
-                    lambda batch: target_loss_sum(
-                        model, batch.to(device), chunk_tokens=_CHUNK_TOKENS
-                    ),
+                    partial(self._collate, partial(bar.advance, task)),
+                    sum_losses,
                     step=0,
                     batch_size=self.batch_size,
                     processes=processes,
                 )
         return records
+
+    def _collate(
+        self, advance: Callable[[float], None], stream: Stream, examples: Sequence[Example]
+    ) -> Batch | None:
+        advance(self.batch_size)
+        check_modalities(self.generator.model, examples)
+        return collate_good(self.collator, stream, examples)
 
     def answer(self, bar: Progress) -> Iterator[Answered]:
         """Let each system answer the prompts, and tally the answers."""
@@ -288,21 +294,10 @@ class _Evaluation:
         )
 
     def read_again(self, examples: Sequence[Answered]) -> dict[str, Example]:
-        """Read examples anew, with their media, which were not kept."""
+        """Read examples once more, with their media, which were not kept."""
         positions = [self.subset.find_position(example.key) for example in examples]
         read = self.subset.read_rows(positions)
         return {example.key: example for example in read if example is not None}
-
-
-def _list_systems(
-    model: Any, *, compare_base: bool
-) -> dict[str, Callable[[], AbstractContextManager[object]]]:
-    """What is measured, by name, each with what switches the model to it."""
-    if not isinstance(model, PeftModel):
-        return {"model": nullcontext}
-    if not compare_base:
-        return {"adapter": nullcontext}
-    return {"adapter": nullcontext, "base": partial(_without_adapter, model)}
 
 
 @contextmanager
@@ -315,8 +310,3 @@ def _without_adapter(model: PeftModel) -> Iterator[None]:
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(trainable[name])
-
-
-def _show_progress(*, enabled: bool) -> Progress:
-    console = Console(stderr=True)
-    return Progress(console=console, disable=not (enabled and console.is_terminal))

@@ -1,18 +1,28 @@
-"""Ask a model: text, pictures and sounds in, text out, whole or as it is written."""
+"""Ask a model: text, images and clips in, text out, whole or as it is written."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Unpack, overload
+import queue
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Self, Unpack, overload
 
-from gemma_tuner.checks import is_whole_number
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+from transformers.generation.streamers import BaseStreamer
+
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.evaluation.answers import Generation
-from gemma_tuner.evaluation.decoding import Decoding, DecodingOptions
-from gemma_tuner.evaluation.generator import Generator, check_modalities
-from gemma_tuner.evaluation.prompts import Messages, Prompt, add_placeholder, read_prompts
-from gemma_tuner.evaluation.text_stream import TextStream
+from gemma_tuner.evaluation.answers import Generation, Generator, check_modalities
+from gemma_tuner.evaluation.decoding import Decoding, DecodingOptions, check_count
+from gemma_tuner.evaluation.prompts import (
+    Messages,
+    Prompt,
+    PromptRow,
+    add_placeholder,
+    read_prompts,
+)
 from gemma_tuner.records import Example
 
 if TYPE_CHECKING:
@@ -73,12 +83,13 @@ def generate(
         processor: From ``load_model``.
         prompts: Text, messages (``[{"role": "user", "content": "Hello"}]``) or an ``Example``
             without its answer; or a list of these, which is answered in batches.
-        image: Pictures for a prompt, one or a list; for a list of prompts, such an entry (or
-            None) for each. A picture is a path, bytes, a ``PIL.Image`` or an ``Image``.
-        audio: Sounds likewise; a sound is a path, bytes, or ``Audio(samples, sample_rate_hz)``.
+        image: Images of a prompt, one or a list; for a list of prompts, such an entry (or None)
+            for each. An image is a path, bytes, a ``PIL.Image`` or an ``Image``.
+        audio: Clips in the same form; a clip is a path, bytes, or
+            ``Audio(samples, sample_rate_hz)``.
         enable_thinking: Lets the model think before it answers, where its family can.
         batch_size: Prompts at a time; in float32 it does not change the answers.
-        **decoding: ``max_new_tokens do_sample temperature top_p top_k``, as in transformers, by
+        **decoding: ``max_new_tokens do_sample temperature top_p top_k`` of transformers, by
             default as the checkpoint says; ``seed`` makes sampling repeatable
             (:class:`~gemma_tuner.evaluation.decoding.Decoding`).
 
@@ -91,8 +102,7 @@ def generate(
         DataError: A prompt that cannot be rendered, media that cannot be read or are too long, or
             a prompt that is longer than the model's context.
     """
-    if not is_whole_number(batch_size) or batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size!r}; it must be a whole number from 1 up")
+    check_count("batch_size", batch_size)
     generator = _make_generator(
         model, processor, Decoding(**decoding), enable_thinking=enable_thinking
     )
@@ -122,18 +132,18 @@ def generate_stream(
         model: From ``load_model`` or ``add_lora``.
         processor: From ``load_model``.
         prompt: One prompt.
-        image: Its pictures, as in :func:`generate`.
-        audio: Its sounds likewise.
+        image: Its images, in the forms that :func:`generate` takes.
+        audio: Its clips, in the forms that :func:`generate` takes.
         enable_thinking: Lets the model think before it answers, where its family can.
-        **decoding: As in :func:`generate`.
+        **decoding: The settings of :func:`generate`.
 
     Returns:
         An iterator of the answer's text; its ``result`` has the thoughts as well. Do not use the
         model for anything else until it ends or is closed.
 
     Raises:
-        ConfigError: As in :func:`generate`, or a list of prompts.
-        DataError: As in :func:`generate`.
+        ConfigError: Those of :func:`generate`, or a list of prompts.
+        DataError: Those of :func:`generate`.
     """
     generator = _make_generator(
         model, processor, Decoding(**decoding), enable_thinking=enable_thinking
@@ -152,3 +162,102 @@ def _make_generator(
         processor, max_tokens=_NO_LIMIT, train_on="last", enable_thinking=enable_thinking
     )
     return Generator(model, collator, decoding)
+
+
+class TextStream:
+    """An answer as it is written: an iterator of pieces of text, which joined are the answer.
+
+    The model writes in a thread, which ends with the iterator: when the answer is complete, when
+    :meth:`close` is called, when a ``with`` block is left, or when nobody holds it any more.
+
+    Attributes:
+        result: The whole answer, once it is complete; None before, and where it was closed.
+    """
+
+    def __init__(self, generator: Generator, prompt: PromptRow) -> None:
+        self.result: Generation | None = None
+        self._pieces = self._read(generator, prompt)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop writing, and wait until the model is free."""
+        self._pieces.close()
+
+    def _read(self, generator: Generator, prompt: PromptRow) -> Any:
+        reader = generator.reader
+        opening = reader.find_opening(prompt.row.input_ids.tolist())
+        ids: list[int] = []
+        shown = ""
+        with _Writer(lambda **options: generator.answer([prompt], **options)) as writer:
+            for token in writer:
+                ids.append(token)
+                if reader.ends_within_character(ids):
+                    continue
+                text, _ = reader.read(ids, opening)
+                if len(text) > len(shown):
+                    yield text[len(shown) :]
+                    shown = text
+        self.result = writer.answer
+        if self.result and len(self.result.text) > len(shown):
+            yield self.result.text[len(shown) :]
+
+
+class _Writer(BaseStreamer, StoppingCriteria):
+    """Runs ``generate`` in a thread and hands out its tokens; stops it when it is left."""
+
+    def __init__(self, run: Callable[..., list[Generation]]) -> None:
+        self.answer: Generation | None = None
+        self._run = run
+        self._queue: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._has_prompt = False
+        self._thread = threading.Thread(target=self._write, name="gemma-tuner-writer", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+    def __iter__(self) -> Iterator[int]:
+        while True:
+            item = self._queue.get()
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    def put(self, value: Tensor) -> None:
+        """Take new tokens from ``generate``, which hands over the prompt first."""
+        if self._has_prompt:
+            self._queue.put(int(value.flatten()[-1]))
+        self._has_prompt = True
+
+    def end(self) -> None:
+        """Take the end from ``generate``; the thread's own end says so too."""
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Any:
+        """Tell ``generate`` after each token whether each row is done."""
+        return torch.full((len(input_ids),), self._stopped.is_set(), device=input_ids.device)
+
+    def _write(self) -> None:
+        try:
+            (self.answer,) = self._run(streamer=self, stopping_criteria=[self])
+        except BaseException as error:  # noqa: BLE001 - raised again in the reading thread
+            self._queue.put(error)
+        else:
+            self._queue.put(None)

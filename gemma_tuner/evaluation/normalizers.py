@@ -1,4 +1,4 @@
-"""How text is made comparable before its words or characters are counted."""
+"""Text made comparable before its words or characters are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts in the forms people write them, to the rows that a model continues.
+"""Prompts in every form that people write, to the rows that a model continues.
 
 A prompt is rendered as training renders it, with an answer at its end, and cut where that answer
 begins: what the model is asked is what it was trained to answer, by construction.
@@ -35,44 +35,34 @@ _PLACEHOLDER = Turn("assistant", (Text("x"),))
 
 @dataclass(frozen=True, slots=True)
 class PromptRow:
-    """One example, cut where its last answer begins.
+    """One example, cut where its last answer begins."""
 
-    Args:
-        row: The prompt: every token before the answer, with all media.
-        answer_ids: The answer's tokens, the one that ends it included.
-    """
-
-    row: Row
-    answer_ids: tuple[int, ...]
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.row.input_ids)
+    row: Row  # every token before the answer, with all media
+    answer_ids: tuple[int, ...]  # with the token that ends it
 
 
 def read_prompts(
     prompts: Prompt | Sequence[Prompt], *, image: Any = None, audio: Any = None
 ) -> tuple[list[Example], bool]:
-    """Make examples, still without an answer, of one prompt or a list of them."""
+    """Make examples, still without an answer, of one prompt or a list; say if it was one."""
+    # Media without a place in a conversation come before the text of its first user turn.
     is_single = isinstance(prompts, str | Example) or _is_messages(prompts)
     entries: list[Any] = [prompts] if is_single else _list_prompts(prompts)
-    media: dict[MediaKind, list[Any]] = {}
-    kinds: tuple[tuple[MediaKind, Any], ...] = (("image", image), ("audio", audio))
-    for kind, given in kinds:
+    columns = {"image": image, "audio": audio}
+    for kind, given in columns.items():
         if is_single or given is None:
-            media[kind] = [given] * len(entries)
+            columns[kind] = [given] * len(entries)
         elif not isinstance(given, list | tuple) or len(given) != len(entries):
             count = len(given) if isinstance(given, list | tuple) else type(given).__name__
             raise ConfigError(
                 f"{kind} is {count} for {len(entries)} prompts; give a list with an entry for "
                 "each prompt, None where one has none"
             )
-        else:
-            media[kind] = list(given)
     examples = [
-        _read_prompt(entry, {kind: media[kind][index] for kind in media}, f"prompt {index + 1}")
-        for index, entry in enumerate(entries)
+        _read_prompt(entry, {"image": images, "audio": clips}, f"prompt {number}")
+        for number, (entry, images, clips) in enumerate(
+            zip(entries, *columns.values(), strict=True), 1
+        )
     ]
     return examples, is_single
 
@@ -101,7 +91,7 @@ def add_placeholder(example: Example) -> Example:
 
 
 def end_with_answer(example: Example) -> Example | None:
-    """Drop the turns after an example's last answer; None where it has no answer."""
+    """Drop the turns after an example's last answer; None if it has no answer."""
     for index in range(len(example.turns), 0, -1):
         if example.turns[index - 1].role == "assistant":
             return replace(example, turns=example.turns[:index])
@@ -175,10 +165,10 @@ def _read_prompt(prompt: Any, given: Mapping[MediaKind, Any], key: str) -> Examp
             )
     turns = _place_media(turns, unplaced, key)
     if not any(part for turn in turns for part in turn.parts if part != Text("")):
-        raise DataError("it is empty; give text, a picture or a sound", key=key)
+        raise DataError("it is empty; give text, an image or a clip", key=key)
     if turns[-1].role == "assistant":
         raise DataError(
-            "the conversation ends with an answer; leave that out to have it answered anew, or "
+            "the conversation ends with an answer; leave that out to have it answered again, or "
             "add the next question",
             key=key,
         )
@@ -213,13 +203,8 @@ def _read_medium(value: Any, kind: MediaKind, key: str) -> Image | Audio:
 def _take_out_objects(
     messages: Messages, media: Mapping[MediaKind, Sequence[Image | Audio]], key: str
 ) -> tuple[list[dict[str, Any]], dict[MediaKind, list[Image | Audio]]]:
-    """Put pictures and records that stand within messages among the media, a place in their stead.
-
-    Messages in JSON hold paths or bytes; those made in Python also hold what was opened already.
-
-    Returns:
-        The messages, and the media in the order of their places.
-    """
+    """Move opened images and clips out of messages; leave a place for each, in the same order."""
+    # Messages in JSON hold paths or bytes; those made in Python also hold what was opened already.
     waiting = {kind: list(parts) for kind, parts in media.items()}
     ordered: dict[MediaKind, list[Image | Audio]] = {kind: [] for kind in media}
 

@@ -21,7 +21,7 @@ _JSON, _MARKDOWN, _MEDIA = "report.json", "report.md", "media"
 
 
 def check_output(output: str | Path) -> None:
-    """Refuse a folder that a report cannot take, before the work that it is to report."""
+    """Refuse a folder that cannot take a report, before anything is measured."""
     folder = Path(output)
     with _errors_explained(folder):
         if folder.exists() and any(folder.iterdir()) and not (folder / _JSON).is_file():
@@ -36,6 +36,7 @@ def check_output(output: str | Path) -> None:
 
 def write_report(report: Report, output: str | Path, worst: Mapping[str, Example]) -> Report:
     """Write a report; an earlier one in that folder is replaced once the new one is whole."""
+    # worst: By key, media decoded. Returns: The report with the names of its media files.
     folder = Path(output)
     with _errors_explained(folder), replaced(folder) as temporary:
         temporary.mkdir()
@@ -50,7 +51,7 @@ def write_report(report: Report, output: str | Path, worst: Mapping[str, Example
 
 
 def write_media(example: Example, folder: Path, number: int) -> Iterator[str]:
-    """Write an example's pictures and sounds."""
+    """Write an example's images and clips; yield their names, which begin with its number."""
     for index, part in enumerate(example.media, 1):
         source: Any = part.source
         name = f"{number:03d}-{index}{'.png' if isinstance(part, Image) else '.wav'}"
@@ -68,7 +69,7 @@ def write_media(example: Example, folder: Path, number: int) -> Iterator[str]:
 
 
 def _errors_explained(folder: Path) -> AbstractContextManager[None]:
-    """Turn what can go wrong with a disk into a CheckpointError with a remedy."""
+    """Turn a disk's errors into a CheckpointError with a remedy."""
     return disk_errors_explained(
         lambda reason: CheckpointError(
             f"the report cannot be written to {folder.resolve().name!r} ({reason}); what was "

@@ -3,7 +3,7 @@
 ::
 
     output_dir/samples.jsonl     a line for each answer, see SampleRecord
-    output_dir/samples/001-1.png the pictures and sounds of the questions
+    output_dir/samples/001-1.png the images and clips of the questions
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gemma_tuner.checks import is_whole_number
 from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError
-from gemma_tuner.evaluation.decoding import Decoding, in_eval_mode
-from gemma_tuner.evaluation.generator import Generator, check_modalities
+from gemma_tuner.evaluation.answers import Generator, check_modalities
+from gemma_tuner.evaluation.decoding import Decoding, check_count, in_eval_mode
 from gemma_tuner.evaluation.prompts import end_with_answer, show_prompt
 from gemma_tuner.evaluation.report_files import write_media
 from gemma_tuner.media.load import load_media
@@ -47,7 +46,7 @@ class SampleRecord:
         prompt: What was asked.
         reference: The right answer.
         prediction: What the model answered.
-        media: Files of the question's pictures and sounds, in the run's folder ``samples``.
+        media: Files of the question's images and clips, in the run's folder ``samples``.
         tokens: The tokens of the right answer, each with the probability that the model gives it
             after those before it.
     """
@@ -88,9 +87,8 @@ class SampleGenerations:
         batch_size: int = 8,
         max_new_tokens: int = 64,
     ) -> None:
-        for name, value in (("every_steps", every_steps), ("batch_size", batch_size)):
-            if not is_whole_number(value) or value < 1:
-                raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1 up")
+        check_count("every_steps", every_steps)
+        check_count("batch_size", batch_size)
         if not examples:
             raise ConfigError("there are no examples to answer; give at least one")
         self.every_steps = every_steps
@@ -160,7 +158,7 @@ class SampleGenerations:
         return records
 
     def answer(self, model: Any, step: int) -> list[SampleRecord]:
-        """Answer the examples, and tell how sure the model is of each token of the right answer.
+        """Answer the examples, with the model's probability of each token of the right answer.
 
         Args:
             model: A Gemma model, as loaded or wrapped by PEFT; its mode and checkpointing are
@@ -209,7 +207,7 @@ class SampleGenerations:
 
 
 def target_probabilities(model: Any, batch: Batch) -> list[float]:
-    """Give the probability of each target token of a batch."""
+    """Give the probability of each target token of a batch; the model is in eval mode."""
     gemma = unwrap_peft(model)
     placed = batch.to(gemma.device)
     hidden = predicting_hidden_states(model, placed)
@@ -227,7 +225,7 @@ def target_probabilities(model: Any, batch: Batch) -> list[float]:
 
 
 def _errors_explained() -> AbstractContextManager[None]:
-    """Turn what can go wrong with a disk into a CheckpointError with a remedy."""
+    """Turn a disk's errors into a CheckpointError with a remedy."""
     return disk_errors_explained(
         lambda reason: CheckpointError(
             f"sample answers cannot be written ({reason}); free disk space, or choose another "

@@ -10,11 +10,12 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jiwer
+import numpy as np
 from rapidfuzz.distance import Levenshtein
 
 from gemma_tuner.errors import ConfigError
@@ -24,6 +25,8 @@ from gemma_tuner.evaluation.vqa import vqa_accuracy
 UserScore = Callable[[str, Sequence[str]], float]
 """A function of a prediction and its references, to a number; a corpus has the mean."""
 
+_NUM_RESAMPLES = 2000
+_INTERVAL_PERCENT = 95
 _ANLS_THRESHOLD = 0.5  # Source: Biten et al. 2019 (ST-VQA), section 4.2
 
 
@@ -94,6 +97,36 @@ def combine(tallies: Sequence[Tally]) -> float:
     return math.fsum(tally.amount for tally in tallies) / out_of if out_of else math.nan
 
 
+@dataclass(frozen=True, slots=True)
+class ScoreResult:
+    """One score of each system.
+
+    Args:
+        name: The score's.
+        higher_is_better: False for error rates.
+        values: By system; NaN where no reference had anything to count in.
+        difference: Adapter less base; None where there is one system.
+        interval: Where the difference lies with 95 % confidence, from resampling rows in pairs;
+            None for fewer than two rows.
+    """
+
+    name: str
+    higher_is_better: bool
+    values: Mapping[str, float]
+    difference: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+def compare(score: Score, tallies: Mapping[str, Sequence[Tally]]) -> ScoreResult:
+    """Score each system, and the first against the second; both have the same rows."""
+    values = {system: combine(rows) for system, rows in tallies.items()}
+    result = ScoreResult(score.name, score.higher_is_better, values)
+    if len(values) < 2:
+        return result
+    first, second = values.values()
+    return replace(result, difference=first - second, interval=_bootstrap(*tallies.values()))
+
+
 def exact_match() -> Score:
     """Make the share of predictions that equal a reference, spaces around them left out."""
 
@@ -155,7 +188,7 @@ def find_scores(
     names = [score.name for score in found]
     for name in names:
         if names.count(name) > 1:
-            raise ConfigError(f"two scores are called {name!r}; give each a name of its own")
+            raise ConfigError(f"two scores are called {name!r}; give each another name")
     return found
 
 
@@ -216,6 +249,31 @@ def _count_character_edits(reference: str, prediction: str) -> Tally:
 def _tally_alignment(output: Any) -> Tally:
     length = output.hits + output.substitutions + output.deletions
     return Tally(output.substitutions + output.deletions + output.insertions, length)
+
+
+def _bootstrap(
+    tallies: Sequence[Tally], other_tallies: Sequence[Tally]
+) -> tuple[float, float] | None:
+    """Resample rows, the same of both systems, and see how far the difference moves."""
+    # Source: Efron & Tibshirani 1993, the percentile interval.
+    if len(tallies) < 2:
+        return None
+    first, second = (  # [rows, 2] float64
+        np.array([(row.amount, row.out_of) for row in of_system], dtype=np.float64)
+        for of_system in (tallies, other_tallies)
+    )
+    rng = np.random.default_rng(0)
+    differences = np.full(_NUM_RESAMPLES, math.nan)
+    for index in range(_NUM_RESAMPLES):
+        rows = rng.integers(0, len(first), len(first))
+        (amount, out_of), (other_amount, other_out_of) = first[rows].sum(0), second[rows].sum(0)
+        if out_of and other_out_of:
+            differences[index] = amount / out_of - other_amount / other_out_of
+    if np.isnan(differences).all():
+        return None
+    margin = (100 - _INTERVAL_PERCENT) / 2
+    low, high = np.nanpercentile(differences, [margin, 100 - margin])
+    return float(low), float(high)
 
 
 def _fold(text: str) -> str:

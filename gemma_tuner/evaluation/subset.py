@@ -1,11 +1,11 @@
-"""The rows of a stream that an evaluation reads, several times over."""
+"""Rows spread evenly over a stream, which an evaluation reads several times."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from gemma_tuner.checks import is_whole_number
 from gemma_tuner.errors import ConfigError, DataError
+from gemma_tuner.evaluation.decoding import check_count
 from gemma_tuner.records import Example
 from gemma_tuner.training.feed import Stream
 
@@ -13,28 +13,19 @@ from gemma_tuner.training.feed import Stream
 class Subset:
     """Rows spread evenly over a stream, which is not moved; it stands in for the stream.
 
-    What turned out to be of no use is not read again, so that each bad row counts once against the
-    stream's budget however often the rest is read.
-
-    Args:
-        stream: Held-out examples.
-        max_rows: How many to read at most; None reads all.
-
-    Raises:
-        ConfigError: A stream of another kind or without rows, or ``max_rows`` below 1.
+    A row that cannot be used is not read again, so that it counts once against the stream's
+    budget however often the rest is read.
     """
 
     def __init__(self, stream: Stream, max_rows: int | None) -> None:
-        missing = [
-            name for name in ("__len__", "read_rows", "pass_over") if not hasattr(stream, name)
-        ]
-        if missing:
+        needed = ("__len__", "read_rows", "pass_over")
+        if missing := [name for name in needed if not hasattr(stream, name)]:
             raise ConfigError(
                 f"the stream is a {type(stream).__name__}, which has no {', '.join(missing)}; "
                 "make one such as stream_local(paths) returns"
             )
-        if max_rows is not None and (not is_whole_number(max_rows) or max_rows < 1):
-            raise ConfigError(f"max_examples is {max_rows!r}; it must be a whole number from 1 up")
+        if max_rows is not None:
+            check_count("max_examples", max_rows)
         if not len(stream):
             raise ConfigError("there is nothing to evaluate on: the stream has no examples")
         self._stream = stream
@@ -59,11 +50,11 @@ class Subset:
 
     @property
     def num_bad(self) -> int:
-        """Rows that turned out to be of no use."""
+        """Rows that could not be used."""
         return len(self._bad)
 
     def read_rows(self, indices: Iterable[int]) -> Iterator[Example | None]:
-        """Read rows by their place in the subset; None for each that is of no use."""
+        """Read rows by their place in the subset; None for each that cannot be used."""
         wanted = list(indices)
         good = [position for position in wanted if position not in self._bad]
         examples = self._stream.read_rows([self._rows[position] for position in good])
@@ -79,11 +70,7 @@ class Subset:
             yield example
 
     def pass_over(self, error: DataError) -> None:
-        """Note that an example cannot be used, or raise the error where the stream's budget ends.
-
-        Args:
-            error: Why, with the example's key.
-        """
+        """Note that an example cannot be used, or raise the error at the stream's budget."""
         self._stream.pass_over(error)
         if error.key in self._positions:
             self._bad.add(self._positions[error.key])

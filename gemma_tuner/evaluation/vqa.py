@@ -1,4 +1,4 @@
-"""Accuracy of short answers about pictures, as the VQA challenge counts it.
+"""Accuracy of short answers about images, as the VQA challenge counts it.
 
 Source: VQA v2, Goyal et al. 2017, and its evaluation program (GT-Vision-Lab/VQA, vqaEval.py). The
 program compares without normalising where all people gave the same answer; here, as on the
@@ -43,19 +43,7 @@ _SPELLINGS = {
 
 
 def normalize_answer(text: str) -> str:
-    """Bring an answer into the form in which the challenge compares answers.
-
-    Args:
-        text: A short answer.
-
-    Returns:
-        Lower case, without articles and most punctuation; small numbers as digits, contractions
-        with their apostrophes.
-
-    Example:
-        >>> normalize_answer("The two dogs, dont!")
-        "2 dogs don't"
-    """
+    """Bring an answer into the form that the challenge compares: "The two dogs" is "2 dogs"."""
     text = text.replace("\n", " ").replace("\t", " ").strip()
     stripped = text
     has_number = _COMMA_IN_NUMBER.search(text) is not None

@@ -1,1 +1,1 @@
-"""Carry a fine-tune away: adapters, merged checkpoints, MLX; each opens in what will run it."""
+"""A fine-tune in the formats of other programs: adapter, merged checkpoint, MLX, GGUF."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,10 +14,10 @@ from peft import PeftModel
 
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.cards import Scores, write_adapter_card
-from gemma_tuner.export.deltas import CONFIG
 from gemma_tuner.export.folders import new_folder
+from gemma_tuner.export.weights import read_json
 from gemma_tuner.log import announce
-from gemma_tuner.models.adapter_files import save_adapter
+from gemma_tuner.models.adapter_files import CONFIG, adapter_tensors, write_adapter, write_json
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Nothing else of an export is meant for others; a training folder's log and states never are.
@@ -59,14 +58,12 @@ def export_adapter(
         CheckpointError: The folder exists already or cannot be written.
     """
     base: Any = model.get_base_model()
-    num_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    num_bytes = sum(tensor.nbytes for tensor in adapter_tensors(model).values())
     with new_folder(path, num_bytes) as temporary:
-        save_adapter(model, temporary)
-        config = json.loads((temporary / CONFIG).read_text(encoding="utf-8"))
+        write_adapter(model, temporary)
+        config = read_json(temporary / CONFIG)
         config["revision"] = config.get("revision") or _find_revision(base)
-        (temporary / CONFIG).write_text(
-            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        write_json(temporary / CONFIG, config)
         write_adapter_card(
             temporary,
             config,
@@ -80,7 +77,7 @@ def export_adapter(
 
 
 def _find_revision(base: Any) -> str | None:
-    """The commit that a model was loaded from, where it came from the Hub."""
+    """Find the commit of a model that came from the Hub."""
     if commit := getattr(base.config, "_commit_hash", None):
         return commit
     parts = Path(base.config._name_or_path or "").parts  # noqa: SLF001 - transformers has no other

@@ -1,4 +1,4 @@
-"""Model cards: what a stranger needs to trust a fine-tune, and nothing about who made it."""
+"""Model cards: all that a stranger needs to trust a fine-tune, and nothing about who made it."""
 
 from __future__ import annotations
 

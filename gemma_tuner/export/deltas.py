@@ -1,4 +1,4 @@
-"""What a PEFT adapter adds to which weight of a checkpoint."""
+"""A PEFT adapter, read from its folder as deltas of named weights."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 from peft.utils.other import get_pattern_key
-from safetensors.torch import load_file
 from torch import Tensor
 
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.weights import list_file, read_json
-from gemma_tuner.models.adapter_files import FINGERPRINT
+from gemma_tuner.export.weights import read_file, read_json
+from gemma_tuner.models.adapter_files import CONFIG, FINGERPRINT, WEIGHTS
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 # Settings of PEFT's LoRA that change what an adapter computes, with the value that does not.
@@ -43,26 +40,15 @@ _NEUTRAL_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What an adapter adds to one weight.
+    """What an adapter adds to one weight: ``scale * b @ a``."""
 
-    Args:
-        module: The adapted module, such as ``model.language_model.layers.0.mlp.up_proj``.
-        parameter: The adapted parameter: ``weight``, or a name such as ``gate_up_proj`` of a
-            parameter that holds all experts.
-        a: ``[rank, in]`` float32; for experts ``[experts * rank, in]``, an expert after another.
-        b: ``[out, rank]`` float32; for experts ``[out, rank * experts]``, an expert beside another
-            within each rank.
-        magnitude: DoRA's, ``[out]`` float32, or None.
-        rank: Of one expert where there are several.
-        scale: What ``b @ a`` is multiplied by.
-    """
-
-    module: str
-    parameter: str
-    a: Tensor
-    b: Tensor
-    magnitude: Tensor | None
-    rank: int
+    module: str  # such as model.language_model.layers.0.mlp.up_proj
+    parameter: str  # weight, or a parameter that holds all experts, such as gate_up_proj
+    # All float32. Experts lie one after another in a, side by side within each rank in b.
+    a: Tensor  # [rank, in]; for experts [experts * rank, in]
+    b: Tensor  # [out, rank]; for experts [out, rank * experts]
+    magnitude: Tensor | None  # DoRA's, [out]
+    rank: int  # of one expert
     scale: float
 
     @property
@@ -91,13 +77,11 @@ class Delta:
         )
 
     def merge(self, weight: Tensor, index: int, rows: slice) -> Tensor:
-        """Merge some rows of one matrix."""
-        # weight: ``[rows, in]`` as it is stored.
-        # Returns: The merged rows, ``[rows, in]``: float32 where a stored number has two bytes,
-        # else float64, so that rounding them is all the error there is.
+        """Merge some rows of one matrix, ``[rows, in]``, and do not round them."""
         # Source: ``DoraLinearVariant.merge_safe`` of PEFT 0.21.
         a, b = self.split_experts() if self.parameter != "weight" else (self.a[None], self.b[None])
-        # float64 changes nothing of what two bytes can hold, and takes four times as long.
+        # Rounding is to be all the error there is. float64 changes nothing of what two bytes can
+        # hold, and takes four times as long.
         dtype = torch.float32 if weight.dtype.itemsize == 2 else torch.float64
         factors = b[index, rows].to(dtype), a[index].to(dtype)
         merged = torch.addmm(weight.to(dtype), *factors, alpha=self.scale)
@@ -108,15 +92,10 @@ class Delta:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A weight that was trained itself (``LoraConfig(variant="full")``, ``modules_to_save``).
-
-    Args:
-        module: The trained module.
-        weight: ``[out, in]`` float32.
-    """
+    """A weight that was trained itself (``LoraConfig(variant="full")``, ``modules_to_save``)."""
 
     module: str
-    weight: Tensor
+    weight: Tensor  # [out, in] float32
 
     @property
     def name(self) -> str:
@@ -129,25 +108,17 @@ class Replacement:
         return tuple(self.weight.shape)
 
     def merge(self, weight: Tensor, index: int, rows: slice) -> Tensor:
-        """Give some rows, as :meth:`Delta.merge` does."""
-        # weight: ``[rows, in]``, what is replaced.
-        # Returns: The trained rows, ``[rows, in]`` float32.
+        """Give some trained rows, ``[rows, in]`` float32, in place of those in ``weight``."""
         return self.weight[rows]
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """A PEFT LoRA adapter as it lies in its folder.
+    """A PEFT LoRA adapter as it lies in its folder."""
 
-    Args:
-        config: ``adapter_config.json``.
-        deltas: By the full name of the weight that each belongs to.
-        norms_sha256: Of the base (see ``hash_decoder_norms``), where the adapter says it.
-    """
-
-    config: Mapping[str, Any]
-    deltas: Mapping[str, Delta | Replacement]
-    norms_sha256: str | None
+    config: Mapping[str, Any]  # adapter_config.json
+    deltas: Mapping[str, Delta | Replacement]  # by the full name of the weight
+    norms_sha256: str | None  # of the base's norms, see hash_decoder_norms
 
     @property
     def base(self) -> str | None:
@@ -171,8 +142,7 @@ class Adapter:
 
 
 def read_adapter(path: str | Path) -> Adapter:
-    """Read a PEFT LoRA adapter."""
-    # Returns: The adapter, in memory, float32.
+    """Read a PEFT LoRA adapter into memory, as float32."""
     folder = Path(path)
     name = folder.resolve().name
     if not (folder / CONFIG).is_file():
@@ -182,8 +152,7 @@ def read_adapter(path: str | Path) -> Adapter:
         )
     config = read_json(folder / CONFIG)
     _check_config(name, config)
-    list_file(folder / WEIGHTS)
-    tensors = load_file(folder / WEIGHTS)
+    tensors = read_file(folder / WEIGHTS)
     fingerprint = (
         read_json(folder / FINGERPRINT).get("base_norms_sha256")
         if (folder / FINGERPRINT).is_file()

@@ -1,11 +1,14 @@
-"""Output folders and files, where nothing is yet, that are either whole or not there."""
+"""New folders and files that are either whole or not there, and a bar while they are written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
 from gemma_tuner.disk import check_room, disk_errors_explained, replaced
@@ -25,7 +28,7 @@ def new_folder(path: str | Path, num_bytes: int) -> Iterator[Path]:
 
 @contextmanager
 def new_file(path: str | Path, num_bytes: int) -> Iterator[Path]:
-    """Yield a hidden sibling that becomes the file ``path``, as :func:`new_folder`."""
+    """Yield a hidden path that becomes the file ``path`` once the block has written it."""
     path = Path(path)
     _refuse_existing(path)
     with disk_errors_explained(
@@ -40,6 +43,19 @@ def new_file(path: str | Path, num_bytes: int) -> Iterator[Path]:
         with replaced(path) as temporary:
             yield temporary
             _refuse_existing(path)  # an export takes minutes
+
+
+@contextmanager
+def progress_shown(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on stderr."""
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
+    console = Console(stderr=True)
+    # Without widgets, notebooks cannot show it.
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=console.is_jupyter
+    ) as progress:
+        task = progress.add_task(what, total=num_bytes)
+        yield partial(progress.advance, task)
 
 
 def _refuse_existing(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""GGUF files for llama.cpp and what stands on it: the merged decoder, or the adapter alone.
+"""GGUF files for llama.cpp and programs built on it: the merged decoder, or the adapter alone.
 
 Tensors are written one after another, a block of rows at a time, from the base's files.
 """
@@ -17,9 +17,9 @@ import transformers
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from gemma_tuner.errors import CheckpointError, ConfigError
-from gemma_tuner.export.bases import check_fits, check_same_base, find_base
-from gemma_tuner.export.deltas import Adapter, Delta, Replacement, read_adapter
-from gemma_tuner.export.folders import new_file
+from gemma_tuner.export.bases import Base, open_base
+from gemma_tuner.export.checkpoints import complete_config
+from gemma_tuner.export.deltas import Adapter, Delta, read_adapter
 from gemma_tuner.export.gguf_metadata import add_sizes, add_tokenizer, rope_factors
 from gemma_tuner.export.gguf_names import Names, check_runs, is_adaptable
 from gemma_tuner.export.gguf_tensors import (
@@ -29,15 +29,10 @@ from gemma_tuner.export.gguf_tensors import (
     GgufTensor,
     choose_kind,
     encode,
+    float32_tensor,
     write_gguf,
 )
-from gemma_tuner.export.merged import MergeReport, complete_config
-from gemma_tuner.export.weights import (
-    StoredTensor,
-    list_tensors,
-    read_json,
-    tensor_bytes,
-)
+from gemma_tuner.export.merged import MergeReport
 from gemma_tuner.log import announce
 from gemma_tuner.models.identity import portable_name
 
@@ -46,24 +41,12 @@ _PER_LAYER_EMBEDDING = "model.language_model.embed_tokens_per_layer.weight"
 
 
 @dataclass(frozen=True, slots=True)
-class _Base:
-    """The checkpoint that an adapter belongs to.
+class _Decoder:
+    """The decoder of the checkpoint that an adapter belongs to."""
 
-    Args:
-        folder: Where it is.
-        model_type: Of its configuration.
-        text: Its decoder's settings, as transformers reads them.
-        tensors: Its weights.
-        names: What they are called in llama.cpp.
-        deltas: The adapter's, by the names in ``tensors``.
-    """
-
-    folder: Path
-    model_type: str
-    text: Mapping[str, Any]
-    tensors: Mapping[str, StoredTensor]
+    base: Base
+    text: Mapping[str, Any]  # its settings, as transformers reads them
     names: Names
-    deltas: Mapping[str, Delta | Replacement]
 
 
 def export_gguf(
@@ -78,7 +61,7 @@ def export_gguf(
 
     It runs in a llama.cpp that knows the model: for Gemma 4 one of April 2026 or later. The file
     holds the decoder, the tokenizer and the chat template. It holds no towers: for images and
-    sound llama.cpp wants a second file, which for Gemma 4 its own ``convert_hf_to_gguf.py
+    clips llama.cpp wants a second file, which for Gemma 4 its own ``convert_hf_to_gguf.py
     --mmproj`` makes of the folder that ``export_merged`` writes.
 
     Args:
@@ -105,24 +88,24 @@ def export_gguf(
         raise ConfigError(f"file_type is {file_type!r}; it may be {', '.join(get_args(FileType))}")
     _check_path(path)
     read = read_adapter(adapter)
-    found = _open_base(read, base, revision)
-    check_runs(found.model_type, found.text)
+    decoder = _open_decoder(read, base, revision)
+    found = decoder.base
+    check_runs(found.model_type, decoder.text)
     kind, file_kind = KINDS[file_type]
     report = MergeReport(Path(path), len(found.deltas), dtypes=(file_type,))
-    tensors = _plan_model(found, kind, report)
-    num_towers = sum(found.names.translate(name) is None for name in found.tensors)
+    tensors = _plan_model(decoder, kind, report)
+    num_towers = sum(decoder.names.translate(name) is None for name in found.tensors)
     report.num_copied = len(found.tensors) - num_towers - report.num_merged
     report.num_bytes = sum(tensor.num_bytes for tensor in tensors)
 
-    writer = GGUFWriter(None, found.names.architecture)
+    writer = GGUFWriter(None, decoder.names.architecture)
     writer.add_type(gguf.GGUFType.MODEL)
     _add_origin(writer, read, found)
-    add_sizes(writer, found.model_type, found.text)
+    add_sizes(writer, found.model_type, decoder.text)
     writer.add_file_type(file_kind)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_tokenizer(writer, found.folder, found.tensors[_EMBEDDING].shape[0])
-    with new_file(path, report.num_bytes) as temporary:
-        write_gguf(writer, temporary, tensors, "writing GGUF")
+    write_gguf(writer, path, tensors, "writing GGUF")
     announce(
         f"{Path(path).name}: the decoder in {file_type}, {report.num_merged} weights with the "
         f"adapter merged in; {num_towers} tensors of towers and projectors are not in it (see "
@@ -162,24 +145,28 @@ def export_gguf_adapter(
     """
     _check_path(path)
     read = read_adapter(adapter)
-    found = _open_base(read, base, revision)
+    decoder = _open_decoder(read, base, revision)
+    found = decoder.base
     read.require_lora("llama.cpp")
     deltas = {name: delta for name, delta in found.deltas.items() if isinstance(delta, Delta)}
-    _check_adaptable(found, deltas)
     # llama.cpp takes an alpha of 0 for none at all
     alpha = max(delta.scale * delta.rank for delta in deltas.values()) or 1.0
     tensors: list[GgufTensor] = []
     for name, delta in deltas.items():
-        tensors += _plan_pair(found.names.translate(name), delta, alpha)
+        own = str(decoder.names.translate(name))
+        _check_adaptable(found, name, own, delta)
+        a, b = (delta.a, delta.b) if delta.parameter == "weight" else delta.split_experts()
+        if delta.scale * delta.rank != alpha:  # llama.cpp computes ``alpha / rank * b @ a``
+            b = b * (delta.scale * delta.rank / alpha)
+        tensors += [float32_tensor(f"{own}.lora_a", a), float32_tensor(f"{own}.lora_b", b)]
 
-    writer = GGUFWriter(None, found.names.architecture)
+    writer = GGUFWriter(None, decoder.names.architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     _add_origin(writer, read, found)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    with new_file(path, sum(tensor.num_bytes for tensor in tensors)) as temporary:
-        write_gguf(writer, temporary, tensors, "writing GGUF adapter")
+    write_gguf(writer, path, tensors, "writing GGUF adapter")
     return Path(path)
 
 
@@ -188,13 +175,10 @@ def _check_path(path: str | Path) -> None:
         raise ConfigError(f"{Path(path).name!r} is no name for a GGUF file; end it in .gguf")
 
 
-def _open_base(adapter: Adapter, base: str | Path | None, revision: str | None) -> _Base:
-    folder = find_base(adapter, base, revision)
-    model_type = str(read_json(folder / "config.json").get("model_type"))
-    tensors = list_tensors(folder)
-    deltas = check_fits(adapter, tensors, folder, model_type)
-    check_same_base(adapter, folder, tensors)
-    if _EMBEDDING not in tensors:
+def _open_decoder(adapter: Adapter, base: str | Path | None, revision: str | None) -> _Decoder:
+    found = open_base(adapter, base, revision)
+    folder = found.folder
+    if _EMBEDDING not in found.tensors:
         raise CheckpointError(
             f"{folder.resolve().name} has no {_EMBEDDING}; give a whole Gemma checkpoint as base"
         )
@@ -206,18 +190,18 @@ def _open_base(adapter: Adapter, base: str | Path | None, revision: str | None) 
             f"({type(error).__name__}); download the checkpoint again"
         ) from None
     text = complete_config(config)["text_config"]
-    names = Names(model_type, text["num_hidden_layers"])
-    media = [name for name in deltas if names.translate(name) is None]
+    names = Names(found.model_type, text["num_hidden_layers"])
+    media = [name for name in found.deltas if names.translate(name) is None]
     if media:
         raise CheckpointError(
             f"the adapter is also on {len(media)} weights of towers and projectors (such as "
             f"{media[0]}), which a GGUF file of the decoder does not hold; use export_merged, and "
             "llama.cpp's convert_hf_to_gguf.py for both files"
         )
-    return _Base(folder, model_type, text, tensors, names, deltas)
+    return _Decoder(found, text, names)
 
 
-def _add_origin(writer: GGUFWriter, adapter: Adapter, base: _Base) -> None:
+def _add_origin(writer: GGUFWriter, adapter: Adapter, base: Base) -> None:
     name = portable_name(adapter.base or str(base.folder))
     if not name:
         return
@@ -228,61 +212,38 @@ def _add_origin(writer: GGUFWriter, adapter: Adapter, base: _Base) -> None:
         writer.add_base_model_repo_url(0, f"https://huggingface.co/{name}")
 
 
-def _check_adaptable(base: _Base, deltas: Mapping[str, Delta]) -> None:
-    """Refuse what llama.cpp would load and not use, or use differently."""
-    for name, delta in deltas.items():
-        if delta.magnitude is not None:
-            raise CheckpointError(
-                f"the adapter is a DoRA (on {name}), which llama.cpp does not have; use "
-                "export_gguf"
-            )
-        if not is_adaptable(str(base.names.translate(name))):
-            raise CheckpointError(f"llama.cpp uses no adapter on {name}; use export_gguf")
-        if name.endswith("experts.down_proj"):
-            scales = name.replace("experts.down_proj", "router.per_expert_scale")
-            if scales in base.tensors and not base.tensors[scales].read().eq(1).all():
-                raise CheckpointError(
-                    f"llama.cpp does not multiply an adapter on {name} by {scales} as the model "
-                    "does; use export_gguf"
-                )
-
-
-def _plan_pair(name: str | None, delta: Delta, alpha: float) -> list[GgufTensor]:
-    """The two matrices of one adapter, for ``alpha / rank * b @ a``."""
-    a, b = (delta.a, delta.b) if delta.parameter == "weight" else delta.split_experts()
-    own_alpha = delta.scale * delta.rank
-    if own_alpha != alpha:
-        b = b * (own_alpha / alpha)
-    return [
-        GgufTensor(
-            f"{name}.{end}",
-            tuple(matrix.shape),
-            GGMLQuantizationType.F32,
-            partial(tensor_bytes, matrix),
+def _check_adaptable(base: Base, name: str, own: str, delta: Delta) -> None:
+    """Refuse an adapter that llama.cpp would load and not use, or use differently."""
+    if delta.magnitude is not None:
+        raise CheckpointError(
+            f"the adapter is a DoRA (on {name}), which llama.cpp does not have; use export_gguf"
         )
-        for end, matrix in (("lora_a", a), ("lora_b", b))
-    ]
+    if not is_adaptable(own):
+        raise CheckpointError(f"llama.cpp uses no adapter on {name}; use export_gguf")
+    if name.endswith("experts.down_proj"):
+        scales = name.replace("experts.down_proj", "router.per_expert_scale")
+        if scales in base.tensors and not base.tensors[scales].read().eq(1).all():
+            raise CheckpointError(
+                f"llama.cpp does not multiply an adapter on {name} by {scales} as the model "
+                "does; use export_gguf"
+            )
 
 
-def _plan_model(base: _Base, kind: GGMLQuantizationType, report: MergeReport) -> list[GgufTensor]:
+def _plan_model(
+    decoder: _Decoder, kind: GGMLQuantizationType, report: MergeReport
+) -> list[GgufTensor]:
     """All tensors of the file, in the order of the checkpoint."""
+    base = decoder.base
     parts: dict[str, list[str]] = {}
     for name in base.tensors:
-        own = base.names.translate(name)
+        own = decoder.names.translate(name)
         if own is not None:
             parts.setdefault(own, []).append(name)
-    _check_complete(base, parts)
     tensors = []
-    if base.model_type != "gemma3n":
-        factors = rope_factors(base.text)
-        tensors.append(
-            GgufTensor(
-                "rope_freqs.weight",
-                tuple(factors.shape),
-                GGMLQuantizationType.F32,
-                partial(tensor_bytes, factors),
-            )
-        )
+    if base.model_type == "gemma3n":
+        _check_complete(decoder, parts)
+    else:
+        tensors.append(float32_tensor("rope_freqs.weight", rope_factors(decoder.text)))
     for own, names in parts.items():
         shape = base.tensors[names[0]].shape
         if own.startswith("altup_"):
@@ -297,24 +258,23 @@ def _plan_model(base: _Base, kind: GGMLQuantizationType, report: MergeReport) ->
     return tensors
 
 
-def _check_complete(base: _Base, parts: Mapping[str, Sequence[str]]) -> None:
+def _check_complete(decoder: _Decoder, parts: Mapping[str, Sequence[str]]) -> None:
     """Gemma 3n's layers that share keys and values have their own in released checkpoints."""
     wanted = [
         f"blk.{layer}.{name}.weight"
-        for layer in range(base.text["num_hidden_layers"])
+        for layer in range(decoder.text["num_hidden_layers"])
         for name in ("attn_k", "attn_v", "attn_k_norm")
     ]
-    absent = [name for name in wanted if name not in parts]
-    if base.model_type == "gemma3n" and absent:
+    if absent := [name for name in wanted if name not in parts]:
         raise CheckpointError(
-            f"{base.folder.resolve().name} lacks {len(absent)} weights that llama.cpp loads "
-            f"without using them (such as {absent[0]}); transformers leaves them out when it "
-            "saves: give the original checkpoint as base"
+            f"{decoder.base.folder.resolve().name} lacks {len(absent)} weights that llama.cpp "
+            f"loads without using them (such as {absent[0]}); transformers leaves them out when "
+            "it saves: give the original checkpoint as base"
         )
 
 
 def _encode(
-    base: _Base, names: Sequence[str], kind: GGMLQuantizationType, report: MergeReport
+    base: Base, names: Sequence[str], kind: GGMLQuantizationType, report: MergeReport
 ) -> Iterator[bytes]:
     """Yield a tensor's bytes: the weights of ``names`` one after another, merged."""
     for name in names:
@@ -333,7 +293,7 @@ def _encode(
 
 
 def _encode_padded(
-    base: _Base, kind: GGMLQuantizationType, num_missing: int, report: MergeReport
+    base: Base, kind: GGMLQuantizationType, num_missing: int, report: MergeReport
 ) -> Iterator[bytes]:
     """Yield the per-layer embedding's bytes with a row for every token."""
     # Gemma 3n's has none for media tokens; transformers gives these the first row.

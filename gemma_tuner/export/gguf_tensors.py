@@ -1,4 +1,4 @@
-"""Tensors of GGUF files: how they are kept, and the file around them."""
+"""Tensors of GGUF files: their encoding, and the file around them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,8 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.weights import progress_shown
+from gemma_tuner.export.folders import new_file, progress_shown
+from gemma_tuner.export.weights import tensor_bytes
 
 FileType = Literal["f32", "f16", "bf16", "q8_0"]
 
@@ -42,19 +44,12 @@ _ALWAYS_F32 = (
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor of a GGUF file.
-
-    Args:
-        name: Its name there.
-        shape: In torch's order.
-        kind: How its elements are kept.
-        chunks: Makes its bytes; called when it is its turn.
-    """
+    """A tensor that will be written into a GGUF file."""
 
     name: str
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # in torch's order
     kind: GGMLQuantizationType
-    chunks: Callable[[], Iterator[bytes]]
+    chunks: Callable[[], Iterator[bytes]]  # makes its bytes, once it is its turn
 
     @property
     def num_bytes(self) -> int:
@@ -66,7 +61,7 @@ class GgufTensor:
 def choose_kind(
     name: str, shape: Sequence[int], kind: GGMLQuantizationType
 ) -> GGMLQuantizationType:
-    """Choose how a tensor is kept in a file of some kind."""
+    """Choose the kind of a tensor in a file of some kind, as llama.cpp's converter does."""
     if len(shape) <= 1 or name.endswith(_ALWAYS_F32) or not name.endswith(".weight"):
         return GGMLQuantizationType.F32
     if shape[-1] % gguf.GGML_QUANT_SIZES[kind][0]:
@@ -75,7 +70,7 @@ def choose_kind(
 
 
 def encode(name: str, weight: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
-    """Round numbers to a kind."""
+    """Round numbers to a kind; return as many rows of bytes."""
     # weight: ``[rows, in]`` or ``[in]`` float32.
     if not weight.sum().isfinite():  # faster than looking at each
         raise CheckpointError(
@@ -93,8 +88,16 @@ def encode(name: str, weight: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
     return rounded.contiguous().view(torch.uint8).numpy()
 
 
-def write_gguf(writer: GGUFWriter, path: Path, tensors: Sequence[GgufTensor], what: str) -> None:
-    """Write a file; show progress."""
+def float32_tensor(name: str, tensor: Tensor) -> GgufTensor:
+    """Make a tensor of a GGUF file of one in memory."""
+    kind = GGMLQuantizationType.F32
+    return GgufTensor(name, tuple(tensor.shape), kind, partial(tensor_bytes, tensor))
+
+
+def write_gguf(
+    writer: GGUFWriter, path: str | Path, tensors: Sequence[GgufTensor], what: str
+) -> None:
+    """Write a new file, tensor after tensor; show progress."""
     for tensor in tensors:
         writer.add_tensor_info(
             tensor.name,
@@ -104,8 +107,12 @@ def write_gguf(writer: GGUFWriter, path: Path, tensors: Sequence[GgufTensor], wh
             raw_dtype=tensor.kind,
         )
     total = sum(tensor.num_bytes for tensor in tensors)
-    with closing(writer), progress_shown(what, total) as advance:
-        writer.write_header_to_file(path)
+    with (
+        new_file(path, total) as temporary,
+        closing(writer),
+        progress_shown(what, total) as advance,
+    ):
+        writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for file in writer.fout or ():  # one

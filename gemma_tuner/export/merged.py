@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.bases import check_fits, check_same_base, find_base
+from gemma_tuner.export.bases import open_base
 from gemma_tuner.export.cards import write_merged_card
+from gemma_tuner.export.checkpoints import SHARD_BYTES, NewTensor, write_checkpoint
 from gemma_tuner.export.deltas import Delta, Replacement, read_adapter
 from gemma_tuner.export.folders import new_folder
-from gemma_tuner.export.weights import (
-    INDEX,
-    SHARD_BYTES,
-    NewTensor,
-    StoredTensor,
-    list_tensors,
-    read_json,
-    tensor_bytes,
-    write_weights,
-)
-
-# Configuration, tokenizer, processor, chat template; neither weights nor the base's own card.
-_COPIED = (".json", ".jinja", ".model", ".txt")
+from gemma_tuner.export.weights import StoredTensor, tensor_bytes
 
 
 @dataclass
@@ -98,12 +84,8 @@ def export_merged(
             folder exists already or cannot be written. Nothing half-written is left.
     """
     read = read_adapter(adapter)
-    folder = find_base(read, base, revision)
-    config = read_json(folder / "config.json")
-    tensors = list_tensors(folder)
-    deltas = check_fits(read, tensors, folder, str(config.get("model_type")))
-    check_same_base(read, folder, tensors)
-
+    found = open_base(read, base, revision)
+    tensors, deltas = found.tensors, found.deltas
     report = MergeReport(Path(path), len(deltas), len(tensors) - len(deltas))
     report.dtypes = tuple(
         sorted({str(tensors[key].dtype).removeprefix("torch.") for key in deltas})
@@ -119,11 +101,7 @@ def export_merged(
         for key, stored in tensors.items()
     ]
     with new_folder(path, report.num_bytes) as temporary:
-        copy_settings(folder, temporary)
-        (temporary / "config.json").write_text(
-            json.dumps(complete_config(config), indent=2) + "\n", encoding="utf-8"
-        )
-        write_weights(temporary, plan, "merging", shard_bytes)
+        write_checkpoint(temporary, found.folder, found.config, plan, "merging", shard_bytes)
         write_merged_card(temporary, read, report.lost, report.dtypes)
     return report
 
@@ -141,45 +119,3 @@ def _merge(
             )
         report.add(block, merged, rounded)
         yield from tensor_bytes(rounded)
-
-
-def copy_settings(source: Path, target: Path) -> None:
-    """Copy what belongs to a checkpoint beside its weights: tokenizer, processor, template."""
-    for file in sorted(source.iterdir()):
-        if file.suffix in _COPIED and file.name != INDEX and file.is_file():
-            shutil.copyfile(file, target / file.name)
-
-
-def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what MLX and llama.cpp's converter read and transformers 5 no longer writes."""
-    # Where these are missing MLX takes those of one release, or fails; the converter fails.
-    # Source: ``ModelArgs`` and ``TextConfig`` of gemma4, gemma4_text and gemma3n in mlx-lm 0.32.2,
-    # ``VisionConfig`` of gemma4_unified in mlx-vlm 0.7.10; ``Gemma4Model.set_gguf_parameters`` in
-    # llama.cpp 0.5.0.
-    named = {name: value for name, value in config.items() if name != "_name_or_path"}
-    text = dict(config.get("text_config") or {})
-    if not text:
-        return named
-    missing: dict[str, Any] = {}
-    layers = (text.get("per_layer_config") or {}).values()
-    for name, per_layer in (
-        ("global_head_dim", "head_dim"),
-        ("num_global_key_value_heads", "num_key_value_heads"),
-    ):
-        values = {layer[per_layer] for layer in layers if per_layer in layer}
-        if len(values) == 1:
-            missing[name] = values.pop()
-    if config.get("model_type") == "gemma4_unified":
-        missing |= {"hidden_size_per_layer_input": 0, "moe_intermediate_size": None}
-        if vision := named.get("vision_config"):
-            size = vision["patch_size"] * vision["pooling_kernel_size"]
-            named["vision_config"] = {"model_patch_size": size, **vision}
-    if config.get("model_type") == "gemma3n":
-        rope = text.get("rope_parameters") or {}
-        for name, kind in (
-            ("rope_theta", "full_attention"),
-            ("rope_local_base_freq", "sliding_attention"),
-        ):
-            if kind in rope:
-                missing[name] = rope[kind]["rope_theta"]
-    return {"vocab_size": text["vocab_size"], **named, "text_config": {**missing, **text}}

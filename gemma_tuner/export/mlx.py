@@ -10,23 +10,20 @@ smaller adapters are padded with zeros, which changes nothing, and a different s
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
 from gemma_tuner.errors import CheckpointError, ConfigError
-from gemma_tuner.export.bases import check_fits, check_same_base, find_base
+from gemma_tuner.export.bases import Base, check_fits, find_base, open_base
 from gemma_tuner.export.deltas import (
-    CONFIG,
     PREFIX,
-    WEIGHTS,
     Adapter,
     Delta,
     collect_deltas,
@@ -35,8 +32,9 @@ from gemma_tuner.export.deltas import (
 )
 from gemma_tuner.export.folders import new_folder
 from gemma_tuner.export.mlx_names import Program, check_program, mlx_name, transformers_name
-from gemma_tuner.export.weights import list_file, list_tensors, read_json
+from gemma_tuner.export.weights import list_tensors, read_file, read_json
 from gemma_tuner.log import announce
+from gemma_tuner.models.adapter_files import CONFIG, WEIGHTS, write_json
 from gemma_tuner.models.identity import portable_name
 
 _MLX_WEIGHTS = "adapters.safetensors"
@@ -71,16 +69,15 @@ def export_mlx(
     """
     check_program(program)
     read = read_adapter(adapter)
-    config = _check_base(read, base, revision)
-    model_type = str(config.get("model_type"))
+    found = open_base(read, base, revision)
     if program == "mlx-vlm":
-        _announce_faults(config)
+        _announce_faults(found)
     deltas = read.require_lora("MLX")
     rank = max(delta.rank for delta in deltas)
     scale = max(delta.scale for delta in deltas)
     tensors: dict[str, Tensor] = {}
     for delta in deltas:
-        tensors |= _to_mlx(delta, model_type, program, rank, scale)
+        tensors |= _to_mlx(delta, found.model_type, program, rank, scale)
     keys = sorted({name.rpartition(".")[0] for name in tensors})
     settings = {
         "fine_tune_type": "dora" if read.config.get("use_dora") else "lora",
@@ -96,28 +93,18 @@ def export_mlx(
     }
     with new_folder(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         save_file(tensors, temporary / _MLX_WEIGHTS, metadata={"format": "mlx"})
-        _write_json(temporary / CONFIG, settings)
+        write_json(temporary / CONFIG, settings)
     return Path(path)
 
 
-def _check_base(adapter: Adapter, base: str | Path | None, revision: str | None) -> dict[str, Any]:
-    """Check that the adapter is one for its base; return the base's configuration."""
-    folder = find_base(adapter, base, revision)
-    config = read_json(folder / "config.json")
-    tensors = list_tensors(folder)
-    check_fits(adapter, tensors, folder, str(config.get("model_type")))
-    check_same_base(adapter, folder, tensors)
-    return config
-
-
-def _announce_faults(config: Mapping[str, Any]) -> None:
+def _announce_faults(base: Base) -> None:
     """Say what mlx-vlm cannot do, or does wrongly, with this base."""
-    if config.get("model_type") == "gemma4" and config.get("audio_config"):
+    if base.model_type == "gemma4" and base.config.get("audio_config"):
         announce(
             "mlx-vlm up to 0.7.10 cannot load adapters into a Gemma 4 that hears (it fails with "
             "'_no_grad'); if yours cannot, use export_merged"
         )
-    if config.get("model_type") == "gemma3n":
+    if base.model_type == "gemma3n":
         announce(
             "mlx-vlm 0.7.10 computes Gemma 3n wrongly, with adapters or without (it does not "
             "scale the embeddings of text, and rotates the queries of layers that share keys by "
@@ -193,8 +180,7 @@ def import_mlx(
             f"{name} holds no LoRA adapter of mlx-lm or mlx-vlm 0.6 and newer (fine_tune_type is "
             f"{mlx_config.get('fine_tune_type')!r}); train it with fine_tune_type lora or dora"
         )
-    list_file(folder / _MLX_WEIGHTS)
-    stored = load_file(folder / _MLX_WEIGHTS)
+    stored = read_file(folder / _MLX_WEIGHTS)
     config = mlx_config.get("peft_config")
     named = Adapter(config or {"base_model_name_or_path": mlx_config.get("model")}, {}, None)
     checkpoint = find_base(named, base, revision)
@@ -210,7 +196,7 @@ def import_mlx(
     check_fits(read, list_tensors(checkpoint), checkpoint, model_type)
     with new_folder(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        _write_json(temporary / CONFIG, config)
+        write_json(temporary / CONFIG, config)
     announce(f"{name}: {len(modules)} adapters read from MLX")
     return Path(path)
 
@@ -310,7 +296,3 @@ def _wrapper_path(config: Mapping[str, Any], name: str) -> str:
         f".{module}.down_proj".endswith(f".{other}") for other in others
     )
     return f"{module}.base_layer" if is_inside else module
-
-
-def _write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")

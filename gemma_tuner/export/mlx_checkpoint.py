@@ -7,7 +7,6 @@ words. Every ``group_size`` of them share a scale and a bias of the checkpoint's
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,17 +20,15 @@ from torch import Tensor
 
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.bases import stored_name
+from gemma_tuner.export.checkpoints import NewTensor, write_checkpoint
 from gemma_tuner.export.folders import new_folder
-from gemma_tuner.export.merged import complete_config, copy_settings
 from gemma_tuner.export.mlx_names import transformers_name
 from gemma_tuner.export.weights import (
-    NewTensor,
     StoredTensor,
     find_checkpoint,
     list_tensors,
     read_json,
     tensor_bytes,
-    write_weights,
 )
 from gemma_tuner.models.identity import portable_name
 
@@ -114,11 +111,7 @@ def from_mlx(checkpoint: str | Path, path: str | Path, *, revision: str | None =
         if name not in ("quantization", "quantization_config")
     }
     with new_folder(path, sum(tensor.num_bytes for tensor in tensors)) as temporary:
-        copy_settings(folder, temporary)
-        (temporary / "config.json").write_text(
-            json.dumps(complete_config(kept), indent=2) + "\n", encoding="utf-8"
-        )
-        write_weights(temporary, tensors, "dequantising")
+        write_checkpoint(temporary, folder, kept, tensors, "dequantising")
     return Path(path)
 
 
@@ -130,12 +123,10 @@ def _read_sources(
     for name, stored in tensors.items():
         module, _, part = name.rpartition(".")
         scales = tensors.get(f"{module}.scales")
-        if scales is None:
+        if scales is None or part not in ("weight", "scales", "biases"):
             sources[name] = _Source(stored.dtype, stored.shape, partial(_read_plain, stored))
         elif part == "weight":
             sources[name] = _dequantised(name, stored, scales, tensors, settings)
-        elif part not in ("scales", "biases"):
-            sources[name] = _Source(stored.dtype, stored.shape, partial(_read_plain, stored))
     return sources
 
 

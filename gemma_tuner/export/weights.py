@@ -1,31 +1,24 @@
-"""Weights in safetensors files, read and written one tensor at a time.
-
-A checkpoint may be larger than memory: nothing here holds more than one of its tensors.
-"""
+"""Weights in safetensors files, read one tensor at a time: a checkpoint may exceed memory."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from gemma_tuner.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5 * 10**9
 _CHUNK_BYTES = 16 * 2**20
 _BLOCK_ELEMENTS = 2**22
 DTYPES = {
@@ -42,26 +35,17 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies.
-
-    Args:
-        path: Its file.
-        name: Its name there.
-        dtype: Of its elements.
-        shape: Its shape.
-        start: Of its bytes in the file.
-    """
+    """A tensor in a file, not read yet."""
 
     path: Path
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    start: int
+    start: int  # of its bytes in the file
 
     @property
     def num_bytes(self) -> int:
@@ -102,28 +86,6 @@ class StoredTensor:
                 yield chunk
 
 
-@dataclass(frozen=True, slots=True)
-class NewTensor:
-    """A tensor that will be written.
-
-    Args:
-        name: Its name in the new checkpoint.
-        dtype: Of its elements.
-        shape: Its shape.
-        chunks: Makes its bytes; called when it is its turn.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[bytes]]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
 def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
     """Find the folder of a checkpoint without using a network."""
     folder = Path(name_or_path)
@@ -132,12 +94,13 @@ def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Pa
     try:
         return Path(snapshot_download(str(name_or_path), revision=revision, local_files_only=True))
     except (LocalEntryNotFoundError, HFValidationError):
-        at = f" --revision {revision}" if revision else ""
+        name = folder.name if folder.is_absolute() else name_or_path
+        at, option = (
+            (f" at revision {revision}", f" --revision {revision}") if revision else ("", "")
+        )
         raise CheckpointError(
-            f"{folder.name if folder.is_absolute() else name_or_path} is no folder, and not in "
-            f"the local cache{f' at revision {revision}' if revision else ''}; fetch it with `hf "
-            f"download {folder.name if folder.is_absolute() else name_or_path}{at}`, or give the "
-            "checkpoint's folder"
+            f"{name} is no folder, and not in the local cache{at}; fetch it with `hf download "
+            f"{name}{option}`, or give the checkpoint's folder"
         ) from None
 
 
@@ -215,79 +178,14 @@ def list_file(path: Path) -> dict[str, StoredTensor]:
     }
 
 
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Read all tensors of one safetensors file."""
+    list_file(path)  # says what is wrong with a damaged one
+    return load_file(path)
+
+
 def tensor_bytes(tensor: Tensor) -> Iterator[bytes]:
     """Yield a tensor's bytes as safetensors holds them."""
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
     for start in range(0, len(flat), _CHUNK_BYTES):
         yield flat[start : start + _CHUNK_BYTES].tobytes()
-
-
-def write_weights(
-    folder: Path, tensors: Sequence[NewTensor], what: str, shard_bytes: int = SHARD_BYTES
-) -> None:
-    """Write tensors one by one into as few files as ``shard_bytes`` allows; show progress."""
-    shards = _group(tensors, shard_bytes)
-    names = (
-        ["model.safetensors"]
-        if len(shards) == 1
-        else [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    total = sum(tensor.num_bytes for tensor in tensors)
-    with progress_shown(what, total) as advance:
-        for name, shard in zip(names, shards, strict=True):
-            with (folder / name).open("wb") as file:
-                file.write(_header(shard))
-                for tensor in shard:
-                    for chunk in tensor.chunks():
-                        file.write(chunk)
-                        advance(len(chunk))
-    if len(shards) > 1:
-        weight_map = {
-            t.name: name for name, shard in zip(names, shards, strict=True) for t in shard
-        }
-        index: Mapping[str, Any] = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def progress_shown(what: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on stderr."""
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn()
-    console = Console(stderr=True)
-    # Without widgets, notebooks cannot show it.
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=console.is_jupyter
-    ) as progress:
-        task = progress.add_task(what, total=num_bytes)
-        yield partial(progress.advance, task)
-
-
-def _group(tensors: Sequence[NewTensor], shard_bytes: int) -> list[list[NewTensor]]:
-    """Fill shards in order; within one the widest elements come first, so that all are aligned."""
-    shards: list[list[NewTensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor.num_bytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.num_bytes
-    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
-
-
-def _header(tensors: Sequence[NewTensor]) -> bytes:
-    """Return a safetensors header: its length, then names, dtypes, shapes and places."""
-    # Source: the safetensors README, "Format".
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        end = offset + tensor.num_bytes
-        entries[tensor.name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,19 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
-from gemma_tuner.disk import (
-    check_room,
-    disk_errors_explained,
-    sync,
-    sync_all,
-    temporary_sibling,
-)
+from gemma_tuner.disk import check_room, disk_errors_explained, sync, sync_all, temporary_sibling
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.models.identity import hash_decoder_norms, portable_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FINGERPRINT = "gemma_tuner.json"
-"""Beside an adapter: ``base_norms_sha256`` says which release it was trained on, and ``step`` how
-far a run was that has saved it."""
+"""Beside an adapter: ``base_norms_sha256`` of the release that it was trained on, and the ``step``
+of the run that saved it."""
 
 
 def save_adapter(model: PeftModel, path: str | Path, step: int | None = None) -> Path:
-    """Write the adapter as a standard PEFT folder."""
-    # An existing folder keeps its other files; its adapter is replaced once the new one is
-    # complete.
+    """Write the adapter as a standard PEFT folder; replace an earlier one once this is whole."""
     folder = Path(path)
     with saving_explained("save an adapter", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,18 +40,22 @@ def save_adapter(model: PeftModel, path: str | Path, step: int | None = None) ->
 
 
 def write_adapter(model: PeftModel, folder: Path, *, step: int | None = None) -> None:
-    """Write an adapter's files into a folder that is empty."""
+    """Write an adapter's files into an empty folder."""
     model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
     # The model card that PEFT adds names the base by its local path.
     (folder / "README.md").unlink(missing_ok=True)
-    path = folder / CONFIG
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = portable_name(config["base_model_name_or_path"])
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config)
     base: Any = model.get_base_model()
     norms_sha256 = hash_decoder_norms(dict(base.named_parameters()), base.get_parameter)
     fingerprint = {"base_norms_sha256": norms_sha256} | ({} if step is None else {"step": step})
-    (folder / FINGERPRINT).write_text(json.dumps(fingerprint, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / FINGERPRINT, fingerprint)
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON object as PEFT writes its settings: indented, its keys in order."""
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
@@ -68,7 +65,7 @@ def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
 
 
 def saving_explained(what: str, folder: Path) -> AbstractContextManager[None]:
-    """Turn what can go wrong with a disk into a CheckpointError with a remedy."""
+    """Turn a disk's errors into a CheckpointError with a remedy."""
     return disk_errors_explained(
         lambda reason: CheckpointError(
             f"cannot {what} in {folder.resolve().name!r}: {reason}. What was saved before is "

@@ -1,4 +1,4 @@
-"""What makes two models the same to a saved run."""
+"""The identity of a model: its description in a saved run, a release's hash, a portable name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _NOT_STRUCTURE = {
 
 
 def describe_model(model: PeftModel) -> dict[str, Any]:
-    """Everything that must be equal for a saved run to continue on a model."""
+    """Describe, as JSON, all that must be equal for a saved run to continue on a model."""
     base = cast(PreTrainedModel, model.get_base_model())
     base_config = json.loads(base.config.to_json_string(use_diff=False))
     lora = {
@@ -64,22 +64,9 @@ def hash_decoder_norms(names: Iterable[str], read: Callable[[str], Tensor]) -> s
 
 
 def portable_name(name: str | None) -> str | None:
-    """A model's name without the user's folders.
-
-    Args:
-        name: A Hub name or a local path.
-
-    Returns:
-        The Hub name, also where the path lies in the Hub's cache; else the last folder's name.
-
-    Example:
-        >>> portable_name("google/gemma-4-E2B-it")
-        'google/gemma-4-E2B-it'
-        >>> portable_name("/home/ada/.cache/hub/models--google--gemma-4-E2B-it/snapshots/8f3")
-        'google/gemma-4-E2B-it'
-        >>> portable_name("/home/ada/secret-project/my-gemma")
-        'my-gemma'
-    """
+    """A model's name without the user's folders."""
+    # google/gemma-4-E2B-it stays; so does the Hub's name in a path of its cache
+    # (.../models--google--gemma-4-E2B-it/snapshots/8f3); /home/ada/my-gemma becomes my-gemma.
     if not name:
         return name
     if cached := re.search(r"models--([\w.-]+?)--([\w.-]+)", name):

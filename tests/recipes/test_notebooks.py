@@ -154,7 +154,7 @@ def test_the_notebook_of_streams_and_that_it_runs_again_beside_its_first_run(tmp
     assert "50 before, 78 after: the same 128, in the same order" in said
     assert read_number(r"([\d,]+) retries", said) > 0
     assert "127 of 128 rows could be used" in said
-    assert "read anew: 128 of 128 rows can be used" in said
+    assert "read again: 128 of 128 rows can be used" in said
     assert "25 optimizer steps done" in html
     assert count_plots(notebook) == 1
 

@@ -13,9 +13,8 @@ from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError
 from gemma_tuner.evaluation.evaluate import evaluate
 from gemma_tuner.evaluation.generation import generate
-from gemma_tuner.evaluation.results import compare
 from gemma_tuner.evaluation.samples import SampleGenerations
-from gemma_tuner.evaluation.scores import Tally, exact_match, word_error_rate
+from gemma_tuner.evaluation.scores import word_error_rate
 from gemma_tuner.evaluation.subset import Subset
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.modes import begin_training
@@ -294,25 +293,6 @@ def test_a_subset_is_spread_over_the_stream_and_reads_bad_rows_once(folder, tmp_
         assert read == ["row 0", None, "row 4"]
     assert (len(subset), subset.num_bad, stream.num_passed_over) == (3, 1, 1)
     assert len(Subset(stream, 100)) == 6
-
-
-def test_the_interval_of_a_paired_bootstrap():
-    rng = np.random.default_rng(0)
-    right = rng.random(400) < 0.7
-    base = right & (rng.random(400) < 0.8)
-    tallies = {
-        "adapter": [Tally(float(x), 1) for x in right],
-        "base": [Tally(float(x), 1) for x in base],
-    }
-    result = compare(exact_match(), tallies)
-    assert result.difference == right.mean() - base.mean()
-    spread = 1.96 * np.std(right.astype(float) - base) / 20
-    expected = (right.mean() - base.mean() - spread, right.mean() - base.mean() + spread)
-    assert result.interval == pytest.approx(expected, abs=0.01)
-    assert compare(exact_match(), tallies) == result
-    same = compare(exact_match(), {"adapter": tallies["base"], "base": tallies["base"]})
-    assert (same.difference, same.interval) == (0.0, (0.0, 0.0))
-    assert compare(exact_match(), {n: rows[:1] for n, rows in tallies.items()}).interval is None
 
 
 def test_answers_at_intervals_of_training(setup, folder, tmp_path):

@@ -4,6 +4,7 @@ import random
 import re
 
 import jiwer
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from gemma_tuner.evaluation.scores import (
     Tally,
     anls,
     character_error_rate,
+    compare,
     exact_match,
     find_scores,
     visual_question_accuracy,
@@ -237,3 +239,22 @@ def test_bad_scores_are_refused():
         exact_match().measure(["a"], [])
     with pytest.raises(ConfigError, match="no references"):
         exact_match().measure(["a"], [[]])
+
+
+def test_the_interval_of_a_paired_bootstrap():
+    rng = np.random.default_rng(0)
+    right = rng.random(400) < 0.7
+    base = right & (rng.random(400) < 0.8)
+    tallies = {
+        "adapter": [Tally(float(x), 1) for x in right],
+        "base": [Tally(float(x), 1) for x in base],
+    }
+    result = compare(exact_match(), tallies)
+    assert result.difference == right.mean() - base.mean()
+    spread = 1.96 * np.std(right.astype(float) - base) / 20
+    expected = (right.mean() - base.mean() - spread, right.mean() - base.mean() + spread)
+    assert result.interval == pytest.approx(expected, abs=0.01)
+    assert compare(exact_match(), tallies) == result
+    same = compare(exact_match(), {"adapter": tallies["base"], "base": tallies["base"]})
+    assert (same.difference, same.interval) == (0.0, (0.0, 0.0))
+    assert compare(exact_match(), {n: rows[:1] for n, rows in tallies.items()}).interval is None

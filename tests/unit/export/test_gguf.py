@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 import gemma_tuner as gt
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.adapter import export_adapter
+from gemma_tuner.export.checkpoints import complete_config
 from gemma_tuner.export.gguf import export_gguf, export_gguf_adapter
 from gemma_tuner.export.gguf_names import check_runs
-from gemma_tuner.export.merged import complete_config, export_merged
+from gemma_tuner.export.merged import export_merged
 from gemma_tuner.models.adapter_files import save_adapter
 from tests.export_parts import add_trained_lora, save_base
 from tests.limits import files_limited_to
