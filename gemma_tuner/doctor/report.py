@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tuner.disk import disk_errors_explained, replaced
+from gemma_tuner.doctor import Part
 from gemma_tuner.doctor.checks import Check
-from gemma_tuner.doctor.parts import Part
 from gemma_tuner.errors import ConfigError
 
 SCHEMA = 1
@@ -25,26 +25,16 @@ _STYLES = {"ok": "green", "wrong": "bold red", "skipped": "yellow"}
 
 @dataclasses.dataclass(slots=True)
 class Report:
-    """What an examination has found so far.
-
-    Args:
-        machine: System, chip, memory, packages.
-        device: Where the checks ran.
-        evidence: What the results are worth.
-        parts: What was asked for.
-        checks: One after the other.
-        calibration: Speeds; None if they were not measured.
-        calibration_skipped: Why they were not.
-        unfinished: What is running now. In the file of a process that ended, what ended it.
-    """
+    """The findings of an examination so far."""
 
     machine: dict[str, Any]
     device: dict[str, Any]
     evidence: dict[str, Any]
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...]  # those asked for
     checks: list[Check] = dataclasses.field(default_factory=list)
     calibration: dict[str, Any] | None = None
-    calibration_skipped: str | None = None
+    calibration_skipped: str | None = None  # the reason
+    # The check that is running. In the file of a process that ended, the one that ended it.
     unfinished: str | None = None
 
     @property
