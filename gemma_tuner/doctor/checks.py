@@ -19,7 +19,7 @@ Tensors = Mapping[str, Tensor]
 Figures = Mapping[str, float | int | str]
 Finding = tuple[Result, str | None, Figures]
 
-# What operators raise that a device lacks or refuses. NotImplementedError is a RuntimeError.
+# Operators that a device lacks or refuses raise these. NotImplementedError is a RuntimeError.
 REFUSALS = (RuntimeError, TypeError)
 
 

@@ -1,4 +1,4 @@
-"""The examination: its parts one after the other, each written down before the next begins."""
+"""The examination: its parts in their order, each written down before the next begins."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def examine(
     announce: Callable[[str], None] = lambda name: None,
 ) -> Report:
     """Examine this machine."""
-    # The report is written before each check too, with its name, so that a device which ends the
-    # process leaves behind what it was doing.
+    # The report is written before each check too, with its name, so that it names the check that
+    # was running if the device ends the process.
     chosen, reason = choose_device(device)
     machine = describe_machine()
     report = Report(

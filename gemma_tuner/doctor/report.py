@@ -1,4 +1,4 @@
-"""The report: what was found, as JSON for an issue and as a table for a person."""
+"""The report of an examination: JSON for an issue, and a table for a person."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Report:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many checks had each result."""
+        """The number of checks with each result."""
         return {result: sum(check.result == result for check in self.checks) for result in _STYLES}
 
     @property
@@ -48,17 +48,10 @@ class Report:
         return int(self.counts["wrong"] > 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON has it."""
-        return {
-            "schema": SCHEMA,
-            **{
-                field.name: getattr(self, field.name)
-                for field in dataclasses.fields(self)
-                if field.name != "checks"
-            },
-            "counts": self.counts,
-            "checks": [dataclasses.asdict(check) for check in self.checks],
-        }
+        """The report as it is written."""
+        found = dataclasses.asdict(self)
+        checks = found.pop("checks")
+        return {"schema": SCHEMA, **found, "counts": self.counts, "checks": checks}
 
     def write(self, path: Path) -> None:
         """Write the JSON, replacing an older one at once."""
@@ -98,7 +91,7 @@ def render_report(report: Report) -> RenderableType:
 
 
 def _tabulate(checks: Iterable[Check]) -> Table:
-    """One row a kernel; steps of a family together."""
+    """Make a table with a row for each kernel and one for all steps of a family."""
     groups: dict[tuple[str, str], list[Check]] = {}
     for check in checks:
         family, _, case = check.name.partition(", ")

@@ -122,7 +122,7 @@ def smoothing_window(history: History) -> int:
 
 
 def _list_runs(runs: Sequence[Run]) -> Iterator[tuple[str, History, str]]:
-    """What the names of a run's lines begin with, its log, and its colour."""
+    """Of each run the prefix of its lines' names, its log and its colour."""
     for i, run in enumerate(runs):
         prefix = f"{run.name}: " if len(runs) > 1 else ""
         yield prefix, run.history, RUN_COLORS[i % len(RUN_COLORS)]

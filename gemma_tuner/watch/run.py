@@ -27,7 +27,7 @@ SILENT_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Where a run is: one of ``PHASES``, "waiting" (nothing logged yet) or "silent"."""
+    """The phase of a run: one of ``PHASES``, "waiting" (nothing logged yet) or "silent"."""
 
     name: str
     seconds_per_step: float | None = None  # of training alone, over the last records
@@ -75,7 +75,7 @@ class Run:
         return any((*gains, *changed))
 
     def find_phase(self, now_seconds: float | None = None) -> Phase:
-        """Where the run is."""
+        """The phase of the run now."""
         history = self.history
         if not len(history) and not history.held_out and not history.phase:
             return Phase("waiting")

@@ -76,7 +76,7 @@ class _Drawn(NamedTuple):
 
 
 class Pace:
-    """When a page draws: at every look while a run is young, then less often.
+    """Decides when a page draws: at every look while a run is young, then less often.
 
     A browser beside a run on the same cores must not slow it. Times are of a clock that does not
     go back.
