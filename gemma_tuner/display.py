@@ -1,7 +1,7 @@
-"""How objects show themselves in a notebook: HTML in which whatever comes from data is text.
+"""HTML by which objects show themselves in a notebook, and sizes as people read them.
 
-Every text is escaped here, and nothing holds a script, a link or an address of another place:
-pictures and sounds are inside, as data URIs. Colours are translucent, for light and dark pages.
+Every text from data is escaped, and nothing holds a script, a link or an address of another place:
+images and clips are inside, as data URIs. Colours are translucent, for light and dark pages.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import math
 import wave
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -24,10 +25,13 @@ QUIET = "opacity:0.65"
 """The style of what matters less."""
 
 MAX_CHARACTERS = 2000
-"""Of one text; what is beyond is counted."""
+"""Of one text; those beyond are counted."""
 
 MAX_SECONDS = 30.0
-"""Of one sound: 1.3 MB of a page at 16 kHz."""
+"""Of one clip: 1.3 MB of a page at 16 kHz."""
+
+GIB = 2**30
+"""Bytes of a GiB, in which devices and ``memory_gib`` count."""
 
 _THUMBNAIL_PIXELS = 256
 # A drawing of 50 pixels is easier to see at twice that.
@@ -38,27 +42,27 @@ _CELL = "text-align:left;vertical-align:top;padding:2px 16px 2px 0;white-space:p
 
 
 def escape(text: str) -> str:
-    """Escape a text, and cut it where it is too long for a page, which is said."""
+    """Escape a text; one that is too long for a page is cut, and says so."""
     if len(text) <= MAX_CHARACTERS:
         return html.escape(text)
     return f"{html.escape(text[:MAX_CHARACTERS])}… ({len(text):,} characters)"
 
 
 def element(tag: str, content: str, style: str = "") -> str:
-    """Put HTML into an element."""
+    """Put HTML into an element with a CSS style."""
     attribute = f' style="{html.escape(style)}"' if style else ""
     return f"<{tag}{attribute}>{content}</{tag}>"
 
 
 def make_card(title: str, note: str, *content: str) -> str:
-    """Frame an object."""
+    """Frame an object: a title and a note, which are text, above HTML."""
     heading = element("b", escape(title)) + element("span", f"&ensp;{escape(note)}", QUIET)
     frame = "border-left:3px solid #8886;padding:2px 0 2px 12px;margin:6px 0;line-height:1.5"
     return element("div", element("div", heading) + "".join(content), frame)
 
 
 def make_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Make a table of cells that are HTML."""
+    """Make a table; its head is text, its cells are HTML."""
     lines = [_make_row("th", map(escape, head))] if head else []
     lines += [_make_row("td", row) for row in rows]
     return element("table", "".join(lines), "border-collapse:collapse;margin:4px 0")
@@ -69,12 +73,12 @@ def _make_row(tag: str, cells: Iterable[str]) -> str:
 
 
 def make_details(summary: str, content: str) -> str:
-    """Fold away what few want to see."""
+    """Fold HTML away below a summary, which is text."""
     return element("details", element("summary", escape(summary), QUIET) + content)
 
 
 def make_bar(parts: Iterable[tuple[float, str, str]], title: str) -> str:
-    """Draw a bar of parts."""
+    """Draw a bar of parts: of each its share, 0 to 1, its CSS background and its name."""
     pieces = "".join(
         f'<div title="{html.escape(name)}" style="width:{100 * share:.3f}%;background:{color}">'
         "</div>"
@@ -84,22 +88,22 @@ def make_bar(parts: Iterable[tuple[float, str, str]], title: str) -> str:
     return f'<div role="img" aria-label="{html.escape(title)}" style="{style}">{pieces}</div>'
 
 
-def make_thumbnail(picture: PIL.Image.Image) -> str:
-    """Show a picture, small, with its size below."""
-    small = picture.copy()
+def make_thumbnail(image: PIL.Image.Image) -> str:
+    """Show an image, small, with its size below."""
+    small = image.copy()
     small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
     buffer = io.BytesIO()
     small.save(buffer, "PNG")
     address = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
-    size = f"{picture.width} × {picture.height}"
-    image = f'<img src="{address}" alt="picture, {size}" style="{_SEEN}">'
+    size = f"{image.width} × {image.height}"
+    shown = f'<img src="{address}" alt="image, {size}" style="{_SEEN}">'
     caption = element("figcaption", f"{size} pixels", _CAPTION)
-    return element("figure", image + caption, _FIGURE)
+    return element("figure", shown + caption, _FIGURE)
 
 
 def make_player(samples: numpy.ndarray, rate_hz: int) -> str:
-    """Make a sound playable, with its length below."""
-    # samples: ``[frames]`` or ``[frames, channels]`` float, full scale at 1.
+    """Make a clip ``[frames]`` or ``[frames, channels]`` playable, with its length below."""
+    # Full scale is at 1.
     heard = samples[: int(MAX_SECONDS * rate_hz)]
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as file:
@@ -116,10 +120,20 @@ def make_player(samples: numpy.ndarray, rate_hz: int) -> str:
     return element("figure", player + caption, _FIGURE)
 
 
-def show_bytes(num_bytes: float) -> str:
-    """Write a size with its unit."""
-    units = ["bytes", "kB", "MB", "GB", "TB"]
-    while num_bytes >= 1000 and len(units) > 1:
-        num_bytes /= 1000
+def show_bytes(num_bytes: float, *, binary: bool = False) -> str:
+    """A size with its unit: three figures of kB to TB, or four of KiB to TiB."""
+    step, digits = (1024, 4) if binary else (1000, 3)
+    units = ["bytes", *(("KiB", "MiB", "GiB", "TiB") if binary else ("kB", "MB", "GB", "TB"))]
+    while num_bytes >= step and len(units) > 1:
+        num_bytes /= step
         units.pop(0)
-    return f"{num_bytes:.3g} {units[0]}"
+    return f"{num_bytes:.{digits}g} {units[0]}"
+
+
+def show_memory(num_bytes: float) -> str:
+    """Memory of a device as MiB or GiB, as budgets are given; "–" where it is not known."""
+    if not math.isfinite(num_bytes):
+        return "–"
+    if num_bytes < GIB / 10:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / GIB:.2f} GiB"

@@ -131,11 +131,12 @@ def gguf(
 
 
 def _say_merged(report: MergeReport) -> None:
-    from gemma_tuner.watch.units import show_bytes
+    from gemma_tuner.display import show_bytes
 
     say(
         f"{report.path}: {report.num_merged} weights merged, {report.num_copied} as they were, "
-        f"{show_bytes(report.num_bytes)}; rounding took {report.lost:.1e} of the adapter away"
+        f"{show_bytes(report.num_bytes, binary=True)}; rounding took {report.lost:.1e} of the "
+        "adapter away"
     )
 
 

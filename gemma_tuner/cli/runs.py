@@ -46,8 +46,9 @@ def show(
     run: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False)],
 ) -> None:
     """Show a run: its settings, its losses, what happened."""
+    from gemma_tuner.display import show_memory
     from gemma_tuner.watch.run import read_settings
-    from gemma_tuner.watch.units import show_bytes, show_count, show_loss
+    from gemma_tuner.watch.units import show_count, show_loss
 
     (opened,) = _open([run])
     _print_table([_summarise(opened, run)])
@@ -72,7 +73,7 @@ def show(
                 "loss": show_loss(record["loss"]) if record else "",
                 "held out": show_loss(held_out[step]) if step in held_out else "",
                 "tokens/s": show_count(record["tokens_per_second"]) if record else "",
-                "memory": show_bytes(record["memory_bytes"]) if record else "",
+                "memory": show_memory(record["memory_bytes"]) if record else "",
             }
         )
     _print_table(rows)

@@ -1,6 +1,6 @@
-"""How fast the device is at Gemma's shapes: what a plan needs to tell how long a run takes.
+"""Speeds of the device at Gemma's shapes, from which the time of a run can be estimated.
 
-Speeds are medians of repetitions within a fraction of a second each: they tell a chip's order, not
+Each is the median of repetitions within a fraction of a second: it tells the order of a chip, not
 its steady state under heat.
 """
 
@@ -50,7 +50,7 @@ _MAX_REPEATS = 50
 
 
 def calibrate(device: torch.device) -> dict[str, Any]:
-    """Measure a device's speeds."""
+    """Measure a device's speeds, by names with units; ``refused`` says what it could not do."""
     rows = 64 if device.type == "cpu" else 512
     tokens = 128 if device.type == "cpu" else 1_024
     measured: dict[str, Any] = {"refused": {}}
@@ -73,7 +73,7 @@ def calibrate(device: torch.device) -> dict[str, Any]:
 
 
 def estimate_speed(layer: dict[str, Any]) -> dict[str, Any]:
-    """Estimate how fast E2B trains, if all of it does as many operations a second as one layer."""
+    """Estimate E2B's tokens a second, if all of it computes as fast as one layer."""
     rate = layer["flop"] / layer["seconds"]
     estimate: dict[str, Any] = {
         f"{share}_targets_{side}": round(rate / (gflop * 1e9), 1)

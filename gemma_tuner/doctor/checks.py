@@ -1,4 +1,4 @@
-"""A check: a name, whether the device answered as the CPU does, and by how much it did not."""
+"""A check: whether the device answers as the CPU does, and by how much it is off."""
 
 from __future__ import annotations
 
@@ -19,35 +19,25 @@ Tensors = Mapping[str, Tensor]
 Figures = Mapping[str, float | int | str]
 Finding = tuple[Result, str | None, Figures]
 
-# What operators raise that a device lacks or refuses. NotImplementedError is a RuntimeError.
+# Operators that a device lacks or refuses raise these. NotImplementedError is a RuntimeError.
 REFUSALS = (RuntimeError, TypeError)
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """What one check found.
+    """The result of one check, as the report's JSON has it."""
 
-    Args:
-        part: The part of the examination that it belongs to.
-        name: What was computed; unique within its part.
-        result: ``ok``, ``wrong`` or ``skipped``.
-        reason: Why it is wrong or was skipped; None where it is ok.
-        source: Where the fault was reported that it looks for; None where it looks for any.
-        figures: What was measured, by names with units; without a unit they are ratios.
-        seconds: How long it took.
-    """
-
-    part: str
-    name: str
+    part: str  # of the examination
+    name: str  # unique within its part
     result: Result
-    reason: str | None = None
-    source: str | None = None
-    figures: Figures = field(default_factory=dict)
+    reason: str | None = None  # why it is wrong or was skipped
+    source: str | None = None  # where the fault was reported; None if no single one is looked for
+    figures: Figures = field(default_factory=dict)  # names without a unit are ratios
     seconds: float = 0.0
 
 
 def find_difference(answer: Tensors, expected: Tensors) -> tuple[str, float]:
-    """Compare tensors by name and find the one that is farthest off."""
+    """The tensor that is farthest off, and by how much of the largest value expected."""
     differences = {
         name: _difference(answer[name], expected[name]) if name in answer else torch.inf
         for name in expected
@@ -67,7 +57,7 @@ def _difference(answer: Tensor, expected: Tensor) -> float:
 
 
 def judge(difference: tuple[str, float], tolerance: float) -> Finding:
-    """Decide whether an answer is right."""
+    """Decide whether an answer is right, given :func:`find_difference`'s."""
     name, value = difference
     figures = {
         "difference": value if value < torch.inf else "infinite",

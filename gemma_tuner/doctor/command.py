@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from gemma_tuner.doctor.parts import Part
+from gemma_tuner.doctor import Part
 from gemma_tuner.errors import GemmaTunerError
 
 

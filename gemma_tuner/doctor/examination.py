@@ -1,4 +1,4 @@
-"""The examination: its parts one after the other, each written down before the next begins."""
+"""The examination: its parts in their order, each written down before the next begins."""
 
 from __future__ import annotations
 
@@ -9,26 +9,15 @@ from pathlib import Path
 import torch
 
 from gemma_tuner.device import choose_device
+from gemma_tuner.doctor import Part
 from gemma_tuner.doctor.calibration import calibrate
 from gemma_tuner.doctor.checks import Check
-from gemma_tuner.doctor.kernels import check_kernel
-from gemma_tuner.doctor.kernels_placing import PLACING
-from gemma_tuner.doctor.kernels_reducing import REDUCING
-from gemma_tuner.doctor.large_table import NAME, check_large_table
-from gemma_tuner.doctor.machine import (
-    describe_device,
-    describe_machine,
-    find_evidence,
-    is_pretend,
-)
-from gemma_tuner.doctor.memory import check_memory
+from gemma_tuner.doctor.kernels import KERNELS, check_kernel
+from gemma_tuner.doctor.machine import describe_device, describe_machine, find_evidence, is_pretend
+from gemma_tuner.doctor.memory import TABLE, check_large_table, check_memory
 from gemma_tuner.doctor.parity import check_family
-from gemma_tuner.doctor.parts import Part
 from gemma_tuner.doctor.report import Report
 from gemma_tuner.testing import FAMILIES
-
-KERNELS = (*PLACING, *REDUCING)
-"""Every kernel that is checked, but the large table."""
 
 
 def examine(
@@ -39,8 +28,8 @@ def examine(
     announce: Callable[[str], None] = lambda name: None,
 ) -> Report:
     """Examine this machine."""
-    # The report is written before each check too, with its name, so that a device which ends the
-    # process leaves behind what it was doing.
+    # The report is written before each check too, with its name, so that it names the check that
+    # was running if the device ends the process.
     chosen, reason = choose_device(device)
     machine = describe_machine()
     report = Report(
@@ -73,7 +62,7 @@ def _list_steps(
     if Part.CALIBRATION in report.parts:
         yield "calibration", lambda: _calibrate(report, device)
     if Part.LARGE_TABLE in report.parts:
-        yield NAME, lambda: [check_large_table(device)]
+        yield TABLE, lambda: [check_large_table(device)]
 
 
 def _calibrate(report: Report, device: torch.device) -> list[Check]:

@@ -1,4 +1,4 @@
-"""What machine this is, and what a result on it is worth. Nothing here tells who uses it."""
+"""The machine, and the worth of a result on it; nothing here tells who uses it."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def describe_device(device: torch.device, reason: str) -> dict[str, Any]:
 
 
 def find_evidence(device: torch.device, machine: dict[str, Any]) -> dict[str, Any]:
-    """Say what a result of this device on this machine shows, and what it does not."""
+    """Say what a result of this device on this machine proves, and what it does not."""
     name = _name_device(device)
     if is_pretend(device):
         rung = "pretend"
@@ -152,7 +152,7 @@ def _name_device(device: torch.device) -> str:
 
 
 def _ask_kernel(name: str) -> str:
-    """A setting of macOS' kernel; empty where it has none of that name."""
+    """A setting of the kernel of macOS; empty where there is none of that name."""
     done = subprocess.run(
         ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False
     )
@@ -160,7 +160,7 @@ def _ask_kernel(name: str) -> str:
 
 
 def _read_processor() -> dict[str, str]:
-    """What Linux says of the first processor."""
+    """Linux's description of the first processor."""
     path = Path("/proc/cpuinfo")
     if not path.exists():
         return {}

@@ -1,4 +1,4 @@
-"""The report: what was found, as JSON for an issue and as a table for a person."""
+"""The report of an examination: JSON for an issue, and a table for a person."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_tuner.disk import disk_errors_explained, replaced
+from gemma_tuner.doctor import Part
 from gemma_tuner.doctor.checks import Check
-from gemma_tuner.doctor.parts import Part
 from gemma_tuner.errors import ConfigError
 
 SCHEMA = 1
@@ -25,31 +25,21 @@ _STYLES = {"ok": "green", "wrong": "bold red", "skipped": "yellow"}
 
 @dataclasses.dataclass(slots=True)
 class Report:
-    """What an examination has found so far.
-
-    Args:
-        machine: System, chip, memory, packages.
-        device: Where the checks ran.
-        evidence: What the results are worth.
-        parts: What was asked for.
-        checks: One after the other.
-        calibration: Speeds; None if they were not measured.
-        calibration_skipped: Why they were not.
-        unfinished: What is running now. In the file of a process that ended, what ended it.
-    """
+    """The findings of an examination so far."""
 
     machine: dict[str, Any]
     device: dict[str, Any]
     evidence: dict[str, Any]
-    parts: tuple[Part, ...]
+    parts: tuple[Part, ...]  # those asked for
     checks: list[Check] = dataclasses.field(default_factory=list)
     calibration: dict[str, Any] | None = None
-    calibration_skipped: str | None = None
+    calibration_skipped: str | None = None  # the reason
+    # The check that is running. In the file of a process that ended, the one that ended it.
     unfinished: str | None = None
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many checks had each result."""
+        """The number of checks with each result."""
         return {result: sum(check.result == result for check in self.checks) for result in _STYLES}
 
     @property
@@ -58,17 +48,10 @@ class Report:
         return int(self.counts["wrong"] > 0)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as JSON has it."""
-        return {
-            "schema": SCHEMA,
-            **{
-                field.name: getattr(self, field.name)
-                for field in dataclasses.fields(self)
-                if field.name != "checks"
-            },
-            "counts": self.counts,
-            "checks": [dataclasses.asdict(check) for check in self.checks],
-        }
+        """The report as it is written."""
+        found = dataclasses.asdict(self)
+        checks = found.pop("checks")
+        return {"schema": SCHEMA, **found, "counts": self.counts, "checks": checks}
 
     def write(self, path: Path) -> None:
         """Write the JSON, replacing an older one at once."""
@@ -108,7 +91,7 @@ def render_report(report: Report) -> RenderableType:
 
 
 def _tabulate(checks: Iterable[Check]) -> Table:
-    """One row a kernel; steps of a family together."""
+    """Make a table with a row for each kernel and one for all steps of a family."""
     groups: dict[tuple[str, str], list[Check]] = {}
     for check in checks:
         family, _, case = check.name.partition(", ")

@@ -1,7 +1,7 @@
-"""A chart's options, as Apache ECharts takes them.
+"""Charts as options of Apache ECharts.
 
 Texts of users (a run's name) are only ever values, which ECharts draws on its canvas or escapes in
-its tooltip. A key that begins with ":" holds JavaScript of ours.
+its tooltip. A key that begins with ":" holds our own JavaScript.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _MUTED = "#8b93a1"
 
 Options = dict[str, Any]
 
-# How figures are written on axes and in tooltips.
+# JavaScript that writes figures, in tooltips and on axes.
 _FORMATS = {
     "loss": "v => v == null ? '–' : Number(v).toPrecision(4)",
     "rate": "v => v == null ? '–' : v === 0 ? '0' : Number(v).toExponential(2)",
@@ -36,22 +36,12 @@ _AXIS_FORMATS = {
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line of a chart.
-
-    Args:
-        name: What it is.
-        points: Its points.
-        color: ``#rrggbb``.
-        width: In pixels.
-        opacity: 0 to 1.
-        is_dashed: Whether it is dashed.
-        has_dots: Whether each point is a dot.
-    """
+    """A line of a chart."""
 
     name: str
     points: Sequence[Point]
-    color: str
-    width: float = 1.8
+    color: str  # #rrggbb
+    width: float = 1.8  # pixels
     opacity: float = 1.0
     is_dashed: bool = False
     has_dots: bool = False
@@ -59,13 +49,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """A horizontal line.
-
-    Args:
-        name: What is written on it.
-        value: Where it is.
-        color: ``#rrggbb``.
-    """
+    """A horizontal line with its name on it."""
 
     name: str
     value: float
@@ -81,7 +65,7 @@ def draw(
     limits: Sequence[Limit] = (),
     max_step: int | None = None,
 ) -> Options:
-    """Make a chart over steps."""
+    """Make a chart over steps, up to ``max_step`` or the last point; ``figure`` is a format."""
     axis_text = {"color": _MUTED, "fontSize": 11, "hideOverlap": True}
     y_axis: Options = {
         "type": "value",
@@ -109,13 +93,8 @@ def draw(
     }
     return {
         "animation": False,
-        "grid": {
-            "left": 8,
-            "right": 14,
-            "top": 30 if has_legend else 12,
-            "bottom": 4,
-            "containLabel": True,
-        },
+        "grid": {"left": 8, "right": 14, "top": 30 if has_legend else 12, "bottom": 4}
+        | {"containLabel": True},
         "legend": {
             "show": has_legend,
             "top": 0,
@@ -149,6 +128,7 @@ def _round_axis(highest: float) -> Options:
 
 
 def _series(line: Line, limits: Sequence[Limit]) -> Options:
+    dash = "dashed" if line.is_dashed else "solid"
     series: Options = {
         "name": line.name,
         "type": "line",
@@ -158,29 +138,19 @@ def _series(line: Line, limits: Sequence[Limit]) -> Options:
         "symbolSize": 6,
         "connectNulls": False,
         "color": line.color,
-        "lineStyle": {
-            "width": line.width,
-            "opacity": line.opacity,
-            "type": "dashed" if line.is_dashed else "solid",
-        },
+        "lineStyle": {"width": line.width, "opacity": line.opacity, "type": dash},
         "emphasis": {"disabled": True},
     }
     if limits:
-        series["markLine"] = {
-            "silent": True,
-            "symbol": "none",
-            "data": [
-                {
-                    "yAxis": limit.value,
-                    "lineStyle": {"color": limit.color, "type": "dashed", "width": 1},
-                    "label": {
-                        "formatter": limit.name,
-                        "position": "insideEndTop",
-                        "color": limit.color,
-                        "fontSize": 11,
-                    },
-                }
-                for limit in limits
-            ],
-        }
+        data = [_mark(limit) for limit in limits]
+        series["markLine"] = {"silent": True, "symbol": "none", "data": data}
     return series
+
+
+def _mark(limit: Limit) -> Options:
+    place = {"position": "insideEndTop", "color": limit.color, "fontSize": 11}
+    return {
+        "yAxis": limit.value,
+        "lineStyle": {"color": limit.color, "type": "dashed", "width": 1},
+        "label": {"formatter": limit.name, **place},
+    }

@@ -7,26 +7,21 @@ from collections import Counter
 
 from nicegui import ui
 
+from gemma_tuner.display import show_memory
 from gemma_tuner.streaming.quarantine import BadExample
 from gemma_tuner.watch.charts import RUN_COLORS
 from gemma_tuner.watch.elements import Section, block, heading, text
 from gemma_tuner.watch.history import Event, MemoryPlan
 from gemma_tuner.watch.run import Run, show_setting
-from gemma_tuner.watch.summary import peak_bytes
-from gemma_tuner.watch.units import show_bytes
 
 SHOWN_EVENTS = 100
 SHOWN_BAD = 50
 SMALL_SHARE = 0.02
-"""Parts of the plan below this share of its bar are one part."""
+"""Parts of the plan below this share of its bar are drawn as one."""
 
 
 class Details:
-    """What there is to read of a run beside its figures.
-
-    Args:
-        run: The run.
-    """
+    """The cards of one run below the charts."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -58,9 +53,10 @@ class Details:
 
     def _read_plan(self) -> tuple[MemoryPlan | None, float | None, bool]:
         """The plan, the bytes of the largest peak so far, and whether that is on the CPU."""
-        measured, history = peak_bytes(self._run), self._run.history
-        is_cpu = history.device == "cpu"
-        return history.plan, measured if math.isfinite(measured) else None, is_cpu
+        history = self._run.history
+        measured = history.highest("peak_bytes")
+        is_known = math.isfinite(measured)
+        return history.plan, measured if is_known else None, history.device == "cpu"
 
     def _read_quarantine(self) -> tuple[list[BadExample], int]:
         counts = self._run.history.last.get("counts")
@@ -76,13 +72,13 @@ def _show_plan(content: tuple[MemoryPlan | None, float | None, bool]) -> None:
     if plan is None:
         text("No plan in the log yet: it is made with the first step.", "empty")
         return
-    sums = [f"budget {show_bytes(plan.budget_bytes)}"]
+    sums = [f"budget {show_memory(plan.budget_bytes)}"]
     if measured is not None:
         whole = ", of the whole process" if is_cpu else ""
-        sums.insert(0, f"measured so far {show_bytes(measured)}{whole}")
+        sums.insert(0, f"measured so far {show_memory(measured)}{whole}")
     if plan.parts:
         _show_parts(plan, measured)
-        sums.insert(0, f"predicted peak {show_bytes(plan.peak_bytes)}")
+        sums.insert(0, f"predicted peak {show_memory(plan.peak_bytes)}")
     else:
         text("There is ample room, so nothing was tried before the first step.", "empty")
     text(" · ".join(sums), "quiet")
@@ -104,7 +100,7 @@ def _show_parts(plan: MemoryPlan, measured: float | None) -> None:
     with block("plan-bar"):
         for (name, held), color in zip(parts, colors, strict=True):
             piece = block("plan-part").style(f"width: {held / length:.3%}; background: {color}")
-            piece.props["title"] = f"{name}: {show_bytes(held)}"
+            piece.props["title"] = f"{name}: {show_memory(held)}"
         if measured is not None:
             block("plan-measured").style(f"left: {min(99.6, 100 * measured / length):.2f}%")
     with block("plan-legend"):
@@ -112,7 +108,7 @@ def _show_parts(plan: MemoryPlan, measured: float | None) -> None:
             with block("run-cell"):
                 block("swatch").style(f"background: {color}")
                 text(name)
-                text(show_bytes(held), "quiet")
+                text(show_memory(held), "quiet")
 
 
 def _show_events(events: list[Event]) -> None:

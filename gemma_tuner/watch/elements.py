@@ -1,4 +1,4 @@
-"""What the page is built of."""
+"""Building blocks of the page."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def cell(content: str, *, tag: str = "td") -> ui.element:
 
 
 def heading(title: str, note: str = "") -> ui.element:
-    """Make the line above a card's content."""
+    """Make the line above a card's content; more may be added to its end."""
     with block("card-head") as element:
         text(title, "card-title")
         text(note, "quiet")
@@ -36,13 +36,7 @@ def heading(title: str, note: str = "") -> ui.element:
 
 
 class Section(Generic[T]):
-    """A piece of the page that is built anew when what it shows has changed.
-
-    Args:
-        read: Reads what to show, as values that compare.
-        show: Builds it.
-        classes: Of the box around it.
-    """
+    """A piece of the page that is rebuilt when the values it shows have changed."""
 
     def __init__(
         self, read: Callable[[], T], show: Callable[[T], None], classes: str = ""

@@ -1,4 +1,4 @@
-"""The page: what it shows and how it follows.
+"""The page of one run or several: its parts, and how they follow what is logged.
 
 Every text from a run's files goes through a label, which a browser takes as text, or is the value
 of a property; none becomes HTML, a key, a style or part of a script.
@@ -18,15 +18,14 @@ from gemma_tuner.watch import charts
 from gemma_tuner.watch.charts import RUN_COLORS, Options
 from gemma_tuner.watch.details import Details
 from gemma_tuner.watch.elements import Section, block, cell, heading, text
-from gemma_tuner.watch.pace import Pace
 from gemma_tuner.watch.run import Phase, Run, list_setting_differences
 from gemma_tuner.watch.sample_cards import SampleCards
 from gemma_tuner.watch.summary import FIGURES, Tile, list_figures, list_tiles
 from gemma_tuner.watch.units import show_seconds
-from gemma_tuner.watch.watched import Watched
+from gemma_tuner.watch.watched import Pace, Watched
 
 REFRESH_SECONDS = 2.0
-"""How often the page looks for something new."""
+"""The time between two looks for something new."""
 STYLE = Path(__file__).with_name("page.css")
 
 # A page that nobody sees draws nothing.
@@ -38,7 +37,7 @@ _ICONS = {None: "brightness_auto", True: "dark_mode", False: "light_mode"}
 
 
 class _Status(NamedTuple):
-    """What the bar shows of a run."""
+    """A run's figures in the bar."""
 
     phase: Phase
     step: int
@@ -47,11 +46,7 @@ class _Status(NamedTuple):
 
 
 class Page:
-    """The page as one browser shows it.
-
-    Args:
-        watched: The runs; whoever owns them reads their files.
-    """
+    """The page in one browser; the server reads the files of the runs."""
 
     def __init__(self, watched: Watched) -> None:
         self._watched = watched

@@ -1,4 +1,4 @@
-"""A run as its folder tells it: history, samples, quarantine, and where it is."""
+"""A run, read from its folder: history, samples, quarantine, and the phase it is in."""
 
 from __future__ import annotations
 
@@ -22,50 +22,29 @@ LOG_FILE = "log.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 
 SILENT_SECONDS = 60.0
-"""A run that has logged nothing for so long, and for ten log intervals, is called silent."""
+"""A run that has logged nothing for so long, and for ten log intervals, counts as silent."""
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Where a run is.
-
-    Args:
-        name: "waiting" (nothing logged yet), "training", "evaluating", "sampling", "finished",
-            "stopped" or "silent".
-        seconds_per_step: Of training, over the last records; None while it is not known.
-        seconds_left: To the end at that speed, without evaluating and saving; None where there is
-            no end to expect.
-        silent_seconds: For how long nothing has been logged, in whole minutes; 0 unless it is
-            silent.
-    """
+    """The phase of a run: one of ``PHASES``, "waiting" (nothing logged yet) or "silent"."""
 
     name: str
-    seconds_per_step: float | None = None
-    seconds_left: float | None = None
-    silent_seconds: float = 0.0
+    seconds_per_step: float | None = None  # of training alone, over the last records
+    seconds_left: float | None = None  # at that speed; None where there is no end to expect
+    silent_seconds: float = 0.0  # in whole minutes; 0 unless it is silent
 
 
 class Run:
-    """A run's folder, read as it grows.
-
-    Args:
-        folder: The run's ``output_dir``.
-        name: What to call it.
-
-    Attributes:
-        history: Its log.
-        samples: Its samples by step and by key, in the order they came.
-        quarantine: The examples it passed over.
-        settings: Its settings by name, those of the recipe or command that began it included.
-    """
+    """A run's folder, its ``output_dir``, read as it grows."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         self.name = name
         self.history = History()
-        self.samples: dict[int, dict[str, Sample]] = {}
+        self.samples: dict[int, dict[str, Sample]] = {}  # by step and by key
         self.quarantine: list[BadExample] = []
-        self.settings: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}  # also those of the recipe or command that began it
         self._log = JsonlTail(folder / LOG_FILE)
         self._samples = JsonlTail(folder / SAMPLES_FILE)
         self._changed: dict[str, int] = {}
@@ -76,11 +55,11 @@ class Run:
         return self._log.num_damaged + self._samples.num_damaged
 
     def refresh(self) -> bool:
-        """Read what its files have gained."""
+        """Read what its files have gained; whether that is anything."""
         log, samples = self._log.read(), self._samples.read()
-        if log.is_anew:
+        if log.has_restarted:
             self.history = History()
-        if samples.is_anew:
+        if samples.has_restarted:
             self.samples = {}
         for record in log.records:
             self.history.add(record)
@@ -92,12 +71,11 @@ class Run:
             self.quarantine = Quarantine(self.folder / QUARANTINE_FILE, Budget()).inspect()
         if log.records or changed[1]:
             self.settings = read_settings(self.folder) | self.history.config
-        return bool(log.records or samples.records or log.is_anew or samples.is_anew) or any(
-            changed
-        )
+        gains = (log.records, log.has_restarted, samples.records, samples.has_restarted)
+        return any((*gains, *changed))
 
     def find_phase(self, now_seconds: float | None = None) -> Phase:
-        """Where the run is."""
+        """The phase of the run now."""
         history = self.history
         if not len(history) and not history.held_out and not history.phase:
             return Phase("waiting")
@@ -108,10 +86,10 @@ class Run:
             return Phase("finished", pace)
         now_seconds = time.time() if now_seconds is None else now_seconds
         quiet_seconds = now_seconds - (self._log.changed_seconds or now_seconds)
-        intervals = history.interval_seconds(20)
+        intervals = history.interval_seconds()[-20:]
         longest_seconds = float(np.nanmax(intervals)) if np.isfinite(intervals).any() else 0.0
         if quiet_seconds > max(SILENT_SECONDS, 10 * longest_seconds):
-            # By the minute, so that the page has something new only then.
+            # In whole minutes, so that the page changes only then.
             return Phase("silent", pace, silent_seconds=60 * (quiet_seconds // 60))
         left = None
         if pace is not None and history.max_steps is not None:
@@ -129,7 +107,7 @@ class Run:
 
 
 def open_runs(folders: Sequence[Path], *, may_be_empty: bool = False) -> list[Run]:
-    """Open the folders of runs."""
+    """Open the folders of runs; where two have one name, their parents' names are added."""
     resolved = [folder.resolve() for folder in folders]
     for folder in resolved:
         if may_be_empty or (folder / LOG_FILE).is_file():
@@ -155,7 +133,7 @@ def open_runs(folders: Sequence[Path], *, may_be_empty: bool = False) -> list[Ru
 
 
 def list_setting_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]:
-    """What the settings of runs differ in."""
+    """The settings in which runs differ, but for their folders, with each run's value."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     rows = [
         (name, [show_setting(run.settings.get(name)) for run in runs])
@@ -166,7 +144,7 @@ def list_setting_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Read what :func:`gemma_tuner.settings.save_settings` wrote; nothing where it did not."""
+    """Read what :func:`gemma_tuner.settings.save_settings` wrote; {} where it did not."""
     import yaml  # noqa: PLC0415 - only where there is a file
 
     try:
@@ -178,7 +156,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def _seconds_per_step(history: History) -> float | None:
     """Seconds of training a step takes, over the last twenty records."""
-    seconds, steps = history.interval_seconds(20), history.interval_steps(20)
+    seconds, steps = history.interval_seconds()[-20:], history.interval_steps()[-20:]
     known = np.isfinite(seconds) & (steps > 0)
     if not known.any():
         return None

@@ -1,4 +1,4 @@
-"""Samples on the page: what was asked, heard and seen, the right answer, and the model's."""
+"""Samples on the page: the prompt and its media, the right answer, and the model's."""
 
 from __future__ import annotations
 
@@ -13,20 +13,15 @@ from gemma_tuner.watch.samples import MEDIA_TYPES, Sample
 
 SHOWN_CHARACTERS = 2000
 SHOWN_SAMPLES = 24
-"""Samples of one step on the page; what there is beyond is counted."""
+"""Samples of one step on the page; those beyond are counted."""
 
 
 class SampleCards:
-    """The samples of a run at one of its steps, the newest unless somebody has gone back.
-
-    Args:
-        run: The run.
-        index: Its place among the runs of the page, which its media's addresses hold.
-    """
+    """The samples of a run at one of its steps, the newest unless somebody has gone back."""
 
     def __init__(self, run: Run, index: int) -> None:
         self._run = run
-        self._index = index
+        self._index = index  # among the runs of the page; the addresses of media hold it
         self._step: int | None = None  # None follows the newest
         with block("card"):
             with heading("Samples", "what the model answers as it learns"):
@@ -71,7 +66,7 @@ class SampleCards:
         self._label.set_text(f"after step {steps[place]:,}{newest}")
 
     def _read(self) -> tuple[int, int, list[Sample]]:
-        """The run, which of its samples there are, and those of the step."""
+        """The run's index, the step that is shown, and its samples."""
         steps = self._steps()
         if not steps:
             return self._index, 0, []
@@ -111,15 +106,11 @@ def _show_media(name: str, index: int) -> None:
     kind = MEDIA_TYPES.get(PurePath(name).suffix.lower(), "")
     address = f"/media/{index}/{quote(name, safe='')}"
     if kind.startswith("image/"):
-        picture = ui.element("img").classes("sample-image")
-        picture.props["src"] = address
-        picture.props["alt"] = name
-        picture.props["loading"] = "lazy"
+        image = ui.element("img").classes("sample-image")
+        image.props.update({"src": address, "alt": name, "loading": "lazy"})
     elif kind.startswith("audio/"):
         player = ui.element("audio").classes("sample-audio")
-        player.props["src"] = address
-        player.props["controls"] = True
-        player.props["preload"] = "metadata"
+        player.props.update({"src": address, "controls": True, "preload": "metadata"})
     else:
         text(f"{name}: this kind of file is not shown", "quiet")
 

@@ -1,11 +1,12 @@
-"""What the model answered at intervals, and the media that belong to it.
+"""The model's answers at intervals, and the media that belong to them.
 
 ``samples.jsonl`` in a run's folder has the fields of
 :class:`gemma_tuner.evaluation.samples.SampleRecord`, and may have two more::
 
     {"step": 40, "key": "tickets:17", "prompt": "...", "reference": "...", "prediction": "...",
      "media": ["17.png"],                         files in the run's folder samples/
-     "tokens": [["The", 0.91], [" cat", 0.12]]}   the reference's tokens and what the model gave
+     "tokens": [["The", 0.91], [" cat", 0.12]]}   the reference's tokens, and the probability that
+                                                  the model gave to each after those before it
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 from gemma_tuner.watch.history import number, whole
 
 FOLDER = "samples"
-"""Where a run's folder has the media of its samples."""
+"""The folder of a run that holds the media of its samples."""
 
 MEDIA_TYPES = {
     ".png": "image/png",
@@ -31,23 +32,12 @@ MEDIA_TYPES = {
     ".mp3": "audio/mpeg",
     ".ogg": "audio/ogg",
 }
-"""What is served, by the end of a file's name. Nothing among it can hold a script."""
+"""The types that are served, by the end of a file's name; none can hold a script."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One answer after so many steps.
-
-    Args:
-        step: Optimizer steps done.
-        key: The example's.
-        prompt: What was asked.
-        reference: The right answer.
-        prediction: What the model answered.
-        media: Names of files in the run's folder ``samples``.
-        tokens: The reference's tokens, and the probability, 0 to 1, that the model gave to each
-            after those before it.
-    """
+    """One answer after so many steps."""
 
     step: int
     key: str
@@ -67,31 +57,26 @@ class Sample:
 
 def read_sample(record: Mapping[str, Any]) -> Sample:
     """Make a sample of a line; what is missing or of another kind is empty."""
-    media = record.get("media")
-    tokens = record.get("tokens")
+    lists = {name: found for name, found in record.items() if isinstance(found, list)}
     return Sample(
         step=whole(record.get("step")),
         key=_text(record.get("key")),
         prompt=_text(record.get("prompt")),
         reference=_text(record.get("reference")),
         prediction=_text(record.get("prediction")),
-        media=tuple(name for name in media if isinstance(name, str))
-        if isinstance(media, list)
-        else (),
+        media=tuple(name for name in lists.get("media", ()) if isinstance(name, str)),
         tokens=tuple(
             (_text(token[0]), probability)
-            for token in tokens
+            for token in lists.get("tokens", ())
             if isinstance(token, list)
             and len(token) == 2
             and 0 <= (probability := number(token[1])) <= 1
-        )
-        if isinstance(tokens, list)
-        else (),
+        ),
     )
 
 
 def find_media(run_folder: Path, name: str) -> Path | None:
-    """Find a file of a run's samples that may be served."""
+    """A plain file of a known type that lies directly in the folder of samples, or None."""
     if "/" in name or "\\" in name or "\0" in name or name.startswith("."):
         return None
     path = run_folder / FOLDER / name

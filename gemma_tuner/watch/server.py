@@ -25,15 +25,15 @@ from gemma_tuner.watch.watched import Watched
 
 READ_SECONDS = 1.0
 PARENT_GRACE_SECONDS = 5.0
-"""How long the page goes on after its parent has ended, so that browsers hear of it."""
+"""The page stays so long after its parent has ended, so that browsers hear of it."""
 
 RECONNECT_SECONDS = 60.0
-"""For how long a page may be out of reach, and go on where it was; it is asked every 48 s."""
+"""A page that was out of reach for less goes on where it was; it is asked every 48 s."""
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")
-"""What a browser may call this server. A page elsewhere can have its own name lead to 127.0.0.1,
-but not call itself one of these."""
+"""Names by which a browser may call this server. A page elsewhere can let its own name lead to
+127.0.0.1, but cannot call itself one of these."""
 
 # Everything comes from here and nothing goes elsewhere. Vue compiles templates in the browser, and
 # styles are set on elements: hence the two "unsafe" ones.
@@ -76,7 +76,7 @@ def serve(
 
     pages.timer(READ_SECONDS, follow)
     announce(f"http://{HOST}:{listener.getsockname()[1]}")
-    with contextlib.suppress(KeyboardInterrupt):  # how a page that somebody watches ends
+    with contextlib.suppress(KeyboardInterrupt):  # the usual end of a page
         server.run(sockets=[listener])
 
 
@@ -127,11 +127,7 @@ def _build_app(watched: Watched) -> FastAPI:
 
 
 class SameOrigin:
-    """Refuses what other sites' pages ask for, and sends headers that keep this page to itself.
-
-    Args:
-        app: What answers the rest.
-    """
+    """Refuses requests of other sites' pages, and sends headers that keep this page to itself."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

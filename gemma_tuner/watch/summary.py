@@ -1,29 +1,23 @@
-"""A run in a few figures, as the page shows them at a glance."""
+"""A run in a few figures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from gemma_tuner.display import show_memory
 from gemma_tuner.watch.run import Phase, Run
 from gemma_tuner.watch.thinning import smooth
-from gemma_tuner.watch.units import (
-    show_bytes,
-    show_count,
-    show_loss,
-    show_seconds,
-    show_share,
-)
+from gemma_tuner.watch.units import show_count, show_loss, show_seconds, show_share
 
 RECENT = 20
 """Records whose mean stands for now."""
 
 
 class Tile(NamedTuple):
-    """A figure, what it is, and what is said below it."""
+    """A figure with its title and a line below it."""
 
     title: str
     figure: str
@@ -33,22 +27,20 @@ class Tile(NamedTuple):
 def list_tiles(run: Run, phase: Phase) -> list[Tile]:
     """Choose the figures of one run."""
     history = run.history
-    targets = show_count(last_value(run, "target_tokens_per_second"))
+    targets = show_count(history.newest("target_tokens_per_second"))
     return [
-        Tile("Loss", show_loss(last_value(run, "loss")), _describe_loss(run)),
+        Tile("Loss", show_loss(history.newest("loss")), _describe_loss(run)),
         Tile("Held-out loss", *_describe_held_out(run)),
         Tile(
             "Tokens a second",
-            show_count(last_value(run, "tokens_per_second")),
+            show_count(history.newest("tokens_per_second")),
             f"{targets} trained on · {show_seconds(phase.seconds_per_step)} a step"
             if len(history)
             else "no step yet",
         ),
         Tile("Data wait", _recent_wait(run), "of the time, last records"),
-        Tile("Peak memory", show_bytes(peak_bytes(run)), _describe_plan(run)),
-        Tile(
-            "Tokens read", show_count(last_value(run, "tokens")), _describe_progress(history.last)
-        ),
+        Tile("Peak memory", show_memory(history.highest("peak_bytes")), _describe_plan(run)),
+        Tile("Tokens read", show_count(history.newest("tokens")), _describe_progress(run)),
     ]
 
 
@@ -62,10 +54,10 @@ def list_figures(run: Run, phase: Phase) -> list[str]:
         _mean_loss(run),
         show_loss(history.held_out[-1].loss) if history.held_out else "–",
         show_loss(min(losses)) if losses else "–",
-        show_count(last_value(run, "tokens_per_second")),
+        show_count(history.newest("tokens_per_second")),
         show_seconds(phase.seconds_per_step),
-        show_bytes(peak_bytes(run)),
-        show_count(last_value(run, "tokens")),
+        show_memory(history.highest("peak_bytes")),
+        show_count(history.newest("tokens")),
     ]
 
 
@@ -79,18 +71,6 @@ FIGURES = (
     "peak memory",
     "tokens read",
 )
-
-
-def last_value(run: Run, name: str) -> float:
-    """The newest value of a column; NaN where there is none."""
-    column = run.history.column(name)
-    return float(column[-1]) if len(column) else math.nan
-
-
-def peak_bytes(run: Run) -> float:
-    """The most memory that any record tells of; NaN where none does."""
-    peaks = run.history.column("peak_bytes")
-    return float(np.nanmax(peaks)) if np.isfinite(peaks).any() else math.nan
 
 
 def _mean_loss(run: Run) -> str:
@@ -116,7 +96,7 @@ def _describe_held_out(run: Run) -> tuple[str, str]:
 
 
 def _recent_wait(run: Run) -> str:
-    seconds = run.history.interval_seconds(RECENT)
+    seconds = run.history.interval_seconds()[-RECENT:]
     waits = run.history.column("data_wait_seconds")[-RECENT:]
     known = np.isfinite(seconds) & np.isfinite(waits)
     total = float(seconds[known].sum())
@@ -128,12 +108,12 @@ def _describe_plan(run: Run) -> str:
     if plan is None:
         return "the log has no plan"
     if not plan.peak_bytes:
-        return f"budget {show_bytes(plan.budget_bytes)}"
-    return f"planned {show_bytes(plan.peak_bytes)} of {show_bytes(plan.budget_bytes)}"
+        return f"budget {show_memory(plan.budget_bytes)}"
+    return f"planned {show_memory(plan.peak_bytes)} of {show_memory(plan.budget_bytes)}"
 
 
-def _describe_progress(record: Mapping[str, object]) -> str:
-    epoch, counts = record.get("epoch"), record.get("counts")
+def _describe_progress(run: Run) -> str:
+    epoch, counts = run.history.last.get("epoch"), run.history.last.get("counts")
     parts = [f"{epoch:.2f} epochs"] if isinstance(epoch, int | float) else []
     if isinstance(counts, dict):
         parts += [f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if n]

@@ -4,45 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemma_tuner.errors import SourceError
 
 
-@dataclass(frozen=True, slots=True)
-class Gain:
-    """What a file has gained since it was read last.
-
-    Args:
-        records: Its new lines.
-        is_anew: Whether the file is another one, or shorter than it was: what was read before
-            counts no more, and ``records`` begin at its beginning.
-    """
+class Gain(NamedTuple):
+    """The new lines of a file since it was last read."""
 
     records: list[dict[str, Any]]
-    is_anew: bool = False
+    # The file is another one, or shorter than it was: forget what was read before.
+    has_restarted: bool = False
 
 
 class JsonlTail:
-    """Reads the lines that a file has gained, from the place where it stopped.
+    """Reads the lines that a file has gained; a line counts once it is finished.
 
-    A line counts once it is finished. A resumed run writes its log anew under the same name; that
-    is noticed, and read from its beginning.
-
-    Args:
-        path: The file; it need not be there yet.
-
-    Attributes:
-        num_damaged: Finished lines that are not a JSON object, since the file's beginning.
-        changed_seconds: When the file was last written, in seconds since 1970; None before.
+    The file need not be there yet. A resumed run replaces its log by another of the same name,
+    which is read from its beginning.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.num_damaged = 0
-        self.changed_seconds: float | None = None
+        self.num_damaged = 0  # finished lines that are not a JSON object
+        self.changed_seconds: float | None = None  # when it was last written, since 1970
         self._identity: tuple[int, int] | None = None
         self._offset = 0
 
@@ -52,11 +38,10 @@ class JsonlTail:
             with self.path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 identity = (status.st_dev, status.st_ino)
-                was_read = self._identity is not None
-                is_anew = was_read and (
+                has_restarted = self._identity is not None and (
                     identity != self._identity or status.st_size < self._offset
                 )
-                if is_anew:
+                if has_restarted:
                     self._offset = self.num_damaged = 0
                 self._identity = identity
                 self.changed_seconds = status.st_mtime
@@ -71,7 +56,7 @@ class JsonlTail:
             ) from None
         finished, newline, _ = content.rpartition(b"\n")
         self._offset += len(finished) + len(newline)
-        return Gain(list(self._parse(finished)), is_anew)
+        return Gain(self._parse(finished), has_restarted)
 
     def _parse(self, lines: bytes) -> list[dict[str, Any]]:
         records = []

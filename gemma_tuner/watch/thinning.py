@@ -1,4 +1,8 @@
-"""Fewer points for the eye, with every peak that it would have seen."""
+"""Lines as the page gets them: a bounded number of points, whatever the length of the run.
+
+ECharts can thin too, but in the browser, from all points: of 100,000 records that is 16 MB a
+drawing instead of 46 kB.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +19,9 @@ MAX_POINTS = 400
 def thin(
     steps: NDArray[np.int64], values: NDArray[np.float64], max_points: int = MAX_POINTS
 ) -> list[Point]:
-    """Choose the points of a line."""
-    # Each of so many equal stretches keeps its smallest and its largest value, so a single spike
-    # among a hundred thousand steps is drawn. The first and the last point are kept.
-    # steps: ``[points]``, in their order.
-    # values: ``[points]``; NaN is a gap, which a line without thinning shows.
+    """Choose at most ``max_points`` (8 or more) of a line ``[points]``, the ends among them."""
+    # Each of so many equal stretches keeps its smallest and its largest value, so that a single
+    # spike among a hundred thousand steps is drawn. NaN is a gap, which only a short line shows.
     chosen = np.arange(len(steps))
     if len(steps) > max_points:
         finite = np.flatnonzero(np.isfinite(values))
@@ -38,9 +40,7 @@ def thin(
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """Average each value with those before it."""
-    # values: ``[points]``; NaN counts for nothing.
-    # Returns: ``[points]``; NaN where no value of the window is finite.
+    """Average each of ``[points]`` with those before it; NaN only where a window has no value."""
     is_finite = np.isfinite(values)
     sums = np.cumsum(np.where(is_finite, values, 0.0))
     counts = np.cumsum(is_finite)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 
-GIB = 2**30
-"""Bytes of a GiB, in which devices and ``memory_gib`` count."""
-
 
 def show_count(value: float) -> str:
     """A count in at most four digits: 940, 12.3 k, 4.56 M; "–" where it is not known."""
@@ -17,15 +14,6 @@ def show_count(value: float) -> str:
             scaled = value / (1e3 if unit == " k" else divisor)
             return f"{scaled:.2f}{unit}" if scaled < 10 else f"{scaled:.1f}{unit}"
     return f"{value:,.0f}"
-
-
-def show_bytes(num_bytes: float) -> str:
-    """Bytes as MiB or GiB; "–" where they are not known."""
-    if not math.isfinite(num_bytes):
-        return "–"
-    if num_bytes < GIB / 10:
-        return f"{num_bytes / 2**20:.1f} MiB"
-    return f"{num_bytes / GIB:.2f} GiB"
 
 
 def show_seconds(seconds: float | None) -> str:

@@ -1,35 +1,30 @@
-"""The runs of a page, read once for all browsers that show it."""
+"""The runs of a page, read once for all browsers that show it, and when each draws them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import psutil
 
 from gemma_tuner.errors import SourceError
 from gemma_tuner.watch.run import Phase, Run
 
+GROWTH = 1.1
+"""A chart with so many times the records it had looks different."""
+
+LONGEST_SECONDS = 30.0
+"""After so long, whatever is new is drawn; that takes a browser some 0.1 s."""
+
 
 class Watched:
-    """Runs, and the process that they belong to.
-
-    Args:
-        runs: One to show, or several to compare.
-        parent_pid: The process that trains and wanted the page; None where somebody else did.
-
-    Attributes:
-        runs: The runs.
-        phases: Where each of them is.
-        problem: Why a file cannot be read now; nothing where all can.
-        version: Grows when anything has changed.
-        has_parent_ended: Whether the process that trains has ended.
-    """
+    """One run to show, or several to compare, and the process that trains (None: any)."""
 
     def __init__(self, runs: Sequence[Run], parent_pid: int | None = None) -> None:
         self.runs = list(runs)
         self.phases = [Phase("waiting")] * len(runs)
-        self.problem = ""
-        self.version = 0
+        self.problem = ""  # why a file cannot be read now
+        self.version = 0  # grows when anything has changed
         self.has_parent_ended = False
         self._parent = _find_process(parent_pid)
         self._has_parent = parent_pid is not None
@@ -38,7 +33,7 @@ class Watched:
     def refresh(self) -> None:
         """Read what the files have gained, and look after the parent."""
         before = (self.phases, self.problem, self.has_parent_ended)
-        # Before the files are read: what it wrote last is then seen.
+        # Before the files are read, so that its last lines are among them.
         if self._has_parent and not _is_alive(self._parent):
             self.has_parent_ended = True
         try:
@@ -69,3 +64,46 @@ def _is_alive(process: psutil.Process | None) -> bool:
         )
     except psutil.NoSuchProcess:
         return False
+
+
+class _Drawn(NamedTuple):
+    """The state that a page last drew."""
+
+    version: int
+    seconds: float
+    num_records: Sequence[int]
+    states: tuple[Sequence[str], str, bool]
+
+
+class Pace:
+    """Decides when a page draws: at every look while a run is young, then less often.
+
+    A browser beside a run on the same cores must not slow it. Times are of a clock that does not
+    go back.
+    """
+
+    def __init__(self, watched: Watched, now_seconds: float) -> None:
+        self._watched = watched
+        self._drawn = self._look(now_seconds)
+
+    def is_due(self, now_seconds: float) -> bool:
+        """Whether to draw now; if so, it counts as done."""
+        before, now = self._drawn, self._look(now_seconds)
+        if now.version == before.version:
+            return False
+        has_grown = any(
+            new < old or new >= GROWTH * max(old, 1)
+            for new, old in zip(now.num_records, before.num_records, strict=True)
+        )
+        is_late = now_seconds - before.seconds >= LONGEST_SECONDS
+        if not (has_grown or is_late or now.states != before.states):
+            return False
+        self._drawn = now
+        return True
+
+    def _look(self, now_seconds: float) -> _Drawn:
+        watched = self._watched
+        phases = [phase.name for phase in watched.phases]
+        states = (phases, watched.problem, watched.has_parent_ended)
+        num_records = [len(run.history) for run in watched.runs]
+        return _Drawn(watched.version, now_seconds, num_records, states)

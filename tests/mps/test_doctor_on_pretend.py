@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_tuner.doctor.examination import KERNELS
+from gemma_tuner.doctor.kernels import KERNELS
 from gemma_tuner.doctor.parity import MODALITIES
 from gemma_tuner.testing.mps.pretend_device import why_not_pretend
 

@@ -269,3 +269,7 @@ def test_a_run_that_shows_nothing_shows_nothing_in_a_notebook(shown):
 )
 def test_sizes_have_units(num_bytes, text):
     assert show_bytes(num_bytes) == text
+
+
+def test_sizes_that_are_billed_count_in_binary_units():
+    assert show_bytes(4340, binary=True) == "4.238 KiB"

@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from gemma_tuner.display import show_bytes
 from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.sources.bigquery.errors import LOG_IN, explain_errors, quote, read_reason
 from gemma_tuner.sources.bigquery.parts import Column
@@ -109,8 +110,9 @@ class BigQueryQuery:
         num_bytes = job.total_bytes_processed or 0
         limit = self._max_bytes_billed
         if limit is None:
+            size = show_bytes(num_bytes, binary=True)
             raise ConfigError(
-                f"the query would read {format_bytes(num_bytes)} ({num_bytes:,} bytes), which "
+                f"the query would read {size} ({num_bytes:,} bytes), which "
                 f"BigQuery bills; allow it by max_bytes_billed={max(num_bytes, _LEAST_BILLED)} or "
                 "more (10 MiB at least for each table), or waive the limit by "
                 "max_bytes_billed=False"
@@ -183,17 +185,7 @@ def refuse_excess(what: str, num_bytes: int, limit: int | Literal[False] | None)
     """Refuse to read more than is allowed."""
     if limit and num_bytes > limit:
         raise ConfigError(
-            f"{what} would read {format_bytes(num_bytes)} ({num_bytes:,} bytes), and "
-            f"max_bytes_billed={limit} allows {format_bytes(limit)}; allow more, or read fewer "
-            "columns or partitions"
+            f"{what} would read {show_bytes(num_bytes, binary=True)} ({num_bytes:,} bytes), and "
+            f"max_bytes_billed={limit} allows {show_bytes(limit, binary=True)}; allow more, or "
+            "read fewer columns or partitions"
         )
-
-
-def format_bytes(num_bytes: int) -> str:
-    """Write a number of bytes in the unit that suits it."""
-    value = float(num_bytes)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.4g} {unit}"
-        value /= 1024
-    return f"{value:,.4g} TiB"

@@ -14,13 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gemma_tuner.display import show_bytes
 from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.log import logger
 from gemma_tuner.sources.bigquery.parts import Column, Part, PartFolder, Record
 from gemma_tuner.sources.bigquery.query import (
     BigQueryQuery,
     describe_table,
-    format_bytes,
     make_job_id,
     open_clients,
 )
@@ -240,7 +240,9 @@ class BigQuerySource:
             if columns:
                 self._make_reader(columns)
             num_bytes = estimate.total_bytes_processed or 0
-            logger.info("the query reads %s, by BigQuery's dry run", format_bytes(num_bytes))
+            logger.info(
+                "the query reads %s, by BigQuery's dry run", show_bytes(num_bytes, binary=True)
+            )
             record.job = [make_job_id(), estimate.location or ""]
             parts.save_record()
         try:

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import pyarrow
 import pyarrow.ipc
 
+from gemma_tuner.display import show_bytes
 from gemma_tuner.errors import SourceError
 from gemma_tuner.log import logger
 from gemma_tuner.sources.bigquery.errors import explain_errors, quote, refuse_lasting
 from gemma_tuner.sources.bigquery.parts import Part, PartFolder, ReadSession
-from gemma_tuner.sources.bigquery.query import format_bytes, refuse_excess
+from gemma_tuner.sources.bigquery.query import refuse_excess
 
 if TYPE_CHECKING:
     from google.cloud.bigquery import Client
@@ -164,7 +165,7 @@ def _open_session(
         "reading about %s rows of %s: BigQuery scans %s in %d columns",
         f"{record.session.num_rows:,}",
         record.table,
-        format_bytes(record.session.num_bytes),
+        show_bytes(record.session.num_bytes, binary=True),
         len(request.fields),
     )
     return record.session

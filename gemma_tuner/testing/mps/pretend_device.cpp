@@ -1,5 +1,5 @@
-// A pretend "mps" device for a torch without Metal; pretend_mps.py is its other half and says what
-// it is for. The parts: a device guard and hooks, so that torch believes in the device; an
+// A pretend "mps" device for a torch without Metal; pretend_device.py is its other half and says
+// what it is for. The parts: a device guard and hooks, so that torch believes in the device; an
 // allocator with a budget; and a fallback that runs the CPU kernel of operators that Metal has,
 // refuses the others as torch on a Mac does, and writes down what it was asked.
 

@@ -49,22 +49,16 @@ _REGISTERED_ELSEWHERE = (
 )
 _SIGNATURE = re.compile(r"([mcn])(\w+)\[([\d,]*)\]\|")
 _FLOATS = {"Float", "Half", "BFloat16"}
-# Which two axes of which argument a matrix product sums over.
+# Matrix products, which sum over the last axis of their left operand.
 _MATMULS = {"mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot", "linear", "addbmm"}
 
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """A tensor that an operator took or returned.
+    """A tensor that an operator took or returned."""
 
-    Args:
-        place: "device", "cpu", or "number" for one that Python made of a number.
-        dtype: Its name in C++: ``Float``, ``BFloat16``, ``Long``, ``Bool``, …
-        shape: Its sizes.
-    """
-
-    place: Literal["device", "cpu", "number"]
-    dtype: str
+    place: Literal["device", "cpu", "number"]  # "number": Python made it of a number
+    dtype: str  # in C++: Float, BFloat16, Long, Bool, …
     shape: tuple[int, ...]
 
     @property
@@ -75,16 +69,10 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """An operator that ran, with what it was given.
+    """An operator that ran, with its tensors."""
 
-    Args:
-        operator: Its name and overload, such as ``add.Tensor``.
-        inputs: Its tensors, lists of them included.
-        outputs: What it returned.
-    """
-
-    operator: str
-    inputs: tuple[Operand, ...]
+    operator: str  # name and overload, such as add.Tensor
+    inputs: tuple[Operand, ...]  # lists of tensors are flattened
     outputs: tuple[Operand, ...]
 
     @property
@@ -96,7 +84,7 @@ class Call:
             return (shapes[1][-1], prod(shapes[1][:-1]))
         if name not in _MATMULS:
             return ()
-        # addmm and its kin take the matrix that is added first.
+        # addmm and the like take the matrix that is added first.
         left = shapes[1] if name.startswith(("add", "baddbmm")) else shapes[0]
         return (left[-1],)
 
@@ -114,36 +102,29 @@ class Call:
 
     @property
     def graph(self) -> tuple[object, ...]:
-        """What a compiled graph is kept for: the operator with its dtypes and shapes."""
+        """The key of a compiled graph: the operator with its dtypes and shapes."""
         return (self.operator, *((o.dtype, o.shape) for o in self.inputs if o.place == "device"))
 
 
 @dataclass(slots=True)
 class Recording:
-    """What ran on the pretend device. Filled in when :meth:`PretendMps.record` is left.
+    """A record of the pretend device, filled in when :meth:`PretendMps.record` is left."""
 
-    Args:
-        calls: Every operator that ran, and how often.
-        unsupported: Operators that were refused for want of an MPS kernel, and how often.
-        syncs: Why the host waited for the device and from which line, and how often.
-        uploads: Copies from the host: "blocking", for which a Mac waits until all that was asked
-            of the device is done, and "queued" (``non_blocking=True``).
-        num_allocations: Tensors' memory that was asked for.
-        peak_bytes: The most memory that was held at one time, what was held before included.
-        largest_bytes: The largest piece of it.
-    """
-
+    # Operators that ran, and those that were refused for want of an MPS kernel, with counts.
     calls: Mapping[Call, int] = field(default_factory=dict)
     unsupported: Mapping[str, int] = field(default_factory=dict)
+    # Waits of the host for the device: the reason, and the line that asked.
     syncs: Counter[tuple[str, str]] = field(default_factory=Counter)
+    # Copies from the host: "blocking", for which a Mac waits until the device has done all that
+    # it was asked, and "queued" (non_blocking=True).
     uploads: Mapping[str, int] = field(default_factory=dict)
     num_allocations: int = 0
-    peak_bytes: int = 0
-    largest_bytes: int = 0
+    peak_bytes: int = 0  # of all memory, including what was held before
+    largest_bytes: int = 0  # of one allocation
 
     @property
     def num_syncs(self) -> int:
-        """How often the host waited for the device, uploads not counted."""
+        """The number of the host's waits for the device, without uploads."""
         return sum(self.syncs.values())
 
     @property
@@ -163,7 +144,7 @@ class Recording:
         return [call for call in self.calls if call.mixes_dtypes]
 
     def graphs(self, min_elements: int = 0) -> set[tuple[object, ...]]:
-        """What a device that compiles a graph for each shape would have compiled."""
+        """The keys of graphs, one a shape, whose largest tensor has ``min_elements`` or more."""
         return {
             call.graph
             for call in self.calls
@@ -173,11 +154,7 @@ class Recording:
 
 
 class PretendMps:
-    """The pretend device of this process; from :func:`pretend_mps`.
-
-    Args:
-        extension: Its compiled half.
-    """
+    """The pretend device of this process; from :func:`pretend_mps`."""
 
     def __init__(self, extension: Any) -> None:
         self._extension = extension
@@ -191,7 +168,7 @@ class PretendMps:
 
     @contextmanager
     def record(self) -> Iterator[Recording]:
-        """Write down what runs while the context is open; recordings do not nest."""
+        """Record what runs while the context is open; recordings do not nest."""
         recording = Recording()
         self._syncs.clear()
         self._extension.start()
@@ -220,7 +197,7 @@ class PretendMps:
 
     @contextmanager
     def fail_allocation(self, number: int) -> Iterator[None]:
-        """Let the so manieth allocation from here on fail, with the error of a Mac."""
+        """Let one allocation fail with the error of a Mac: 1 is the next one."""
         self._extension.fail_allocation(number)
         try:
             yield
@@ -251,7 +228,7 @@ def _place(frame: traceback.FrameSummary) -> str:
 
 
 def why_not_pretend() -> str | None:
-    """Why this process cannot pretend to have an MPS device; None if it can."""
+    """The reason why this process cannot pretend to have an MPS device; None if it can."""
     # Not asked through device.py, whose questions make torch remember that there is no MPS.
     if torch.backends.mps.is_built():  # noqa: TID251
         return "this torch has Metal: use the real device"

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from gemma_tuner.cli.main import app
-from gemma_tuner.doctor.parts import Part
+from gemma_tuner.doctor import Part
 
 ROOT = Path(__file__).resolve().parents[3]
 COMMAND = "import sys; from gemma_tuner.cli.main import app; sys.argv[0] = 'gemma-tuner'; app()"

@@ -6,11 +6,10 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from gemma_tuner.doctor import kernels_placing, large_table
+from gemma_tuner.doctor import kernels_indexing, memory
 from gemma_tuner.doctor.checks import find_difference, judge
-from gemma_tuner.doctor.examination import KERNELS
-from gemma_tuner.doctor.kernels import answer, check_kernel, expect
-from gemma_tuner.doctor.large_table import check_large_table, look_up, make_rows
+from gemma_tuner.doctor.kernels import KERNELS, answer, check_kernel, expect
+from gemma_tuner.doctor.memory import check_large_table, look_up, make_rows
 
 CPU = torch.device("cpu")
 BY_NAME = {kernel.name: kernel for kernel in KERNELS}
@@ -105,13 +104,13 @@ def step_anyway(kernel, inputs):
 def draw_anew(kernel, inputs):
     """The second time, dropout drops others."""
     options = {"use_reentrant": False, "preserve_rng_state": False}
-    with patch.object(kernels_placing, "checkpointing_options", lambda _: options):
+    with patch.object(kernels_indexing, "checkpointing_options", lambda _: options):
         return kernel.compute(inputs)
 
 
 def forget_adapter(kernel, inputs):
     """What is added to a product in place is lost."""
-    return kernel.compute({**inputs, "b": torch.zeros_like(inputs["b"])})
+    return kernel.compute({**inputs, "lora_b": torch.zeros_like(inputs["lora_b"])})
 
 
 def clip_each(kernel, inputs):
@@ -241,7 +240,7 @@ def test_rows_that_read_zeros_are_found():
 
 
 def test_a_table_that_does_not_fit_is_skipped_with_the_reason(monkeypatch):
-    monkeypatch.setattr(large_table, "find_available_bytes", lambda device: 5_000_000_000)
+    monkeypatch.setattr(memory, "find_available_bytes", lambda device: 5_000_000_000)
     check = check_large_table(CPU)
     assert check.result == "skipped"
     assert (

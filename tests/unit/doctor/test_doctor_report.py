@@ -9,14 +9,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from gemma_tuner.doctor import examination
+from gemma_tuner.doctor import Part, examination
 from gemma_tuner.doctor.calibration import estimate_speed
 from gemma_tuner.doctor.checks import Check
 from gemma_tuner.doctor.examination import examine
 from gemma_tuner.doctor.kernels import Kernel
 from gemma_tuner.doctor.machine import find_evidence, is_pretend
 from gemma_tuner.doctor.memory import judge_refusal
-from gemma_tuner.doctor.parts import Part
 from gemma_tuner.doctor.report import SCHEMA, render_report
 from gemma_tuner.errors import ConfigError
 from tests.limits import files_limited_to

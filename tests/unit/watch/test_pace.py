@@ -2,9 +2,8 @@
 
 from itertools import pairwise
 
-from gemma_tuner.watch.pace import LONGEST_SECONDS, Pace
 from gemma_tuner.watch.run import Run
-from gemma_tuner.watch.watched import Watched
+from gemma_tuner.watch.watched import LONGEST_SECONDS, Pace, Watched
 from tests.unit.watch.test_watched_runs import write_run, write_step
 
 

@@ -24,7 +24,7 @@ def test_lines_come_once_wherever_the_file_ends_when_it_is_read(tmp_path_factory
     for end in [*sorted(min(cut, len(encoded)) for cut in cuts), len(encoded)]:
         path.write_bytes(encoded[:end])
         gain = tail.read()
-        assert not gain.is_anew
+        assert not gain.has_restarted
         read += gain.records
     assert read == records
     assert tail.num_damaged == 0
@@ -36,7 +36,7 @@ def test_a_file_that_is_not_there_yet_has_nothing(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"a": 1}\n')
     gain = tail.read()
     assert gain.records == [{"a": 1}]
-    assert not gain.is_anew
+    assert not gain.has_restarted
 
 
 def test_a_resumed_run_has_its_log_read_from_its_beginning(tmp_path):
@@ -49,7 +49,7 @@ def test_a_resumed_run_has_its_log_read_from_its_beginning(tmp_path):
     with JsonlLog(path, resume_step=2) as log:
         log.event(3, "again")
         gain = tail.read()
-    assert gain.is_anew
+    assert gain.has_restarted
     assert [record["step"] for record in gain.records] == [0, 1, 2, 3]
 
 
@@ -60,7 +60,7 @@ def test_a_file_that_became_shorter_is_another_one(tmp_path):
     tail.read()
     path.write_text('{"a": 3}\n')
     gain = tail.read()
-    assert (gain.records, gain.is_anew) == ([{"a": 3}], True)
+    assert (gain.records, gain.has_restarted) == ([{"a": 3}], True)
 
 
 def test_damaged_lines_are_passed_over_and_counted(tmp_path):

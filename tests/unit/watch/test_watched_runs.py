@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gemma_tuner.display import show_memory
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.settings import save_settings
 from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine
@@ -25,7 +26,7 @@ from gemma_tuner.watch.charts import (
 from gemma_tuner.watch.run import Run, list_setting_differences, open_runs
 from gemma_tuner.watch.samples import find_media, read_sample
 from gemma_tuner.watch.summary import FIGURES, list_figures, list_tiles
-from gemma_tuner.watch.units import show_bytes, show_count, show_seconds, show_share
+from gemma_tuner.watch.units import show_count, show_seconds, show_share
 from gemma_tuner.watch.watched import Watched
 
 MAX_STEPS = 100
@@ -316,8 +317,8 @@ def test_an_empty_run_has_figures_that_say_so(tmp_path):
         (show_count(9_999), "9,999"),
         (show_count(12_300), "12.3 k"),
         (show_count(4_560_000), "4.56 M"),
-        (show_bytes(5 * 2**20), "5.0 MiB"),
-        (show_bytes(4.7e9), "4.38 GiB"),
+        (show_memory(5 * 2**20), "5.0 MiB"),
+        (show_memory(4.7e9), "4.38 GiB"),
         (show_seconds(0.25), "250 ms"),
         (show_seconds(8.13), "8.1 s"),
         (show_seconds(59.7), "60 s"),

@@ -1,4 +1,4 @@
-"""Kernels that read and write at places: gather, scatter, strides, mixed dtypes, the optimizer."""
+"""Kernels of indices, strides, mixed dtypes, convolutions, dropout and the optimizer."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import math
 
 import torch
 import torch.nn.functional as F
+from torch import Generator
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
-from gemma_tuner.doctor.kernels import Kernel, Tensors
+from gemma_tuner.doctor.checks import Tensors
 from gemma_tuner.models.modes import checkpointing_options
 from gemma_tuner.training.optim import guarded_step
 
 _VOCABULARY = 262_144
 _RATE, _BETAS, _EPSILON, _DECAY = 0.01, (0.9, 0.999), 1e-8, 0.1
+_STATE = ("exp_avg", "exp_avg_sq", "step")
 
 
-def _make_repeated_ids(generator: torch.Generator) -> Tensors:
+def make_repeated_ids(generator: Generator) -> Tensors:
+    """The inputs of :func:`accumulate`."""
     return {
         "table": torch.randn(40, 64, generator=generator),
         "ids": torch.randint(40, (4_096,), generator=generator),
@@ -29,20 +32,18 @@ def accumulate(t: Tensors) -> Tensors:
     """Add 4,096 rows to 40 places, in three ways; read them, in two."""
     table = t["table"].detach().requires_grad_()
     looked_up = F.embedding(t["ids"], table)
-    looked_up.backward(t["values"])
-    if table.grad is None:
-        raise RuntimeError("the backward pass left no gradient")
     empty = torch.zeros_like(t["table"])
     return {
         "embedding": looked_up,
         "index_select": t["table"].index_select(0, t["ids"]),
-        "embedding, backward": table.grad,
+        "embedding, backward": torch.autograd.grad(looked_up, table, t["values"])[0],
         "index_put": empty.index_put((t["ids"],), t["values"], accumulate=True),
         "index_add": empty.index_add(0, t["ids"], t["values"]),
     }
 
 
-def _make_matrices(generator: torch.Generator) -> Tensors:
+def make_matrices(generator: Generator) -> Tensors:
+    """The inputs of :func:`write_transposed`; nothing is divided by less than 0.5."""
     x, a, b = torch.randn(3, 96, 130, generator=generator)
     return {"x": x, "a": a, "b": b.abs() + 0.5}
 
@@ -58,29 +59,26 @@ def write_transposed(t: Tensors) -> Tensors:
     return outputs
 
 
-def _make_pictures(generator: torch.Generator) -> Tensors:
+def make_media(generator: Generator) -> Tensors:
+    """Images ``[rows, 3, height, width]``, clips ``[rows, channels, frames]``, and weights."""
     return {
-        "pictures": torch.randn(2, 3, 16, 16, generator=generator),
+        "images": torch.randn(2, 3, 16, 16, generator=generator),
         "weight": torch.randn(8, 3, 3, 3, generator=generator) / 27**0.5,
-        "sounds": torch.randn(2, 8, 50, generator=generator),
+        "clips": torch.randn(2, 8, 50, generator=generator),
         "filters": torch.randn(8, 1, 5, generator=generator),
     }
 
 
 def convolve(t: Tensors) -> Tensors:
     """Convolve as the towers do: a stride of 2, and each channel by itself; with gradients."""
-    pictures, sounds = (t[name].detach().requires_grad_() for name in ("pictures", "sounds"))
-    maps = F.conv2d(pictures, t["weight"], stride=2, padding=1)
-    filtered = F.conv1d(sounds, t["filters"], padding=4, groups=8)
-    maps.square().sum().backward()
-    filtered.square().sum().backward()
-    if pictures.grad is None or sounds.grad is None:
-        raise RuntimeError("the backward pass left no gradient")
+    images, clips = (t[name].detach().requires_grad_() for name in ("images", "clips"))
+    maps = F.conv2d(images, t["weight"], stride=2, padding=1)
+    filtered = F.conv1d(clips, t["filters"], padding=4, groups=8)
     return {
         "conv2d": maps,
         "conv1d": filtered,
-        "conv2d, backward": pictures.grad,
-        "conv1d, backward": sounds.grad,
+        "conv2d, backward": torch.autograd.grad(maps.square().sum(), images)[0],
+        "conv1d, backward": torch.autograd.grad(filtered.square().sum(), clips)[0],
     }
 
 
@@ -89,12 +87,12 @@ def convolve_turned(t: Tensors) -> Tensors:
     turned = t["weight"].permute(2, 3, 1, 0).contiguous().permute(3, 2, 0, 1)
     last = t["weight"].contiguous(memory_format=torch.channels_last)
     return {
-        "permuted": F.conv2d(t["pictures"], turned),
-        "channels last": F.conv2d(t["pictures"], last),
+        "permuted": F.conv2d(t["images"], turned),
+        "channels last": F.conv2d(t["images"], last),
     }
 
 
-def _make_large_integers(generator: torch.Generator) -> Tensors:
+def make_large_integers(generator: Generator) -> Tensors:
     """Neighbours that float32 cannot tell apart, and values beyond 32 bits."""
     near = 2**24 + torch.randint(200, (2_000,), generator=generator)
     far = 2**40 + torch.randint(200, (2_000,), generator=generator)
@@ -108,14 +106,11 @@ def find_unique(t: Tensors) -> Tensors:
     return {"values": values, "inverse": inverse, "counts": counts}
 
 
-def _make_mixed(generator: torch.Generator) -> Tensors:
-    draws = torch.randn(2, 64, 96, generator=generator)
-    return {
-        "wide": draws[0],
-        "narrow": draws[1].bfloat16(),
-        "wide_scalar": torch.tensor(0.7),
-        "narrow_scalar": torch.tensor(3.0).bfloat16(),
-    }
+def make_mixed(generator: Generator) -> Tensors:
+    """The inputs of :func:`mix_dtypes`."""
+    wide, narrow = torch.randn(2, 64, 96, generator=generator)
+    numbers = {"wide_scalar": torch.tensor(0.7), "narrow_scalar": torch.tensor(3.0).bfloat16()}
+    return {"wide": wide, "narrow": narrow.bfloat16(), **numbers}
 
 
 def mix_dtypes(t: Tensors) -> Tensors:
@@ -131,14 +126,12 @@ def mix_dtypes(t: Tensors) -> Tensors:
     }
 
 
-def _make_vocabulary_rows(generator: torch.Generator) -> Tensors:
+def make_vocabulary_rows(generator: Generator) -> Tensors:
+    """The inputs of :func:`gather_and_scatter`; the first and the last id are among them."""
     ids = torch.randint(_VOCABULARY, (8, 64), generator=generator)
     ids[:, 0], ids[:, 1] = 0, _VOCABULARY - 1
-    return {
-        "logits": torch.randn(8, _VOCABULARY, generator=generator),
-        "ids": ids,
-        "values": torch.randn(8, 64, generator=generator),
-    }
+    logits = torch.randn(8, _VOCABULARY, generator=generator)
+    return {"logits": logits, "ids": ids, "values": torch.randn(8, 64, generator=generator)}
 
 
 def gather_and_scatter(t: Tensors) -> Tensors:
@@ -150,13 +143,14 @@ def gather_and_scatter(t: Tensors) -> Tensors:
     }
 
 
-def _make_adamw(generator: torch.Generator) -> Tensors:
-    draws = torch.randn(2, 257, 3, generator=generator)
-    return {"parameter": draws[0], "gradient": draws[1]}
+def make_adamw(generator: Generator) -> Tensors:
+    """A parameter and its gradient, of a size that no vector width divides."""
+    parameter, gradient = torch.randn(2, 257, 3, generator=generator)
+    return {"parameter": parameter, "gradient": gradient}
 
 
 def take_steps(t: Tensors) -> Tensors:
-    """A fused AdamW step, and a second that it is told to skip, its gradient being NaN."""
+    """A fused AdamW step, and a second that must be skipped because its gradient is NaN."""
     parameter = Parameter(t["parameter"].clone())
     optimizer = torch.optim.AdamW(
         [parameter], lr=_RATE, betas=_BETAS, eps=_EPSILON, weight_decay=_DECAY, fused=True
@@ -168,11 +162,8 @@ def take_steps(t: Tensors) -> Tensors:
     return {"parameter": parameter.data, **{name: state[name] for name in _STATE}}
 
 
-_STATE = ("exp_avg", "exp_avg_sq", "step")
-
-
 def take_steps_by_hand(t: Tensors) -> Tensors:
-    """What :func:`take_steps` computes: one step of AdamW."""
+    """The first of the two steps, by AdamW's formula."""
     gradient, (first, second) = t["gradient"], _BETAS
     decayed = t["parameter"] * (1 - _RATE * _DECAY)
     return {
@@ -183,10 +174,6 @@ def take_steps_by_hand(t: Tensors) -> Tensors:
     }
 
 
-def _make_hidden(generator: torch.Generator) -> Tensors:
-    return {"hidden": torch.randn(64, 64, generator=generator)}
-
-
 def drop_twice(t: Tensors) -> Tensors:
     """Whether dropout in a checkpointed layer drops in backward what it dropped before."""
     hidden = t["hidden"].detach().requires_grad_()
@@ -195,74 +182,3 @@ def drop_twice(t: Tensors) -> Tensors:
     F.dropout(hidden, 0.5)  # another layer draws before the first is computed again
     (gradient,) = torch.autograd.grad(out.sum(), hidden)
     return {"same": ((gradient == 0) == (out == 0)).to(hidden.dtype)}
-
-
-PLACING = (
-    Kernel(
-        name="embedding and index_put, backward too",
-        source="pytorch#195754",
-        make=_make_repeated_ids,
-        compute=accumulate,
-    ),
-    Kernel(
-        name="addcmul, addcdiv and lerp into transposed tensors",
-        source="pytorch#118115",
-        make=_make_matrices,
-        compute=write_transposed,
-        avoided="parameters and moments are contiguous",
-    ),
-    Kernel(
-        name="convolutions of the towers",
-        source="pytorch#192212",
-        make=_make_pictures,
-        compute=convolve,
-        tolerance=1e-4,
-    ),
-    Kernel(
-        name="conv2d with a weight that is not contiguous",
-        source="pytorch#192212",
-        make=_make_pictures,
-        compute=convolve_turned,
-        tolerance=1e-4,
-        avoided="weights are loaded contiguous",
-    ),
-    Kernel(
-        name="unique of integers over 2^24",
-        source="pytorch#195595",
-        make=_make_large_integers,
-        compute=find_unique,
-        tolerance=0.0,
-        avoided="it looks for distinct ids on the CPU",
-    ),
-    Kernel(
-        name="bfloat16 with float32, elementwise",
-        source="karpathy/nanochat#741",
-        make=_make_mixed,
-        compute=mix_dtypes,
-        tolerance=8e-3,
-    ),
-    Kernel(
-        name="gather and scatter_add in rows of 262,144",
-        source="the vocabulary's size; no report is known",
-        make=_make_vocabulary_rows,
-        compute=gather_and_scatter,
-        tolerance=1e-6,
-    ),
-    Kernel(
-        name="fused AdamW that skips a step",
-        source="pytorch#186360",
-        make=_make_adamw,
-        compute=take_steps,
-        reference=take_steps_by_hand,
-        avoided="it is tried before a run, and the plain one used instead",
-    ),
-    Kernel(
-        name="dropout that is computed twice",
-        source="pytorch#127676",
-        make=_make_hidden,
-        compute=drop_twice,
-        reference=lambda t: {"same": torch.ones_like(t["hidden"])},
-        tolerance=0.0,
-    ),
-)
-"""What reads or writes at places."""
