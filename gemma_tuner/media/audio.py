@@ -14,6 +14,7 @@ import soundfile
 
 from gemma_tuner.errors import DataError
 from gemma_tuner.media.encoded import describe_source, open_encoded
+from gemma_tuner.media.mp3 import declare_length
 
 if TYPE_CHECKING:
     from torchaudio.transforms import Resample
@@ -57,8 +58,7 @@ def decode_audio(
     # WAV, FLAC, MP3 and OGG (Vorbis, Opus) among others, as libsndfile reads them. Samples beyond
     # ±1 in float data are kept: clipping them would distort. A sound cut short is refused where
     # its container says how long it is: WAV, AIFF, FLAC, OGG, and MP3 with a Xing or Info header;
-    # other MP3s are read to the end that libsndfile estimates, which only a constant bit rate
-    # makes exact.
+    # other MP3s are heard as far as they have frames.
     # source: A local path, encoded bytes, or samples ``[frames]`` or ``[frames, channels]``:
     # float, or integers of 8, 16 or 32 bits, which are scaled from full range to ±1.
     # Returns: Samples ``[frames]`` float32 at 16 kHz, contiguous; ``source`` itself where it is
@@ -70,7 +70,7 @@ def decode_audio(
     else:
         with open_encoded(source, key=key, kind="audio") as stream:
             _check_whole(stream, name, key)
-            mono, rate_hz = _read_stream(stream, name, key)
+            mono, rate_hz = _read_stream(declare_length(stream), name, key)
         if sample_rate_hz not in (None, rate_hz):
             raise DataError(
                 f"{name} is recorded at {rate_hz} Hz, and {sample_rate_hz} Hz is given beside "
