@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import operator
 from fractions import Fraction
 from pathlib import Path
@@ -14,6 +15,7 @@ import soundfile
 
 from gemma_tuner.errors import DataError
 from gemma_tuner.media.encoded import describe_source, open_encoded
+from gemma_tuner.media.mp3 import declare_length
 
 if TYPE_CHECKING:
     from torchaudio.transforms import Resample
@@ -46,6 +48,8 @@ _UNKNOWN_FRAMES = 2**63 - 1  # what libsndfile says of a FLAC stream without a l
 # common rates exactly, the worst (a few Hz beside a round ratio) 0.24 ms off in each second.
 _MAX_PHASES = 2048
 
+_FILTER_WIDTH, _ROLLOFF = 64, 0.9475937167399596
+
 
 def decode_audio(
     source: str | Path | bytes | np.ndarray,
@@ -57,8 +61,7 @@ def decode_audio(
     # WAV, FLAC, MP3 and OGG (Vorbis, Opus) among others, as libsndfile reads them. Samples beyond
     # ±1 in float data are kept: clipping them would distort. A sound cut short is refused where
     # its container says how long it is: WAV, AIFF, FLAC, OGG, and MP3 with a Xing or Info header;
-    # other MP3s are read to the end that libsndfile estimates, which only a constant bit rate
-    # makes exact.
+    # other MP3s are heard as far as they have frames.
     # source: A local path, encoded bytes, or samples ``[frames]`` or ``[frames, channels]``:
     # float, or integers of 8, 16 or 32 bits, which are scaled from full range to ±1.
     # Returns: Samples ``[frames]`` float32 at 16 kHz, contiguous; ``source`` itself where it is
@@ -70,7 +73,7 @@ def decode_audio(
     else:
         with open_encoded(source, key=key, kind="audio") as stream:
             _check_whole(stream, name, key)
-            mono, rate_hz = _read_stream(stream, name, key)
+            mono, rate_hz = _read_stream(declare_length(stream), name, key)
         if sample_rate_hz not in (None, rate_hz):
             raise DataError(
                 f"{name} is recorded at {rate_hz} Hz, and {sample_rate_hz} Hz is given beside "
@@ -147,9 +150,21 @@ def _resample(mono: np.ndarray, rate_hz: int) -> np.ndarray:
     import torch
 
     ratio = Fraction(SAMPLE_RATE_HZ, rate_hz).limit_denominator(_MAX_PHASES)
-    waveform = torch.from_numpy(np.require(mono, requirements="W"))  # torch warns of read-only
-    resampled = _build_resampler(ratio)(waveform)
-    return np.ascontiguousarray(resampled.numpy())
+    resampler = _build_resampler(ratio)
+    step = ratio.denominator
+    # torchaudio unfolds its input to seven times its size, so that long clips go in blocks, each
+    # with as much before and behind as the filter reaches.
+    reach = step * math.ceil(2 + _FILTER_WIDTH / _ROLLOFF * max(1, 1 / ratio) / step)
+    block = step * max(1, _BLOCK_SAMPLES // step)
+    resampled = np.empty(math.ceil(len(mono) * ratio), np.float32)
+    for start in range(0, len(mono), block):
+        first = max(0, start - reach)
+        piece = np.require(mono[first : start + block + reach], requirements="W")  # torch warns
+        outcome = resampler(torch.from_numpy(piece)).numpy()[int((start - first) * ratio) :]
+        place = int(start * ratio)
+        size = min(int(block * ratio), len(resampled) - place)
+        resampled[place : place + size] = outcome[:size]
+    return resampled
 
 
 @functools.lru_cache(maxsize=8)
@@ -164,8 +179,8 @@ def _build_resampler(ratio: Fraction) -> Resample:
         ratio.denominator,
         ratio.numerator,
         resampling_method="sinc_interp_kaiser",
-        lowpass_filter_width=64,
-        rolloff=0.9475937167399596,
+        lowpass_filter_width=_FILTER_WIDTH,
+        rolloff=_ROLLOFF,
         beta=14.769656459379492,
     )
 
