@@ -94,6 +94,15 @@ class Batch:
         """The key of the row with the most tokens; for batches on the CPU."""
         return self.keys[int(self.inputs["attention_mask"].sum(1).argmax())]
 
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What a device that compiles for each shape tells batches apart by."""
+        return (
+            *((name, tuple(tensor.shape)) for name, tensor in self.inputs.items()),
+            tuple(self.target_rows.shape),
+            tuple(self.target_ids.shape),
+        )
+
     def to(self, device: torch.device) -> Batch:
         """Copy the tensors to a device; on MPS, targets get one of few shapes.
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -47,19 +46,18 @@ _Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Of the base
 def adapter(run: _Run, target: _Target, model: ModelSettings) -> None:
     """Write a PEFT folder with a model card: transformers and peft open it."""
     from gemma_tuner.export.adapter import export_adapter
-    from gemma_tuner.training.checkpoint import latest_checkpoint
+    from gemma_tuner.training.checkpoint import latest_checkpoint, read_state
 
-    state: dict[str, Any] = {}
-    if checkpoint := latest_checkpoint(run):
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    checkpoint = latest_checkpoint(run)
+    state = read_state(checkpoint) if checkpoint else None
     gemma, processor = load_with_adapter(model, run)
     say(
         export_adapter(
             gemma,
             target,
             processor=processor,
-            data=state.get("stream"),
-            training=state.get("config"),
+            data=state.stream if state else None,
+            training=state.config if state else None,
         )
     )
 

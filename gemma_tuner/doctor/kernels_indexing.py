@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gemma_tuner.doctor.checks import Tensors
 from gemma_tuner.models.modes import checkpointing_options
-from gemma_tuner.training.optim import guarded_step
+from gemma_tuner.training.step import guarded_step
 
 _VOCABULARY = 262_144
 _RATE, _BETAS, _EPSILON, _DECAY = 0.01, (0.9, 0.999), 1e-8, 0.1

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
 
 from gemma_tuner.batch import IGNORED
 from gemma_tuner.doctor.checks import Tensors
 from gemma_tuner.models.lora_linear import AdaptedLinear
 from gemma_tuner.models.loss import FrozenHeadCrossEntropy
 from gemma_tuner.models.norms import NormKeepingInput
-from gemma_tuner.training.optim import clip_gradients
 
 _VOCABULARY = 262_144
 # Either side of 2^15, where M1 and M2 begin to read beyond their operands, and Gemma's vocabulary.
@@ -152,7 +152,7 @@ def clip(t: Tensors) -> Tensors:
     clipped = {name: x.clone() for name, x in t.items()}
     for name, parameter in parameters.items():
         parameter.grad = clipped[name]  # which is changed in place
-    return {"norm": clip_gradients(list(parameters.values()), 1.0), **clipped}
+    return {"norm": clip_grad_norm_(list(parameters.values()), 1.0), **clipped}
 
 
 def clip_by_hand(t: Tensors) -> Tensors:

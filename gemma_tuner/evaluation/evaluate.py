@@ -32,7 +32,7 @@ from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.records import Example
 from gemma_tuner.training.checks import check_collator
-from gemma_tuner.training.feed import Stream, collate_good
+from gemma_tuner.training.feed import ModelCollator, Stream
 from gemma_tuner.training.held_out import measure_held_out
 from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.processes import Processes
@@ -156,6 +156,7 @@ class _Evaluation:
         def sum_losses(batch: Batch) -> Tensor:
             return target_loss_sum(model, batch.to(device), chunk_tokens=_CHUNK_TOKENS)
 
+        collate = ModelCollator(self.collator, model)
         records = {}
         for system, switched in self.systems.items():
             task = bar.add_task(f"loss, {system}", total=len(self.subset))
@@ -163,7 +164,7 @@ class _Evaluation:
                 records[system] = measure_held_out(
                     model,
                     cast(Stream, self.subset),
-                    partial(self._collate, partial(bar.advance, task)),
+                    partial(self._collate, collate, partial(bar.advance, task)),
                     sum_losses,
                     step=0,
                     batch_size=self.batch_size,
@@ -172,11 +173,15 @@ class _Evaluation:
         return records
 
     def _collate(
-        self, advance: Callable[[float], None], stream: Stream, examples: Sequence[Example]
+        self,
+        collate: ModelCollator,
+        advance: Callable[[float], None],
+        stream: Stream,
+        examples: Sequence[Example],
     ) -> Batch | None:
         advance(self.batch_size)
         check_modalities(self.generator.model, examples)
-        return collate_good(self.collator, stream, examples)
+        return collate(stream, examples)
 
     def answer(self, bar: Progress) -> Iterator[Answered]:
         """Let each system answer the prompts, and tally the answers."""

@@ -25,7 +25,7 @@ from gemma_tuner.evaluation.prompts import end_with_answer, show_prompt
 from gemma_tuner.evaluation.report_files import write_media
 from gemma_tuner.media.load import load_media
 from gemma_tuner.models.lora import unwrap_peft
-from gemma_tuner.models.loss import predicting_hidden_states
+from gemma_tuner.models.target_only import target_only_of
 from gemma_tuner.records import Example
 
 if TYPE_CHECKING:
@@ -210,7 +210,9 @@ def target_probabilities(model: Any, batch: Batch) -> list[float]:
     """Give the probability of each target token of a batch; the model is in eval mode."""
     gemma = unwrap_peft(model)
     placed = batch.to(gemma.device)
-    hidden = predicting_hidden_states(model, placed)
+    hidden = target_only_of(gemma).hidden_states(
+        placed.inputs, placed.target_rows, placed.target_slots
+    )
     head = gemma.get_output_embeddings().weight
     softcap = gemma.config.get_text_config().final_logit_softcapping
     found = []

@@ -11,7 +11,7 @@ chunk. That needs a frozen head, which LoRA's is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,8 +29,16 @@ MAX_REDUCTION = 32_000
 before 2.14, and by batched products still. Source: pytorch issues 193487 and 195163."""
 
 
+class Loss(Protocol):
+    """What a run minimises, by the target tokens of each optimizer step."""
+
+    def __call__(self, model: Module, batch: Batch, *, chunk_tokens: int) -> Tensor:
+        """Sum the losses of a batch's target tokens, a scalar that autograd follows."""
+        ...
+
+
 def target_loss_sum(model: Module, batch: Batch, *, chunk_tokens: int) -> Tensor:
-    """Sum the cross-entropy of a batch's target tokens."""
+    """Sum the cross-entropy of a batch's target tokens, ``chunk_tokens`` of them at a time."""
     # Returns: A float32 scalar: the sum, not the mean, over target tokens. Divided by the number
     # of targets of the whole optimizer step, every token weighs the same however they are batched.
     gemma = unwrap_peft(model)
@@ -40,19 +48,13 @@ def target_loss_sum(model: Module, batch: Batch, *, chunk_tokens: int) -> Tensor
             "the vocabulary head is trainable, but this loss computes no gradient for it; freeze "
             "it (gemma_tuner's LoRA targets never include it)"
         )
-    predicting = predicting_hidden_states(model, batch)
+    # [N, H], in the order of the ids; where an id is IGNORED, the state of some other position.
+    predicting = target_only_of(gemma).hidden_states(
+        batch.inputs, batch.target_rows, batch.target_slots
+    )
     softcap = gemma.config.get_text_config().final_logit_softcapping
     return FrozenHeadCrossEntropy.apply(
         predicting, head.weight, batch.target_ids, softcap, chunk_tokens
-    )
-
-
-def predicting_hidden_states(model: Module, batch: Batch) -> Tensor:
-    """Compute the final hidden states that predict a batch's targets."""
-    # Returns: ``[N, H]``, in the order of ``batch.target_ids``; where that is :data:`IGNORED`, the
-    # state of some other position.
-    return target_only_of(unwrap_peft(model)).hidden_states(
-        batch.inputs, batch.target_rows, batch.target_slots
     )
 
 

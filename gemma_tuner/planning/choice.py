@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from gemma_tuner.batch import Batch, Row, pad_rows
+from gemma_tuner.models.loss import Loss, target_loss_sum
 from gemma_tuner.planning.trace import Footprint, StepTracer
 
 BUSY_TOKENS = 1024
@@ -73,8 +74,10 @@ class PlanRequest:
         max_tokens: The longest row.
         target_share: Target tokens of all tokens in a row.
         checkpointing: True or False where the user has decided; None leaves it to the plan.
-        loss_chunk_tokens: Likewise.
+        loss_chunk_tokens: The same.
         memory_gib: What the device may hold, in GiB; None asks the device.
+        state_bytes: What the optimizer keeps for each byte that it trains; AdamW two moments.
+        loss: Sums the losses of a batch.
     """
 
     batch_size: int
@@ -83,6 +86,8 @@ class PlanRequest:
     checkpointing: bool | None = None
     loss_chunk_tokens: int | None = None
     memory_gib: float | None = None
+    state_bytes: float = 2.0
+    loss: Loss = target_loss_sum
 
 
 @dataclass(frozen=True, slots=True)

@@ -109,5 +109,8 @@ def _bound_bytes(gemma: Any, rows: Sequence[Batch], request: PlanRequest) -> int
     scores = request.batch_size * (text_heads * request.max_tokens**2 + heads * media**2)
     positions = request.batch_size * (request.max_tokens + media)
     chunk = (request.loss_chunk_tokens or LOSS_CHUNKS[0]) * text.vocab_size * 20
-    weights = sum(p.nbytes * (4 if p.requires_grad else 1) for p in gemma.parameters())
+    weights = sum(p.nbytes for p in gemma.parameters())
+    # A gradient and what the optimizer keeps.
+    trained = sum(p.nbytes for p in gemma.parameters() if p.requires_grad)
+    weights += int((1 + request.state_bytes) * trained)
     return weights + 12 * positions * widths + 16 * scores + chunk

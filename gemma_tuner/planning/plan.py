@@ -239,7 +239,13 @@ def make_plan(
     layers = gemma.model.language_model.layers
     sharing = sum(layer.self_attn.is_kv_shared_layer for layer in layers)
     middle = num_layers - sharing if sharing else num_layers // 2
-    step = StepTracer(meta_model, device, accumulates=True)
+    step = StepTracer(
+        meta_model,
+        device,
+        accumulates=True,
+        state_bytes=request.state_bytes,
+        loss=request.loss,
+    )
     budget_bytes, source = budget
     margin = margin_bytes(budget_bytes, device)
     usable = budget_bytes - margin

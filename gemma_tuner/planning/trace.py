@@ -30,7 +30,7 @@ from gemma_tuner.batch import Batch
 from gemma_tuner.device import is_available
 from gemma_tuner.models.attention import set_query_chunk
 from gemma_tuner.models.lora import unwrap_peft
-from gemma_tuner.models.loss import target_loss_sum
+from gemma_tuner.models.loss import Loss, target_loss_sum
 from gemma_tuner.models.meta import make_fake
 from gemma_tuner.models.modes import begin_training
 
@@ -82,10 +82,22 @@ class StepTracer:
         model: From ``build_meta_model``, wrapped by PEFT; its tensors become fake ones.
         device: Where training will run.
         accumulates: Whether gradients of an earlier micro-batch lie there already.
+        state_bytes: What the optimizer keeps for each byte that it trains.
+        loss: Sums the losses of a batch.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, *, accumulates: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        *,
+        accumulates: bool,
+        state_bytes: float = 2.0,
+        loss: Loss = target_loss_sum,
+    ) -> None:
         self._model = model
+        self._state_bytes = state_bytes
+        self._loss = loss
         self._is_mps = device.type == "mps"
         self._accumulates = accumulates
         self._mode = FakeTensorMode()
@@ -120,7 +132,7 @@ class StepTracer:
                 if parameter.requires_grad and self._accumulates:
                     parameter.grad = torch.empty_like(parameter)
             fake = self._fake(batch, trace)
-            loss_sum = target_loss_sum(model, fake, chunk_tokens=loss_chunk_tokens)
+            loss_sum = self._loss(model, fake, chunk_tokens=loss_chunk_tokens)
             trace.region = "backward pass"
             (loss_sum / batch.num_target_tokens).backward()
             model.zero_grad(set_to_none=True)
@@ -138,7 +150,8 @@ class StepTracer:
         for parameter in frozen:
             parameter.requires_grad = True
         # an adapter that is not there has no moments either
-        return found.peak_bytes - 3 * sum(_rounded(p.nbytes) for p in frozen)
+        left_out = sum(_rounded(p.nbytes) for p in frozen)
+        return found.peak_bytes - left_out - int(self._state_bytes * left_out)
 
     @property
     def resident_bytes(self) -> int:
@@ -170,7 +183,7 @@ class StepTracer:
             num_bytes = _rounded(tensor.nbytes)
             if tensor.requires_grad:
                 parts["adapters"] += num_bytes
-                parts["moments"] += 2 * num_bytes
+                parts["moments"] += int(self._state_bytes * num_bytes)
                 continue
             part = next((part for part, start in _PARTS.items() if name.startswith(start)), "rest")
             parts[part] += num_bytes

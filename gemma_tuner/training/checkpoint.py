@@ -6,7 +6,7 @@
         adapter_config.json        the adapter as PEFT writes it: PeftModel.from_pretrained
         adapter_model.safetensors  loads this folder
         gemma_tuner.json           a fingerprint of the base, checked when it is exported
-        optimizer.safetensors      "<parameter>.exp_avg", ".exp_avg_sq", ".step"
+        optimizer.safetensors      of AdamW "<parameter>.exp_avg", ".exp_avg_sq", ".step"
         trainer_state.json         step, stream, settings, totals, identity, versions
 
 A checkpoint is written beside its place under a hidden name, forced to the disk and renamed, so a
@@ -24,7 +24,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from gemma_tuner.differences import list_differences, shorten_differences
 from gemma_tuner.disk import check_room, remove_folder, replaced
@@ -46,6 +47,7 @@ from gemma_tuner.models.adapter_files import (
     write_adapter,
 )
 from gemma_tuner.models.identity import describe_model
+from gemma_tuner.training.optim import try_step
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "trainer_state.json"
@@ -70,19 +72,22 @@ class TrainerState:
     totals: Mapping[str, Any]
 
 
+_STATE_NAMES = tuple(field.name for field in fields(TrainerState))
+
+
 def save_checkpoint(
     output_dir: str | Path,
     state: TrainerState,
     model: PeftModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     *,
     keep: int,
 ) -> Path:
     """Write a checkpoint, then delete the oldest beyond ``keep``."""
     folder = Path(output_dir) / "checkpoints" / f"step-{state.step:08d}"
-    moments = _optimizer_tensors(model, optimizer)
+    kept = _optimizer_tensors(model, optimizer)
     document = _encode_state(state, model)
-    tensors = [*adapter_tensors(model).values(), *moments.values()]
+    tensors = [*adapter_tensors(model).values(), *kept.values()]
     with saving_explained("save a checkpoint", Path(output_dir)):
         folder.parent.mkdir(parents=True, exist_ok=True)
         for leftover in folder.parent.glob(".step-*"):
@@ -91,7 +96,7 @@ def save_checkpoint(
         with replaced(folder) as temporary:
             temporary.mkdir()
             write_adapter(model, temporary)
-            save_file(moments, temporary / _OPTIMIZER)
+            save_file(kept, temporary / _OPTIMIZER)
             (temporary / _STATE).write_text(document, encoding="utf-8")
     with saving_explained("delete old checkpoints", folder.parent):
         for old in _list_checkpoints(folder.parent)[:-keep]:
@@ -124,22 +129,22 @@ def show_folder(output_dir: str | Path) -> str:
 def load_checkpoint(
     path: str | Path,
     model: PeftModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     *,
     check: Callable[[TrainerState], None] | None = None,
 ) -> TrainerState:
-    """Put a run back to where it was saved: adapter and moments, bit for bit."""
+    """Put a run back to where it was saved: adapter and optimizer, bit for bit."""
     # Everything is read and compared before anything is changed.
     folder = Path(path)
-    document = _read_state(folder)
+    state, identity = _read_state(folder)
     adapter = _read_tensors(folder / WEIGHTS)
-    moments = _read_tensors(folder / _OPTIMIZER)
+    kept = _read_tensors(folder / _OPTIMIZER)
 
     here = adapter_tensors(model)
     differences = (
-        list_differences(document["identity"], describe_model(model))
+        list_differences(identity, describe_model(model))
         or _compare_tensors("adapter", adapter, here)
-        or _compare_tensors("optimizer", moments, _expected_moments(model, moments))
+        or _compare_tensors("optimizer", kept, _expected_tensors(model, optimizer, kept))
     )
     if differences:
         raise ResumeError(
@@ -148,15 +153,12 @@ def load_checkpoint(
             "did, or start a new run in another output_dir"
         )
 
-    state = TrainerState(
-        **{name: document[name] for name in ("step", "stream", "config", "totals")}
-    )
     if check is not None:
         check(state)
     with torch.no_grad():
         for name, tensor in adapter.items():
             here[name].copy_(tensor)
-    _load_moments(model, optimizer, moments)
+    _load_optimizer(model, optimizer, kept)
     return state
 
 
@@ -167,8 +169,8 @@ def _trainable(model: PeftModel) -> dict[str, Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _optimizer_tensors(model: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Moments and step counters; parameters without a step yet have none."""
+def _optimizer_tensors(model: PeftModel, optimizer: Optimizer) -> dict[str, Tensor]:
+    """What the optimizer keeps, such as moments; parameters without a step yet have none."""
     return {
         f"{name}.{key}": value
         for name, parameter in _trainable(model).items()
@@ -176,49 +178,43 @@ def _optimizer_tensors(model: PeftModel, optimizer: torch.optim.Optimizer) -> di
     }
 
 
-def _expected_moments(model: PeftModel, saved: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _expected_tensors(
+    model: PeftModel, optimizer: Optimizer, saved: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """What a checkpoint must hold: all of a parameter's state, or none before its first step."""
+    begun = {name.rpartition(".")[0] for name in saved}
     return {
         f"{name}.{key}": value
         for name, parameter in _trainable(model).items()
-        if any(f"{name}.{key}" in saved for key in ("exp_avg", "exp_avg_sq", "step"))
-        for key, value in (
-            ("exp_avg", parameter),
-            ("exp_avg_sq", parameter),
-            ("step", torch.zeros(())),
-        )
+        if name in begun
+        for key, value in try_step(optimizer, parameter).items()
     }
 
 
-def _load_moments(
-    model: PeftModel, optimizer: torch.optim.Optimizer, moments: Mapping[str, Tensor]
-) -> None:
-    names = {parameter: name for name, parameter in _trainable(model).items()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    # AdamW's own loader knows on which device each tensor belongs.
-    optimizer.load_state_dict(
-        {
-            "param_groups": optimizer.state_dict()["param_groups"],
-            "state": {
-                index: {
-                    # A copy: load_file maps the file, and keeps its disk space once deleted.
-                    key: moments[f"{names[parameter]}.{key}"].clone()
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
-                for index, parameter in enumerate(parameters)
-                if f"{names[parameter]}.step" in moments
-            },
-        }
-    )
+def _load_optimizer(model: PeftModel, optimizer: Optimizer, saved: Mapping[str, Tensor]) -> None:
+    numbers = {
+        parameter: number
+        for number, parameter in enumerate(
+            p for group in optimizer.param_groups for p in group["params"]
+        )
+    }
+    numbers_by_name = {name: numbers[parameter] for name, parameter in _trainable(model).items()}
+    state: dict[int, dict[str, Tensor]] = {}
+    for full_name, tensor in saved.items():
+        name, _, key = full_name.rpartition(".")
+        # A copy: load_file maps the file, and keeps its disk space once deleted.
+        state.setdefault(numbers_by_name[name], {})[key] = tensor.clone()
+    # The optimizer's own loader knows on which device each tensor belongs.
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"param_groups": groups, "state": state})
 
 
 def _encode_state(state: TrainerState, model: PeftModel) -> str:
+    config = {name: value for name, value in state.config.items() if name != "output_dir"}
     document = {
         "format": _FORMAT,
-        "step": state.step,
-        "stream": state.stream,
-        "config": {k: v for k, v in state.config.items() if k != "output_dir"},
-        "totals": state.totals,
+        **{name: getattr(state, name) for name in _STATE_NAMES},
+        "config": config,
         "identity": describe_model(model),
         "versions": {
             package: metadata.version(package)
@@ -236,12 +232,18 @@ def _encode_state(state: TrainerState, model: PeftModel) -> str:
 # --- reading back ----------------------------------------------------------------------------
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path) -> TrainerState:
+    """Read the state of a run from one of its checkpoints."""
+    return _read_state(checkpoint)[0]
+
+
+def _read_state(folder: Path) -> tuple[TrainerState, Any]:
+    """A checkpoint's state, and the identity of the model that it is of."""
     path = folder / _STATE
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
         found = document["format"]
-        missing = {"step", "stream", "config", "totals", "identity"} - document.keys()
+        missing = {*_STATE_NAMES, "identity"} - document.keys()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, error) from None
     if found != _FORMAT:
@@ -251,7 +253,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
         )
     if missing:
         raise _damaged(path, KeyError(*sorted(missing)))
-    return document
+    state = TrainerState(**{name: document[name] for name in _STATE_NAMES})
+    return state, document["identity"]
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

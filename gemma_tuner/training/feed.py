@@ -8,20 +8,29 @@ which a stopped run continues.
 
 from __future__ import annotations
 
-import queue
-import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, Generic, Protocol, Self, TypeVar
+from itertools import chain, count, islice
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, cast
 
 from gemma_tuner.batch import Batch
 from gemma_tuner.errors import DataError
+from gemma_tuner.models.embeddings import find_mapped_embedding
+from gemma_tuner.models.families import loaded_modalities
+from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.records import Example
 from gemma_tuner.streaming.quarantine import BadExample
+from gemma_tuner.threads import DaemonPool
+from gemma_tuner.training.checks import check_media
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 T = TypeVar("T")
-Collate = Callable[[Sequence[Example]], Batch]
+_END = object()
 
 
 class Stream(Protocol):
@@ -79,7 +88,7 @@ class StepInput:
 
     Args:
         micro_batches: In order; this process's share.
-        examples: What they were made of, to make them anew at another size.
+        examples: What they were made of, to make others of another size.
         num_slots: Slots of the step over all processes.
         num_passed_over: Those of this process's share whose examples could not be used.
         stream_state: What resumes the stream after this step.
@@ -90,6 +99,38 @@ class StepInput:
     num_slots: int
     num_passed_over: int
     stream_state: dict[str, Any]
+
+
+class ModelCollator:
+    """Collates examples for one model, without those that cannot be used.
+
+    Args:
+        collate: Makes a batch of examples, or raises a ``DataError`` with the key of one.
+        model: From ``add_lora``.
+    """
+
+    def __init__(self, collate: Callable[[Sequence[Example]], Batch], model: PeftModel) -> None:
+        self._collate = collate
+        self._modalities = loaded_modalities(unwrap_peft(model))
+        self._mapped_embedding = find_mapped_embedding(model)
+
+    def __call__(self, stream: Stream, examples: Sequence[Example]) -> Batch | None:
+        """Collate what can be, and have its rows of a table on disk read ahead."""
+        while examples:
+            try:
+                batch = self._collate(examples)
+            except DataError as error:
+                good = [example for example in examples if example.key != error.key]
+                if len(good) == len(examples):
+                    raise
+                stream.pass_over(error)
+                examples = good
+                continue
+            check_media(batch, self._modalities)
+            if self._mapped_embedding is not None:
+                self._mapped_embedding.warm(batch.inputs["input_ids"])
+            return batch
+        return None
 
 
 def read_steps(
@@ -106,7 +147,7 @@ def read_steps(
     # Every process reads its own shard, and so only its own media.
     is_shared = num_processes > 1
     shard = stream.shard(process_index, num_processes) if is_shared else stream
-    slots = _repeat(shard)
+    slots = chain.from_iterable(shard.read_slots() for _ in count())
     step_slots = batch_size * num_micro_batches * num_processes
     for first in range(0, num_slots, step_slots):
         size = min(step_slots, num_slots - first)
@@ -129,75 +170,43 @@ def read_steps(
         )
 
 
-def collate_good(collate: Collate, stream: Stream, examples: Sequence[Example]) -> Batch | None:
-    """Collate examples, passing over those that the collator refuses."""
-    while examples:
-        try:
-            return collate(examples)
-        except DataError as error:
-            good = [example for example in examples if example.key != error.key]
-            if len(good) == len(examples):
-                raise
-            stream.pass_over(error)
-            examples = good
-    return None
-
-
-def _repeat(stream: Stream) -> Iterator[Example | None]:
-    while True:
-        yield from stream.read_slots()
-
-
 class Prefetch(Generic[T]):
     """Iterate over something in a thread, ``depth`` values ahead.
 
     An error is raised where its value would have come, after every value before it. Use as a
-    context manager: leaving it stops the thread.
+    context manager: entering it begins to read, and leaving it waits for what is being read.
 
     Args:
         values: What to iterate over.
-        depth: How many values may wait.
+        note_wait: Is told each time how many seconds the reader has waited.
+        depth: How many values may be read ahead.
     """
 
-    def __init__(self, values: Iterable[T], depth: int = 1) -> None:
-        self._values = values
-        self._queue: queue.Queue[tuple[T | None, BaseException | None]] = queue.Queue(depth)
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="gemma-tuner-feed", daemon=True)
+    def __init__(
+        self, values: Iterable[T], note_wait: Callable[[float], None], depth: int = 2
+    ) -> None:
+        self._values = iter(values)
+        self._note_wait = note_wait
+        self._depth = depth
+        self._pool = DaemonPool("gemma-tuner-feed", num_threads=1)
+        self._ahead: deque[Future[object]] = deque()
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._ahead.extend(self._pool.submit(next, self._values, _END) for _ in range(self._depth))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stopped.set()
-        self._thread.join()
+        self._pool.close()
+        for future in self._ahead:
+            if not future.cancelled():
+                future.exception()  # waits
 
     def __iter__(self) -> Iterator[T]:
         while True:
-            value, error = self._queue.get()
-            if isinstance(error, StopIteration):
+            started = time.perf_counter()
+            value = self._ahead.popleft().result()
+            self._note_wait(time.perf_counter() - started)
+            if value is _END:
                 return
-            if error is not None:
-                raise error
-            yield value  # pyright: ignore[reportReturnType]
-
-    def _run(self) -> None:
-        try:
-            for value in self._values:
-                if not self._put((value, None)):
-                    return
-        except BaseException as error:  # noqa: BLE001 - raised again in the reading thread
-            self._put((None, error))
-        else:
-            self._put((None, StopIteration()))
-
-    def _put(self, item: tuple[T | None, BaseException | None]) -> bool:
-        """Wait for room; False once the reader has gone."""
-        while not self._stopped.is_set():
-            try:
-                self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
+            self._ahead.append(self._pool.submit(next, self._values, _END))
+            yield cast(T, value)

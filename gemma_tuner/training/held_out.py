@@ -14,7 +14,6 @@ from torch import Tensor
 
 from gemma_tuner.batch import COUNTS, Batch
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.planning.choice import ANY_SIZE
 from gemma_tuner.records import Example
 from gemma_tuner.training.feed import StepInput, Stream
 from gemma_tuner.training.metrics import EvalRecord
@@ -42,7 +41,7 @@ def measure_held_out(
     loss_sum = retry_once(partial(torch.zeros, (), device=device), device=device)
     passed_over = stream.num_passed_over
     counts: Counter[str] = Counter()
-    micro = MicroBatches([ANY_SIZE], 1.0, device, partial(_collate_again, collate, stream))
+    micro = MicroBatches(device, partial(_collate_again, collate, stream))
 
     def add_losses(batches: Iterable[MicroBatch]) -> Tensor:
         total = loss_sum.clone()  # called again where memory runs out

@@ -2,15 +2,20 @@
 
 A step's gradient is a sum over its micro-batches, so it does not depend on how they are cut, nor
 on which layers are checkpointed. When one does not fit, what the step has summed so far is thrown
-away, and the step begins anew with smaller ones or more checkpointing; the run then keeps to that.
+away, and the step begins again with smaller ones or more checkpointing; the run then keeps to
+that.
+
+How a run cuts is a value, :class:`MicroBatchPlan`. It is saved with the run, and a resumed run
+cuts by it again: with other micro-batches the gradient is rounded otherwise, and dropout draws
+other numbers.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.checkpoint import _CheckpointFrame  # pyright: ignore[reportPrivateUsage]
@@ -18,8 +23,11 @@ from torch.utils.checkpoint import _CheckpointFrame  # pyright: ignore[reportPri
 from gemma_tuner.batch import Batch
 from gemma_tuner.device import empty_cache, is_out_of_memory, memory_used_bytes
 from gemma_tuner.errors import MemoryPlanError
-from gemma_tuner.planning.choice import BUSY_TOKENS, CheckpointingLevel
+from gemma_tuner.log import announce
+from gemma_tuner.planning.choice import ANY_SIZE, BUSY_TOKENS, CheckpointingLevel
+from gemma_tuner.planning.plan import Plan
 from gemma_tuner.records import Example
+from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.feed import StepInput
 
 T = TypeVar("T")
@@ -27,47 +35,135 @@ MicroBatch = tuple[Batch, int]
 """A batch, and how many decoder layers are checkpointed for it."""
 
 
-class MicroBatches:
-    """Cuts micro-batches to what fits.
+@dataclass(frozen=True, slots=True)
+class MicroBatchPlan:
+    """What decides how micro-batches are cut and computed.
 
     Args:
-        levels: From the fastest to the most sparing.
-        target_share: What share of a row's tokens the levels take to be targets; a row with more
-            counts as a longer one.
+        levels: Those of the plan, as the run has found them to be since.
+        target_share: As in :class:`Plan`, like the next two.
+        loss_chunk_tokens: Target tokens whose logits exist at one time.
+        query_chunk_tokens: Queries of a full-attention layer that attend at one time.
+        peak_bytes: The predicted peak; 0 where none was needed.
+        asked: The settings that had a say.
+    """
+
+    levels: tuple[CheckpointingLevel, ...]
+    target_share: float
+    loss_chunk_tokens: int
+    query_chunk_tokens: int | None
+    peak_bytes: int
+    asked: tuple[bool | float | None, ...]
+
+    @classmethod
+    def of(
+        cls, plan: Plan, levels: Sequence[CheckpointingLevel], config: TrainConfig
+    ) -> MicroBatchPlan:
+        """How a run cuts that follows ``plan`` and has come to ``levels``."""
+        return cls(
+            levels=tuple(levels),
+            target_share=plan.target_share,
+            loss_chunk_tokens=plan.loss_chunk_tokens,
+            query_chunk_tokens=plan.query_chunk_tokens,
+            peak_bytes=plan.peak_bytes,
+            asked=(config.gradient_checkpointing, config.loss_chunk_tokens, config.memory_gib),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> MicroBatchPlan:
+        """Read what :meth:`to_dict` wrote."""
+        levels = tuple(CheckpointingLevel(**level) for level in saved["levels"])
+        return cls(**{**saved, "levels": levels, "asked": tuple(saved["asked"])})
+
+
+def restore(plan: Plan, saved: MicroBatchPlan, config: TrainConfig) -> Plan:
+    """Let a resumed run's plan cut as the run did before, if that fits and is still asked for.
+
+    Args:
+        plan: Made for the memory there is now.
+        saved: How the run cut when it was saved.
+        config: Its settings now.
+
+    Returns:
+        The plan to follow.
+    """
+    now = MicroBatchPlan.of(plan, plan.levels, config)
+    if saved.asked != now.asked or replace(saved, peak_bytes=now.peak_bytes) == now:
+        return plan
+    # Where there was so much room that nothing was tried, it must be so still.
+    has_room = plan.levels[0].max_tokens >= config.batch_size * plan.max_tokens
+    if saved.peak_bytes > plan.usable_bytes or not (saved.peak_bytes or has_room):
+        announce(
+            "there is less memory than when this run was saved, so micro-batches are cut anew: "
+            "gradients are the same but for rounding, and dropout draws other numbers"
+        )
+        return plan
+    return replace(
+        plan,
+        levels=saved.levels,
+        target_share=saved.target_share,
+        loss_chunk_tokens=saved.loss_chunk_tokens,
+        query_chunk_tokens=saved.query_chunk_tokens,
+        reasons={**plan.reasons, "micro-batch": "cut as before this run was resumed"},
+    )
+
+
+class MicroBatches:
+    """Cuts micro-batches to what fits: to any size, until it is given levels to follow.
+
+    Args:
         device: Where training runs.
         collate: Makes a batch of examples that have been collated before.
 
     Attributes:
-        levels: As the run has found them to be.
-        num_retries: How often a step was begun anew.
+        levels: From the fastest to the most sparing, as the run has found them to be.
+        num_retries: How often a step was begun again.
     """
 
     def __init__(
-        self,
-        levels: Sequence[CheckpointingLevel],
-        target_share: float,
-        device: torch.device,
-        collate: Callable[[Sequence[Example]], Batch],
+        self, device: torch.device, collate: Callable[[Sequence[Example]], Batch]
     ) -> None:
-        self.levels = list(levels)
+        self.levels = [ANY_SIZE]
         self.num_retries = 0
-        self._target_share = target_share
+        self._target_share = 1.0
         self._device = device
         self._collate = collate
         self._messages: list[str] = []
         self._is_second_try = False
         self._running = (0, 0, 0)  # level, rows and tokens a row of what was begun last
 
+    def follow(self, levels: Sequence[CheckpointingLevel], target_share: float) -> None:
+        """Cut by these levels, which take this share of a row's tokens to be targets."""
+        self.levels = list(levels)
+        self._target_share = target_share
+
     def run(self, accumulate: Callable[[Iterable[MicroBatch]], T], step_input: StepInput) -> T:
         """Run micro-batches, cutting them until they fit."""
+
+        def note(batch: Batch, index: int) -> None:
+            self._running = (index, len(batch), self._row_tokens(batch))
+
+        def hand_out() -> Iterator[MicroBatch]:
+            for batch, index in parts:
+                note(batch, index)
+                yield batch, self.levels[index].checkpointed_layers
+
         self._is_second_try = False
         while True:
-            batches = step_input.micro_batches
-            parts = [part for batch in batches for part in self._cut(batch, step_input)]
-            for batch, index in parts[:1]:  # memory may run out before the first has begun
-                self._running = (index, len(batch), self._row_tokens(batch))
+            parts: list[tuple[Batch, int]] = []
+            for batch in step_input.micro_batches:
+                index, fitting = self._choose_level(len(batch), self._row_tokens(batch))
+                is_whole = len(batch) <= fitting
+                pieces = [batch] if is_whole else self._split(batch, fitting, step_input)
+                parts += [(piece, index) for piece in pieces]
+            if parts:  # memory may run out before the first has begun
+                note(*parts[0])
             try:
-                return accumulate(self._follow(parts))
+                return accumulate(hand_out())
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -80,20 +176,13 @@ class MicroBatches:
         messages, self._messages = self._messages, []
         return messages
 
-    def _follow(self, parts: Iterable[tuple[Batch, int]]) -> Iterator[MicroBatch]:
-        """Hand out batches with the layers of their level, and note which one runs."""
-        for batch, index in parts:
-            self._running = (index, len(batch), self._row_tokens(batch))
-            yield batch, self.levels[index].checkpointed_layers
-
     def _row_tokens(self, batch: Batch) -> int:
-        """Padded tokens of a row, or of a longer one with the planned share of targets."""
+        """Padded tokens of a row; a row of many targets counts as the longer one planned so."""
         targets = batch.target_rows.shape[1]
         return max(batch.labels.shape[1], round(targets / self._target_share))
 
-    def _cut(self, batch: Batch, step_input: StepInput) -> Iterator[tuple[Batch, int]]:
-        """Choose a level for a batch, and collate it again in pieces where it is too large."""
-        rows, row_tokens = len(batch), self._row_tokens(batch)
+    def _choose_level(self, rows: int, row_tokens: int) -> tuple[int, int]:
+        """Choose a level for a batch; returns its index, and how many rows it holds at a time."""
         enough = min(rows * row_tokens, max(row_tokens, BUSY_TOKENS))
         # Better whole at the next level than in small pieces, but better in pieces than beyond
         # what was planned.
@@ -102,15 +191,15 @@ class MicroBatches:
             index = self._find_level(row_tokens)
         if index is None:
             index = len(self.levels) - 1
-        fitting = max(1, self.levels[index].max_tokens // row_tokens)
-        if rows <= fitting:
-            yield batch, index
-            return
+        return index, max(1, self.levels[index].max_tokens // row_tokens)
+
+    def _split(self, batch: Batch, fitting: int, step_input: StepInput) -> Iterator[Batch]:
+        """Collate a batch again in pieces of one size, or nearly, of at most ``fitting`` rows."""
         examples = {example.key: example for example in step_input.examples}
-        size = -(-rows // -(-rows // fitting))  # pieces of one size, or nearly
+        rows = len(batch)
+        size = -(-rows // -(-rows // fitting))
         for start in range(0, rows, size):
-            keys = batch.keys[start : start + size]
-            yield self._collate([examples[key] for key in keys]), index
+            yield self._collate([examples[key] for key in batch.keys[start : start + size]])
 
     def _find_level(self, tokens: int) -> int | None:
         return next((i for i, level in enumerate(self.levels) if level.max_tokens >= tokens), None)
@@ -139,8 +228,8 @@ class MicroBatches:
             )
         else:
             self._messages.append(
-                f"out of memory with one example of {row_tokens} tokens; the layers of such are "
-                f"computed twice from now on, {change}"
+                f"out of memory with one example of {row_tokens} tokens; the layers of such "
+                f"examples are checkpointed from now on, {change}"
             )
 
     def _describe_misfit(self, step_input: StepInput) -> str:

@@ -14,12 +14,10 @@ from statistics import median
 
 import torch
 
-from gemma_tuner.batch import Batch
 from gemma_tuner.device import (
     empty_cache,
     memory_driver_bytes,
     memory_private_bytes,
-    memory_total_bytes,
     memory_used_bytes,
     swap_used_bytes,
     take_peak_bytes,
@@ -40,7 +38,7 @@ class RunMonitor:
 
     Args:
         device: Where training runs.
-        budget_bytes: The device memory that the run may use; None is all there is.
+        budget_bytes: The device memory that the run may use.
 
     Attributes:
         shapes: The shapes of micro-batches that reached the device.
@@ -48,14 +46,14 @@ class RunMonitor:
             length changed), "evaluation", "limit" (little memory was left).
     """
 
-    def __init__(self, device: torch.device, budget_bytes: int | None = None) -> None:
+    def __init__(self, device: torch.device, budget_bytes: int) -> None:
         self.shapes: set[tuple[object, ...]] = set()
         self.num_emptied: Counter[str] = Counter()
         self._device = device
         # CUDA's pools are of memory that nobody else uses, and it frees them by itself before it
         # gives up; what Metal pools, the whole machine lacks.
         self._is_mps = device.type == "mps"
-        self._pools = PoolPolicy(budget_bytes or memory_total_bytes(device))
+        self._pools = PoolPolicy(budget_bytes)
         self._length: int | None = None
         self._num_steps = 0
         self._next_warning = MANY_SHAPES
@@ -68,15 +66,12 @@ class RunMonitor:
         if self._is_mps:
             self._growth["the device's driver (tensors, pools and graphs)"] = GrowthWatch()
 
-    def place(self, batch: Batch) -> Batch:
-        """Put a micro-batch on the device, and note its shape."""
-        length = batch.labels.shape[1]
+    def note_shape(self, length: int, shape: tuple[object, ...]) -> None:
+        """Note the padded length and ``Batch.shape`` of a micro-batch on the device."""
         if self._is_mps and self._length not in (None, length):
             self._empty_if_due("length")
         self._length = length
-        placed = batch.to(self._device)
-        self.shapes.add(shape_of(placed))
-        return placed
+        self.shapes.add(shape)
 
     def after_step(self, step: int, reports: Reports) -> None:
         """Look at the memory that a step has left."""
@@ -145,15 +140,6 @@ class RunMonitor:
         if self._pools.is_due(occasion, self._num_steps, used_bytes, driver_bytes):
             empty_cache(self._device)
             self.num_emptied[occasion] += 1
-
-
-def shape_of(batch: Batch) -> tuple[object, ...]:
-    """What a batch looks like to a device that compiles for each shape."""
-    return (
-        *((name, tuple(tensor.shape)) for name, tensor in batch.inputs.items()),
-        tuple(batch.target_rows.shape),
-        tuple(batch.target_ids.shape),
-    )
 
 
 class PoolPolicy:

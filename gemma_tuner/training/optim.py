@@ -1,17 +1,16 @@
-"""AdamW, its learning rate, and steps that a bad gradient cannot spoil.
-
-Nothing here waits for the device: the gradient's norm, the decision to skip a step and the count
-of skipped steps stay on it until the loop reads them back together with the loss.
-"""
+"""The optimizer, AdamW or one that is handed in: its rate, and what it keeps in memory."""
 
 from __future__ import annotations
 
+import copy
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import Optimizer
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.training.config import TrainConfig
@@ -23,14 +22,7 @@ def build_optimizer(
     device: torch.device,
 ) -> torch.optim.AdamW:
     """AdamW over the parameters that train, fused where the device can (:func:`find_fused`)."""
-    trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
-    if not trainable:
-        raise ConfigError(
-            "no parameter of the model has requires_grad: wrap the model with "
-            "add_lora(model, LoraConfig(...)) first"
-        )
-    for name, parameter in trainable:
-        _check_parameter(name, parameter, device)
+    trainable = _list_trainable(named_parameters, device)
     fused, _ = find_fused(device)
     return torch.optim.AdamW(
         trainable,
@@ -42,6 +34,71 @@ def build_optimizer(
         # Neither fused nor foreach: where fused is missing, foreach is the slow composite.
         foreach=False,
     )
+
+
+def check_optimizer(
+    optimizer: Optimizer,
+    named_parameters: Iterable[tuple[str, Parameter]],
+    device: torch.device,
+) -> Optimizer:
+    """Return an optimizer that was handed in, if a run can take and save its steps."""
+    kind = type(optimizer).__name__
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"optimizer is a {kind}; give one of torch.optim")
+    trainable = {id(parameter) for _, parameter in _list_trainable(named_parameters, device)}
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held != trainable:
+        raise ConfigError(
+            f"the optimizer ({kind}) holds {len(held & trainable)} of the model's "
+            f"{len(trainable)} trainable parameters and {len(held - trainable)} others; make it "
+            "of [p for p in model.parameters() if p.requires_grad], after add_lora"
+        )
+    if any(group.get("fused") for group in optimizer.param_groups):
+        fused, reason = find_fused(device, type(optimizer))
+        if not fused:
+            raise ConfigError(f"the optimizer is fused, but {reason}; make it with fused=False")
+    kept = try_step(optimizer, optimizer.param_groups[0]["params"][0])
+    for name, value in kept.items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(
+                f"the optimizer ({kind}) keeps {name} as {type(value).__name__}, and a checkpoint "
+                "holds tensors alone; give one of torch.optim"
+            )
+    return optimizer
+
+
+def try_step(optimizer: Optimizer, parameter: Parameter) -> dict[str, Tensor]:
+    """What an optimizer keeps of such a parameter, by a first step of a copy of both."""
+    twin = copy.copy(optimizer)
+    probe = Parameter(torch.zeros_like(parameter))
+    probe.grad = torch.zeros_like(parameter)
+    twin.state = defaultdict(dict)
+    twin.param_groups = [{**optimizer.param_groups[0], "params": [probe]}]
+    twin.step()
+    return twin.state[probe]
+
+
+def measure_state(optimizer: Optimizer) -> float:
+    """Bytes that an optimizer keeps for each byte that it trains: 2 for AdamW's two moments."""
+    largest = max(
+        (p for group in optimizer.param_groups for p in group["params"]), key=lambda p: p.numel()
+    )
+    kept = try_step(optimizer, largest).values()
+    return sum(value.nbytes for value in kept if value.dim()) / largest.nbytes
+
+
+def _list_trainable(
+    named_parameters: Iterable[tuple[str, Parameter]], device: torch.device
+) -> list[tuple[str, Parameter]]:
+    trainable = [(name, p) for name, p in named_parameters if p.requires_grad]
+    if not trainable:
+        raise ConfigError(
+            "no parameter of the model has requires_grad: wrap the model with "
+            "add_lora(model, LoraConfig(...)) first"
+        )
+    for name, parameter in trainable:
+        _check_parameter(name, parameter, device)
+    return trainable
 
 
 def _check_parameter(name: str, parameter: Parameter, device: torch.device) -> None:
@@ -63,22 +120,28 @@ def _check_parameter(name: str, parameter: Parameter, device: torch.device) -> N
         )
 
 
-def find_fused(device: torch.device) -> tuple[bool, str]:
-    """Try whether the device has a fused AdamW that can skip a step by itself."""
+def find_fused(
+    device: torch.device, kind: type[Optimizer] = torch.optim.AdamW
+) -> tuple[bool, str]:
+    """Try whether the device has a fused form of an optimizer that can skip a step by itself."""
     # It takes one step of a single number with ``found_inf`` set. Asking for a version would not
     # do: Metal's kernel ignored ``found_inf`` until pytorch#186360, and so would have trained on
     # what the step was told to skip.
+    name = kind.__name__
     probe = torch.nn.Parameter(torch.ones(1, device=device))
     probe.grad = torch.full_like(probe, math.nan)
     try:
-        optimizer = torch.optim.AdamW([probe], fused=True)
+        optimizer = kind([probe], lr=1.0, fused=True)  # pyright: ignore[reportCallIssue]
         optimizer.found_inf = torch.ones((), device=device)  # pyright: ignore[reportAttributeAccessIssue]
         optimizer.step()
     except (RuntimeError, NotImplementedError) as error:
-        return False, f"{device.type} has no fused AdamW ({type(error).__name__})"
+        return False, f"{device.type} has no fused {name} ({type(error).__name__})"
     if probe.item() != 1.0:
-        return False, f"fused AdamW on {device.type} does not skip steps when told to"
-    return True, f"{device.type} has a fused AdamW that skips bad steps without a host sync"
+        return False, f"fused {name} on {device.type} does not skip steps when told to"
+    return (
+        True,
+        f"{device.type} has a fused {name} that skips bad steps without a host sync",
+    )
 
 
 def learning_rate_at(step: int, config: TrainConfig, total_steps: int) -> float:
@@ -107,59 +170,3 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Give every parameter group this rate for its next step."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-def clip_gradients(parameters: Iterable[Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients together so that their L2 norm is at most ``max_norm``, in place."""
-    # A norm that is not finite makes every gradient undefined; :func:`guarded_step` then skips.
-    # Returns: The norm before clipping, ``[]`` float32 on the parameters' device, not waited for.
-    parameters = list(parameters)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, error_if_nonfinite=False)
-    return norm.to(parameters[0].device)  # of no gradients at all, torch's is on the CPU
-
-
-def guarded_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
-    """Take the optimizer's step unless the gradient is infinite or undefined."""
-    # A skipped step leaves parameters, moments and step counters as they were, bit for bit. The
-    # fused kernel reads ``found_inf`` on the device, as it does for torch's GradScaler
-    # (``torch/optim/adam.py``, ``_fused_adam``), so the host need not know. Without a fused kernel
-    # the host has to ask: one sync a step.
-    # grad_norm: ``[]`` from :func:`clip_gradients`.
-    # Returns: ``[]`` float32 on the device: 1 if the step was skipped, else 0.
-    skipped = grad_norm.isfinite().logical_not().to(torch.float32)
-    # A first step that ran out of memory leaves counters without moments, which AdamW would take
-    # as complete; the second moment is made last.
-    for state in optimizer.state.values():
-        if "exp_avg_sq" not in state:
-            state.clear()
-    if optimizer.defaults["fused"]:
-        optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
-        optimizer.step()
-    elif not skipped.item():
-        optimizer.step()
-    return skipped
-
-
-class NonfiniteGuard:
-    """Count skipped steps on the device, to be read back together with the loss.
-
-    Args:
-        device: Where the counters live.
-        total: Steps skipped before, by the run that this one resumes.
-        consecutive: How many of them were its last ones.
-
-    Attributes:
-        total: ``[]`` float32, steps skipped in all; exact up to 2**24.
-        consecutive: ``[]`` float32, steps skipped since the last one that was taken.
-    """
-
-    def __init__(self, device: torch.device, total: int = 0, consecutive: int = 0) -> None:
-        self.total = torch.tensor(float(total), device=device)
-        self.consecutive = torch.tensor(float(consecutive), device=device)
-
-    def count(self, skipped: Tensor) -> None:
-        """Add one step's outcome."""
-        # skipped: ``[]`` float32 from :func:`guarded_step`.
-        # In place, which needs no memory: here the step is taken and cannot be tried again.
-        self.total.add_(skipped)
-        self.consecutive.add_(skipped).mul_(skipped)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self
 
 from gemma_tuner.training.metrics import EvalRecord, JsonlLog, Progress, StepRecord
 from gemma_tuner.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from gemma_tuner.planning.plan import Plan
-
-T = TypeVar("T")
 
 
 class Reports:
@@ -115,17 +112,9 @@ class Reports:
             summary=str(plan),
         )
 
-    def time_waits(self, values: Iterable[T]) -> Iterator[T]:
-        """Pass values on and count the time spent waiting for them."""
-        iterator = iter(values)
-        while True:
-            started = time.perf_counter()
-            try:
-                value = next(iterator)
-            except StopIteration:
-                return
-            self._wait_seconds += time.perf_counter() - started
-            yield value
+    def note_wait(self, seconds: float) -> None:
+        """Count time spent waiting for data."""
+        self._wait_seconds += seconds
 
     def restart_clock(self, num_tokens: int, num_target_tokens: int) -> None:
         """Begin an interval of the speeds, so that evaluation and saving are not counted."""

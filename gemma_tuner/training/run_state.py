@@ -1,10 +1,11 @@
-"""A run's books: what it has done, what is due after a step, and what of it is saved."""
+"""The state of a run: what it has done, what is due after a step, and what of it is saved."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,16 +26,40 @@ from gemma_tuner.training.checkpoint import (
     show_folder,
 )
 from gemma_tuner.training.config import TrainConfig
-from gemma_tuner.training.cuts import Cuts
 from gemma_tuner.training.feed import StepInput, Stream
 from gemma_tuner.training.metrics import DeviceRecord, StepRecord
-from gemma_tuner.training.optim import NonfiniteGuard
+from gemma_tuner.training.micro_batches import MicroBatchPlan
 from gemma_tuner.training.processes import Processes
 from gemma_tuner.training.reports import Reports
-from gemma_tuner.training.step import StepOutcome, Stepper
+from gemma_tuner.training.step import NonfiniteGuard, StepOutcome
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+@dataclass
+class Totals:
+    """Running sums of a run, saved in its checkpoints under these names.
+
+    Args:
+        slots: Slots of the stream read, over all processes, as are the next two.
+        tokens: Tokens read: prompts, media and targets, no padding.
+        target_tokens: Tokens trained on.
+        counts: What collating cut or split and what was passed over, by name.
+        skipped_steps: Steps with a gradient that was not finite; filled in when it is saved.
+        consecutive_skipped_steps: How many of them were the last ones; filled in then.
+        held_out_step: When the held-out loss was measured last; None before the first time.
+        cuts: The :class:`MicroBatchPlan`; None before the first step that has examples.
+    """
+
+    slots: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    skipped_steps: int = 0
+    consecutive_skipped_steps: int = 0
+    held_out_step: int | None = None
+    cuts: dict[str, Any] | None = None
 
 
 class RunState:
@@ -46,16 +71,11 @@ class RunState:
         optimizer: Its moments are saved and read back.
         stream: Where examples come from; its length is an epoch's.
         processes: The processes of the run.
-        stepper: How it cuts micro-batches is saved and read back.
 
     Attributes:
         step: Optimizer steps done.
-        num_slots: Slots of the stream read, over all processes; likewise the tokens.
-        num_tokens: Tokens read: prompts, media and targets, no padding.
-        num_target_tokens: Tokens trained on.
-        counts: What collating cut or split and what was passed over, by name.
-        guard: Steps that were skipped.
-        held_out_step: When the held-out loss was measured last; None before the first time.
+        totals: Running sums.
+        guard: Steps that were skipped, counted on the device.
         stream_state: What resumes the stream after this step.
     """
 
@@ -66,21 +86,15 @@ class RunState:
         optimizer: torch.optim.Optimizer,
         stream: Stream,
         processes: Processes,
-        stepper: Stepper,
     ) -> None:
         self._config = config
         self._model = model
         self._optimizer = optimizer
         self._stream = stream
         self._processes = processes
-        self._stepper = stepper
         self.step = 0
-        self.num_slots = 0
-        self.num_tokens = 0
-        self.num_target_tokens = 0
-        self.counts: Counter[str] = Counter()
+        self.totals = Totals()
         self.guard = NonfiniteGuard(processes.device)
-        self.held_out_step: int | None = None
         stream.read_slots()  # an epoch begun elsewhere is left: this run reads whole ones
         self.stream_state = stream.state_dict()
         self._settings: dict[str, Any] = {}  # what a resumed run must share, known once it begins
@@ -100,7 +114,7 @@ class RunState:
         """Slots of the stream that are left to train on."""
         if self._config.max_steps is not None:
             return max(0, self._config.max_steps - self.step) * self.slots_per_step
-        return max(0, (self._config.epochs or 0) * len(self._stream) - self.num_slots)
+        return max(0, (self._config.epochs or 0) * len(self._stream) - self.totals.slots)
 
     @property
     def total_steps(self) -> int:
@@ -118,7 +132,7 @@ class RunState:
         # What a resumed run measured before it was stopped is in its log already.
         is_due = self.step in (0, self.total_steps)
         is_due |= self._is_every(self._config.eval_every_steps)
-        return is_due and self.step != self.held_out_step
+        return is_due and self.step != self.totals.held_out_step
 
     @property
     def save_is_due(self) -> bool:
@@ -134,10 +148,10 @@ class RunState:
         """Enter an optimizer step: from here on it is done, and what is saved says so."""
         self.guard.count(outcome.skipped)
         self.step += 1
-        self.num_slots += step_input.num_slots
-        self.num_tokens += outcome.num_tokens
-        self.num_target_tokens += outcome.num_target_tokens
-        self.counts.update(outcome.counts)
+        self.totals.slots += step_input.num_slots
+        self.totals.tokens += outcome.num_tokens
+        self.totals.target_tokens += outcome.num_target_tokens
+        self.totals.counts.update(outcome.counts)
         self.stream_state = step_input.stream_state
 
     def log_step(
@@ -149,23 +163,24 @@ class RunState:
         # The step's only read-back: four numbers in one transfer.
         values = torch.stack([loss, grad_norm, self.guard.total, self.guard.consecutive])
         loss_value, grad_norm_value, skipped, consecutive = values.tolist()
+        totals = self.totals
         tokens_per_second, targets_per_second, data_wait_seconds = reports.read_clock(
-            self.num_tokens, self.num_target_tokens
+            totals.tokens, totals.target_tokens
         )
         record = StepRecord(
             step=self.step,
             loss=loss_value,
             learning_rate=self._optimizer.param_groups[0]["lr"],
             grad_norm=grad_norm_value,
-            tokens=self.num_tokens,
-            target_tokens=self.num_target_tokens,
+            tokens=totals.tokens,
+            target_tokens=totals.target_tokens,
             tokens_per_second=tokens_per_second,
             target_tokens_per_second=targets_per_second,
             data_wait_seconds=data_wait_seconds,
             memory_bytes=memory_used_bytes(self._processes.device),
             skipped_steps=int(skipped),
-            epoch=self.num_slots / len(self._stream),
-            counts={name: count for name, count in self.counts.items() if count},
+            epoch=totals.slots / len(self._stream),
+            counts={name: count for name, count in totals.counts.items() if count},
             device=memory,
         )
         reports.step(record)
@@ -180,7 +195,7 @@ class RunState:
 
     def _copy_quarantine(self) -> None:
         """Lay what the data have in quarantine beside the log, where it has grown."""
-        num_passed_over = self.counts["passed_over"]
+        num_passed_over = self.totals.counts["passed_over"]
         if num_passed_over == self._num_copied or not self._processes.is_main:
             return
         copy = Quarantine(Path(self._config.output_dir) / RUN_FILE, Budget())
@@ -189,8 +204,8 @@ class RunState:
 
     # --- saving, and going on from there -----------------------------------------------------
 
-    def begin(self, collator: Mapping[str, Any], *, resume: bool) -> None:
-        """Take up the run in ``output_dir``, or begin one there."""
+    def begin(self, collator: Mapping[str, Any], *, resume: bool) -> MicroBatchPlan | None:
+        """Take up the run in ``output_dir``, or begin one there; returns how it was cut before."""
         self._settings = {
             **self._config.fixed_settings(),
             "num_processes": self._processes.count,
@@ -207,7 +222,7 @@ class RunState:
             # that a full disk did not take.
             self._stream.load_state_dict(self.stream_state)
             if self.step == 0:
-                self.held_out_step = None
+                self.totals.held_out_step = None
             if resume and self.step == 0:
                 self._tell(
                     f"there is no checkpoint in {show_folder(self._config.output_dir)!r} to "
@@ -224,6 +239,9 @@ class RunState:
                 f"process {self._processes.index} is at step {self.step} and others are not; "
                 "output_dir must be one folder that all processes share"
             )
+        if checkpoint is None or self.totals.cuts is None:
+            return None
+        return MicroBatchPlan.from_dict(self.totals.cuts)
 
     def _tell(self, message: str) -> None:
         if self._processes.is_main:
@@ -244,42 +262,23 @@ class RunState:
         state = load_checkpoint(checkpoint, self._model, self._optimizer, check=check)
         self.stream_state = dict(state.stream)
         self.step = state.step
-        self.num_slots = state.totals["slots"]
-        self.num_tokens = state.totals["tokens"]
-        self.num_target_tokens = state.totals["target_tokens"]
-        self.counts = Counter(state.totals["counts"])
-        self.held_out_step = state.totals["held_out_step"]
-        if (cuts := state.totals.get("cuts")) is not None:
-            self._stepper.cut_as_before(Cuts.from_dict(cuts))
-        self._saved = (self.step, self.held_out_step)
+        self.totals = totals = Totals(**state.totals)
+        totals.counts = Counter(totals.counts)
+        self._saved = (self.step, totals.held_out_step)
         self.guard = NonfiniteGuard(
-            self._processes.device,
-            state.totals["skipped_steps"],
-            state.totals["consecutive_skipped_steps"],
+            self._processes.device, totals.skipped_steps, totals.consecutive_skipped_steps
         )
 
-    def save(self, reports: Reports) -> None:
+    def save(self, reports: Reports, micro_batches: MicroBatchPlan | None) -> None:
         """Write a checkpoint, unless the newest one holds all of this already."""
-        if self.step == 0 or self._saved == (self.step, self.held_out_step):
+        totals = self.totals
+        if self.step == 0 or self._saved == (self.step, totals.held_out_step):
             return
         if self._processes.is_main:
-            skipped, consecutive = torch.stack([self.guard.total, self.guard.consecutive]).tolist()
-            cuts = self._stepper.cuts
-            state = TrainerState(
-                step=self.step,
-                stream=self.stream_state,
-                config=self._settings,
-                totals={
-                    "slots": self.num_slots,
-                    "tokens": self.num_tokens,
-                    "target_tokens": self.num_target_tokens,
-                    "counts": dict(self.counts),
-                    "skipped_steps": int(skipped),
-                    "consecutive_skipped_steps": int(consecutive),
-                    "held_out_step": self.held_out_step,
-                    "cuts": None if cuts is None else cuts.to_dict(),
-                },
-            )
+            skipped = torch.stack([self.guard.total, self.guard.consecutive])
+            totals.skipped_steps, totals.consecutive_skipped_steps = map(int, skipped.tolist())
+            totals.cuts = None if micro_batches is None else micro_batches.to_dict()
+            state = TrainerState(self.step, self.stream_state, self._settings, vars(totals))
             path = save_checkpoint(
                 self._config.output_dir,
                 state,
@@ -288,5 +287,5 @@ class RunState:
                 keep=self._config.keep_checkpoints,
             )
             reports.event(self.step, "saved", f"saved {path.name}")
-        self._saved = (self.step, self.held_out_step)
-        reports.restart_clock(self.num_tokens, self.num_target_tokens)
+        self._saved = (self.step, totals.held_out_step)
+        reports.restart_clock(totals.tokens, totals.target_tokens)

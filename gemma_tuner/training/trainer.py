@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
+from torch.optim import Optimizer
 
-from gemma_tuner.batch import Batch
 from gemma_tuner.collators.preview import Preview, preview_row
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.models.adapter_files import save_adapter
-from gemma_tuner.models.embeddings import find_mapped_embedding
-from gemma_tuner.models.families import loaded_modalities
 from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.models.loss import Loss, target_loss_sum
 from gemma_tuner.models.modes import begin_training, end_training
 from gemma_tuner.models.target_only import target_only_of
 from gemma_tuner.planning.plan import Plan
-from gemma_tuner.records import Example
-from gemma_tuner.training.checks import check_collator, check_kinds, check_media
+from gemma_tuner.training.checks import check_collator, check_kinds
 from gemma_tuner.training.config import TrainConfig
-from gemma_tuner.training.feed import Prefetch, StepInput, Stream, collate_good, read_steps
+from gemma_tuner.training.feed import ModelCollator, Prefetch, StepInput, Stream, read_steps
 from gemma_tuner.training.held_out import measure_held_out
 from gemma_tuner.training.interrupt import StopRequest
 from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.notebooks import write_result
-from gemma_tuner.training.optim import build_optimizer, learning_rate_at
+from gemma_tuner.training.optim import build_optimizer, check_optimizer, learning_rate_at
 from gemma_tuner.training.page import open_page
 from gemma_tuner.training.processes import Processes
 from gemma_tuner.training.reports import Reports
@@ -86,10 +84,17 @@ class Trainer:
         config: The settings.
         eval_stream: Held-out examples, whose loss is measured as ``config`` says.
         samples: Questions that are answered at intervals, see ``SampleGenerations``.
+        optimizer: In place of AdamW: one of ``torch.optim`` over the model's trainable parameters.
+            Its rate at each step is the settings'; theirs for AdamW (``betas``, ``epsilon``,
+            ``weight_decay``) do not touch it. A run resumes with the same optimizer.
+        loss: In place of cross-entropy: ``loss(model, batch, *, chunk_tokens)`` sums the losses of
+            a batch's target tokens into a scalar that autograd follows. The sum is divided by the
+            target tokens of the whole step. The held-out loss is measured by it, too.
 
     Raises:
         ConfigError: An argument of another kind, a stream without examples, a model without
-            trainable parameters, or a collator that is not for this model.
+            trainable parameters, a collator that is not for this model, or an optimizer of other
+            parameters.
     """
 
     def __init__(
@@ -100,6 +105,9 @@ class Trainer:
         config: TrainConfig,
         eval_stream: Stream | None = None,
         samples: Samples | None = None,
+        *,
+        optimizer: Optimizer | None = None,
+        loss: Loss | None = None,
     ) -> None:
         check_kinds(model, stream, collator, config, eval_stream)
         self.model = model
@@ -115,14 +123,15 @@ class Trainer:
             )
         check_collator(model, collator)
         self.device = self.trainable[0].device
-        self._modalities = loaded_modalities(unwrap_peft(model))
-        self._mapped_embedding = find_mapped_embedding(model)
         self.processes = Processes(self.device)
-        self.optimizer = build_optimizer(model.named_parameters(), config, self.device)
-        self.stepper = Stepper(model, self.optimizer, collator, config, self.processes)
-        self.run_state = RunState(
-            config, model, self.optimizer, stream, self.processes, self.stepper
+        if optimizer is None:
+            self.optimizer = build_optimizer(model.named_parameters(), config, self.device)
+        else:
+            self.optimizer = check_optimizer(optimizer, model.named_parameters(), self.device)
+        self.stepper = Stepper(
+            model, self.optimizer, loss or target_loss_sum, collator, config, self.processes
         )
+        self.run_state = RunState(config, model, self.optimizer, stream, self.processes)
 
     @property
     def step(self) -> int:
@@ -137,7 +146,7 @@ class Trainer:
     @property
     def counts(self) -> Counter[str]:
         """What collating cut or split and what was passed over since the run began, by name."""
-        return self.run_state.counts
+        return self.run_state.totals.counts
 
     @property
     def learning_rate(self) -> float:
@@ -199,7 +208,9 @@ class Trainer:
             MemoryPlanError: A single example does not fit on the device.
             CheckpointError: A checkpoint or the log that is damaged or cannot be written.
         """
-        self.run_state.begin(self.collator.settings(), resume=resume)
+        cut_before = self.run_state.begin(self.collator.settings(), resume=resume)
+        if cut_before is not None:
+            self.stepper.restore(cut_before)
         # A step that an error ended halfway has left its gradients.
         self.optimizer.zero_grad(set_to_none=True)
         begin_training(self.model)
@@ -208,7 +219,7 @@ class Trainer:
         with (
             StopRequest() as stop,
             self._open_reports() as reports,
-            Prefetch(self._read_steps()) as feed,
+            Prefetch(self._read_steps(), reports.note_wait) as feed,
         ):
             try:
                 self._tell_beginning(reports)
@@ -216,11 +227,11 @@ class Trainer:
             except CheckpointError:
                 raise  # saving is what failed
             except Exception:  # whatever it was, the steps before it are whole
-                self.run_state.save(reports)
+                self._save_checkpoint(reports)
                 raise
             finally:
                 end_training(self.model)
-            self.run_state.save(reports)
+            self._save_checkpoint(reports)
             self._tell_end(reports, stopped_by)
         self.processes.wait()
         return FitResult(self.step, stopped_by, tuple(reports.held_out))
@@ -231,13 +242,13 @@ class Trainer:
         self._take_samples(reports)
         reports.note(self.step, "training")
         self._restart_clock(reports)
-        for step_input in reports.time_waits(feed):
+        for step_input in feed:
             loss, grad_norm = self.train_step(step_input)
             self._report_step(loss, grad_norm, reports)
             self._measure_held_out(reports)
             self._take_samples(reports)
             if self.run_state.save_is_due:
-                self.run_state.save(reports)
+                self._save_checkpoint(reports)
             # A signal may reach one process alone; all must stop after the same step.
             if self.processes.sum_count(int(stop.reason is not None)):
                 reason = stop.reason or "signal to another process"
@@ -279,7 +290,7 @@ class Trainer:
         return measure_held_out(
             self.model,
             self.eval_stream,
-            self._collate,
+            ModelCollator(self.collator, self.model),
             self.stepper.loss_sum,
             step=self.step,
             batch_size=self.config.batch_size,
@@ -309,22 +320,13 @@ class Trainer:
         """The steps that are left."""
         return read_steps(
             self.stream,
-            self._collate,
+            ModelCollator(self.collator, self.model),
             batch_size=self.config.batch_size,
             num_micro_batches=self.config.gradient_accumulation,
             num_slots=self.run_state.remaining_slots,
             process_index=self.processes.index,
             num_processes=self.processes.count,
         )
-
-    def _collate(self, stream: Stream, examples: Sequence[Example]) -> Batch | None:
-        """Collate what can be, and have the rows of a table on disk read ahead."""
-        batch = collate_good(self.collator, stream, examples)
-        if batch is not None:
-            check_media(batch, self._modalities)
-            if self._mapped_embedding is not None:
-                self._mapped_embedding.warm(batch.inputs["input_ids"])
-        return batch
 
     # --- what is told and measured on the way -------------------------------------------------
 
@@ -368,7 +370,7 @@ class Trainer:
         if stepper.plan is not None:
             reports.plan(self.step, stepper.plan)
         reports.advance(self.step)
-        for message in stepper.micro_batches.take_messages() if stepper.micro_batches else ():
+        for message in stepper.micro_batches.take_messages():
             reports.event(self.step, "out_of_memory", message)
         stepper.monitor.after_step(self.step, reports)
         if self.run_state.log_is_due:
@@ -382,7 +384,7 @@ class Trainer:
             return
         reports.note(self.step, "evaluating")
         reports.evaluation(self.evaluate())
-        self.run_state.held_out_step = self.step
+        self.run_state.totals.held_out_step = self.step
         self._go_on_training(reports)
 
     def _take_samples(self, reports: Reports) -> None:
@@ -400,4 +402,8 @@ class Trainer:
         self._restart_clock(reports)
 
     def _restart_clock(self, reports: Reports) -> None:
-        reports.restart_clock(self.run_state.num_tokens, self.run_state.num_target_tokens)
+        totals = self.run_state.totals
+        reports.restart_clock(totals.tokens, totals.target_tokens)
+
+    def _save_checkpoint(self, reports: Reports) -> None:
+        self.run_state.save(reports, self.stepper.micro_batch_plan)

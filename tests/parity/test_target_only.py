@@ -19,7 +19,7 @@ from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
-from gemma_tuner.models.loss import predicting_hidden_states, target_loss_sum
+from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.models.modes import begin_training, end_training
 from gemma_tuner.models.target_only import MAX_SHARE, TargetOnly, target_only_of
 from gemma_tuner.testing import FAMILIES, tiny_model
@@ -81,6 +81,12 @@ def make_batch(model, layout, seed=0):
     return pad_rows(
         rows, max_tokens=max(256, len(rows[0].input_ids)), pad_token_id=0, token_type_name=name
     )
+
+
+def hidden_states(model, batch):
+    """The states that predict a batch's targets."""
+    known = target_only_of(unwrap_peft(model))
+    return known.hidden_states(batch.inputs, batch.target_rows, batch.target_slots)
 
 
 def is_restricted(batch):
@@ -279,7 +285,7 @@ def test_the_model_is_left_as_it_was(model):
     gemma = unwrap_peft(model)
     batch = make_batch(model, LAYOUTS["one row"])
     before = gemma.model(**batch.inputs, use_cache=False).last_hidden_state
-    predicting_hidden_states(model, batch).sum().backward()
+    hidden_states(model, batch).sum().backward()
     model.zero_grad(set_to_none=True)
     for layer in gemma.model.language_model.layers:
         assert "forward" not in layer.__dict__
@@ -288,7 +294,7 @@ def test_the_model_is_left_as_it_was(model):
 
 def test_what_is_known_does_not_keep_a_model_alive():
     model = tiny_model("gemma4-31b")[0]
-    predicting_hidden_states(model, make_batch(model, LAYOUTS["one row"]))
+    hidden_states(model, make_batch(model, LAYOUTS["one row"]))
     reference = weakref.ref(model)
     del model
     gc.collect()
@@ -306,7 +312,7 @@ def test_layers_see_target_rows_only(family, model):
         )
         for index, layer in enumerate(gemma.model.language_model.layers)
     ]
-    predicting_hidden_states(model, batch)
+    hidden_states(model, batch)
     for handle in handles:
         handle.remove()
     first = FIRST_RESTRICTED[family]

@@ -197,10 +197,12 @@ def test_leaving_the_feed_early_ends_its_thread(tmp_path):
         num_micro_batches=1,
         num_slots=100,
     )
-    with Prefetch(steps) as feed:
+    with Prefetch(steps, lambda seconds: None) as feed:
         next(iter(feed))
-        time.sleep(0.3)  # the thread has filled the queue and waits
-    assert not any(thread.name == "gemma-tuner-feed" for thread in threading.enumerate())
+    (thread,) = [t for t in threading.enumerate() if t.name == "gemma-tuner-feed"] or [None]
+    if thread is not None:
+        thread.join(timeout=5)
+        assert not thread.is_alive()
 
 
 def test_the_clock_counts_all_waits_and_no_evaluation(tmp_path):
@@ -209,8 +211,11 @@ def test_the_clock_counts_all_waits_and_no_evaluation(tmp_path):
             time.sleep(0.05)
             yield value
 
-    with Reports(tmp_path, total_steps=1, step=0, show=False, is_main_process=True) as reports:
-        for value in reports.time_waits(slow()):
+    with (
+        Reports(tmp_path, total_steps=1, step=0, show=False, is_main_process=True) as reports,
+        Prefetch(slow(), reports.note_wait) as feed,
+    ):
+        for value in feed:
             if value == 0:
                 reports.restart_clock(100, 10)  # an evaluation between two log records
         tokens_per_second, _, waited = reports.read_clock(200, 20)

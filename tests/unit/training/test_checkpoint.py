@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.nn.utils import clip_grad_norm_
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gemma_tuner.errors import CheckpointError, ResumeError
@@ -25,7 +26,8 @@ from gemma_tuner.training.checkpoint import (
     save_checkpoint,
 )
 from gemma_tuner.training.config import TrainConfig
-from gemma_tuner.training.optim import build_optimizer, clip_gradients, guarded_step
+from gemma_tuner.training.optim import build_optimizer
+from gemma_tuner.training.step import guarded_step
 
 CONFIG = TrainConfig(max_steps=100, learning_rate=1e-2, output_dir="/home/ada/secret/run")
 FILES = [
@@ -71,7 +73,7 @@ class Run:
             ids = torch.randint(0, 32, (2, 8), generator=data)
             loss = self.model(input_ids=ids, labels=ids).loss
             loss.backward()
-            guarded_step(self.optimizer, clip_gradients(list(self.model.parameters()), 1.0))
+            guarded_step(self.optimizer, clip_grad_norm_(list(self.model.parameters()), 1.0))
             self.optimizer.zero_grad()
             self.step += 1
             losses.append(loss.item())
@@ -188,7 +190,7 @@ def test_gemma_resumes_too(tmp_path, family):
             for name, parameter in model.named_parameters():
                 if ".layers.1." in name:
                     parameter.grad = None
-            guarded_step(optimizer, clip_gradients(list(model.parameters()), 1.0))
+            guarded_step(optimizer, clip_grad_norm_(list(model.parameters()), 1.0))
             optimizer.zero_grad()
         return {name: p.detach().clone() for name, p in model.named_parameters()}
 

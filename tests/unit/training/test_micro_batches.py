@@ -135,9 +135,8 @@ def collate(examples):
 
 
 def test_each_micro_batch_takes_the_first_level_that_holds_it():
-    micro = MicroBatches(
-        [CheckpointingLevel(0, 1500), CheckpointingLevel(5, 4000)], 0.25, CPU, collate
-    )
+    micro = MicroBatches(CPU, collate)
+    micro.follow([CheckpointingLevel(0, 1500), CheckpointingLevel(5, 4000)], target_share=0.25)
     step = step_of((2, 512, 8), (4, 512, 8), (1, 2000, 8), (3, 2000, 8), (1, 512, 400))
     seen = micro.run(lambda parts: [(len(b), b.labels.shape[1], k) for b, k in parts], step)
     assert seen == [

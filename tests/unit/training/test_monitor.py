@@ -20,7 +20,6 @@ from gemma_tuner.training.monitor import (
     RunMonitor,
     SpeedWatch,
     SwapWatch,
-    shape_of,
 )
 from gemma_tuner.training.reports import Reports
 from tests.runs import build_trainer
@@ -220,18 +219,21 @@ def read_events(folder):
     return [line for line in lines if line["kind"] == "event"]
 
 
+def note(monitor, batch):
+    monitor.note_shape(batch.labels.shape[1], batch.shape)
+
+
 def record_of(step, speed=1000.0):
     return StepRecord(step, 2.0, 1e-4, 0.5, 100, 10, speed, 10.0, 0.0, GIB, 0, 0.1)
 
 
 def test_shapes_are_counted_as_the_device_sees_them():
-    monitor = RunMonitor(CPU)
+    monitor = RunMonitor(CPU, 8 * GIB)
     for length in (32, 48, 32, 64, 48):
-        placed = monitor.place(batch_of(length))
-        assert placed.inputs["input_ids"].shape == (1, length)
+        note(monitor, batch_of(length))
     assert len(monitor.shapes) == 3
-    monitor.place(batch_of(32, targets=16))
-    monitor.place(batch_of(32, rows=2))
+    note(monitor, batch_of(32, targets=16))
+    note(monitor, batch_of(32, rows=2))
     assert len(monitor.shapes) == monitor.read_memory().num_shapes == 5
 
 
@@ -241,19 +243,19 @@ def test_media_count_towards_the_shape():
     other = Batch(
         **{name: getattr(batch, name) for name in Batch.__slots__} | {"inputs": with_media}
     )
-    assert shape_of(batch) != shape_of(other)
+    assert batch.shape != other.shape
 
 
 def test_shapes_warn_only_where_they_cost_something(tmp_path, reports):
-    monitor = RunMonitor(CPU)
+    monitor = RunMonitor(CPU, 8 * GIB)
     for length in range(4 * MANY_SHAPES):
-        monitor.place(batch_of(8 + length))
+        note(monitor, batch_of(8 + length))
         monitor.after_step(length + 1, reports)
     assert read_events(tmp_path) == []
 
 
 def test_the_memory_line_is_what_the_process_holds(reports):
-    monitor = RunMonitor(CPU)
+    monitor = RunMonitor(CPU, 8 * GIB)
     held = torch.ones(16 * 2**20)  # 64 MiB
     monitor.after_step(1, reports)
     del held
@@ -264,9 +266,9 @@ def test_the_memory_line_is_what_the_process_holds(reports):
 
 
 def test_a_quiet_run_says_nothing(tmp_path, reports):
-    monitor = RunMonitor(CPU)
+    monitor = RunMonitor(CPU, 8 * GIB)
     for step in range(1, 61):
-        monitor.place(batch_of(32))
+        note(monitor, batch_of(32))
         monitor.after_step(step, reports)
         monitor.after_record(record_of(step), reports)
     monitor.after_evaluation()
@@ -276,7 +278,7 @@ def test_a_quiet_run_says_nothing(tmp_path, reports):
 def test_memory_that_is_never_freed_is_reported(tmp_path, reports, monkeypatch):
     monkeypatch.setattr(GrowthWatch, "MIN_GROWTH", 0.0)
     monkeypatch.setattr(GrowthWatch, "MIN_GROWTH_BYTES", 48 * 2**20)
-    monitor = RunMonitor(CPU)
+    monitor = RunMonitor(CPU, 8 * GIB)
     held = []
     for step in range(1, 41):
         if step > 15:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemma_tuner.planning.choice import CheckpointingLevel
-from gemma_tuner.training.cuts import Cuts, cut_as_before, read_cuts
+from gemma_tuner.training.micro_batches import MicroBatchPlan, restore
 from gemma_tuner.training.step import Stepper
 from tests.runs import build_trainer
 
@@ -42,7 +42,7 @@ def test_what_a_run_has_learned_of_memory_resumes_too(tmp_path):
     # with other cuts, dropout would draw other numbers
     for one, other in zip(resumed.trainable, whole.trainable, strict=True):
         assert torch.equal(one, other)
-    assert resumed.stepper.cuts.levels == whole.stepper.cuts.levels
+    assert resumed.stepper.micro_batch_plan.levels == whole.stepper.micro_batch_plan.levels
 
 
 @pytest.fixture(scope="module")
@@ -51,28 +51,30 @@ def planned(tmp_path_factory):
     return trainer.plan(), trainer.config
 
 
-def test_cuts_are_kept_as_json_and_taken_up(planned, capsys):
+def test_what_a_run_cuts_by_is_kept_as_json_and_taken_up(planned, capsys):
     plan, config = planned
     before = replace(
-        read_cuts(plan, plan.levels, config),
+        MicroBatchPlan.of(plan, plan.levels, config),
         levels=(CheckpointingLevel(0, 30), CheckpointingLevel(8, 60)),
     )
-    before = Cuts.from_dict(before.to_dict())
-    found = cut_as_before(plan, before, config)
+    before = MicroBatchPlan.from_dict(before.to_dict())
+    found = restore(plan, before, config)
     assert found.levels == before.levels
     assert "cut as before" in str(found)
-    assert cut_as_before(plan, read_cuts(plan, plan.levels, config), config) is plan
+    assert restore(plan, MicroBatchPlan.of(plan, plan.levels, config), config) is plan
     assert capsys.readouterr().err == ""
 
 
 def test_other_settings_or_less_memory_cut_anew(planned, capsys):
     plan, config = planned
-    before = replace(read_cuts(plan, plan.levels, config), levels=(CheckpointingLevel(0, 30),))
+    before = replace(
+        MicroBatchPlan.of(plan, plan.levels, config), levels=(CheckpointingLevel(0, 30),)
+    )
     asked = replace(config, gradient_checkpointing=True)
-    assert cut_as_before(plan, before, asked) is plan
+    assert restore(plan, before, asked) is plan
     assert capsys.readouterr().err == ""
     scarce = replace(plan, levels=(CheckpointingLevel(8, 30),))
     # 0: there was so much room that nothing was tried
     for found, needs in ((plan, plan.usable_bytes + 1), (scarce, 0)):
-        assert cut_as_before(found, replace(before, peak_bytes=needs), config) is found
+        assert restore(found, replace(before, peak_bytes=needs), config) is found
         assert "less memory than when this run was saved" in capsys.readouterr().err
