@@ -21,7 +21,7 @@ from gemma_tuner.planning.plan import (
     margin_bytes,
     read_budget,
 )
-from gemma_tuner.planning.text import GIB
+from gemma_tuner.planning.text import CHECKPOINTING, GIB
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -73,7 +73,7 @@ def plan_without_trace(
         budget_bytes=budget_bytes,
         margin_bytes=margin,
         footprint=None,
-        reasons={"budget": f"{budget_bytes / GIB:.2f} GiB {source}", "computed twice": why},
+        reasons={"budget": f"{budget_bytes / GIB:.2f} GiB {source}", CHECKPOINTING: why},
     )
 
 

@@ -102,7 +102,7 @@ class Plan:
                     self.footprint, margin_bytes=self.margin_bytes, budget_bytes=self.budget_bytes
                 ),
             ]
-        lines += ["", *(f"{name:<22}{reason}" for name, reason in self.reasons.items())]
+        lines += ["", *(f"{name:<26}{reason}" for name, reason in self.reasons.items())]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:

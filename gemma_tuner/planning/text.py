@@ -10,6 +10,8 @@ from gemma_tuner.planning.choice import PlanChoice, PlanRequest, widen
 from gemma_tuner.planning.trace import Footprint, StepTracer
 
 GIB = 2**30
+CHECKPOINTING = "activation checkpointing"
+"""The name, among a plan's reasons, of how many layers are checkpointed."""
 
 
 def list_parts(footprint: Footprint, *, margin_bytes: int, budget_bytes: int) -> Iterator[str]:
@@ -36,7 +38,7 @@ def explain(
         what = "all layers" if layers == num_layers else what
         steps.append(f"{what} up to {level.max_tokens:,} tokens at a time")
     chosen = "as asked" if request.checkpointing is not None else "the fastest that fits"
-    reasons = {"computed twice": f"{', '.join(steps)}: {chosen}"}
+    reasons = {CHECKPOINTING: f"{', '.join(steps)}: {chosen}"}
     if last.max_tokens < whole:
         reasons["micro-batch"] = (
             f"{last.max_tokens:,} tokens of the {whole:,} of {request.batch_size} rows: more do "
@@ -53,7 +55,7 @@ def explain(
     reasons["attention"] = (
         "within the band of sliding layers, scores of full layers computed once"
         if choice.query_chunk_tokens is None
-        else f"{choice.query_chunk_tokens} queries at a time, computed twice, as more do not fit"
+        else f"{choice.query_chunk_tokens} queries at a time, checkpointed, as more do not fit"
     )
     if placement is not None:
         reasons["per-layer embeddings"] = {

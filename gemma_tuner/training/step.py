@@ -139,7 +139,7 @@ class Stepper:
         set_learning_rate(self._optimizer, learning_rate)
         skipped = guarded_step(self._optimizer, grad_norm)
         self._optimizer.zero_grad(set_to_none=True)
-        counts = Counter(dict(zip(("passed_over", *COUNTS), others, strict=True)))
+        counts: Counter[str] = Counter(dict(zip(("passed_over", *COUNTS), others, strict=True)))
         counts["out_of_memory"] = self.micro_batches.num_retries - retries_before
         return StepOutcome(loss, grad_norm, skipped, num_tokens, num_target_tokens, counts)
 
