@@ -30,7 +30,9 @@ def list_runs(
     ] = Path("runs"),
 ) -> None:
     """List the runs in a folder, the latest last."""
-    logs = sorted(folder.rglob("log.jsonl"), key=lambda log: log.stat().st_mtime)
+    from gemma_tuner.training.metrics import LOG_FILE
+
+    logs = sorted(folder.rglob(LOG_FILE), key=lambda log: log.stat().st_mtime)
     if not logs:
         raise ConfigError(
             f"there is no run in {folder.name!r}; give another folder, or begin one with "

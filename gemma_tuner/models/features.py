@@ -1,8 +1,8 @@
-"""What frozen towers make of pictures and clips, computed once and used again in later epochs.
+"""Features that frozen towers make of images and clips, kept for later epochs.
 
-A tower without adapters gives the same features for the same picture at every step. They are kept
+A tower without adapters gives the same features for the same image at every step. They are kept
 where its projector reads them, as the projector may be trained: ``[features, width]`` of each
-picture or clip, on the CPU, in the dtype in which the tower gave them, found again by a hash of
+image or clip, on the CPU, in the dtype in which the tower gave them, found again by a hash of
 the tensors that the tower read.
 """
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 
 class FeatureCache:
-    """Features of pictures and clips, for one model whose towers do not change.
+    """Features of images and clips, for one model whose towers do not change.
 
     When there is no room for another, it is not kept, and none is given up for it: in an order
-    that is shuffled anew each epoch, a cache that drops what was used longest ago forgets most
+    that is shuffled again each epoch, a cache that drops what was used longest ago forgets most
     things just before their turn, while one that keeps what came first finds as large a share as
     fits of the data.
 
@@ -43,7 +43,7 @@ class FeatureCache:
     Attributes:
         num_bytes: What the kept features take.
         counts: ``hits``, ``misses`` and, of the latter, ``refused`` for want of room; each counts
-            every time that a picture or clip was asked for.
+            every time that a image or clip was asked for.
     """
 
     def __init__(self, model: Module, max_bytes: int) -> None:
@@ -108,7 +108,7 @@ class FeatureCache:
         """Keep what there is room for, in one transfer from the device."""
         chosen: dict[bytes, Tensor] = {}
         for name, feature in zip(hashes, features, strict=True):
-            if name in self._kept or name in chosen:  # a batch may hold a picture twice
+            if name in self._kept or name in chosen:  # a batch may hold an image twice
                 continue
             if self.num_bytes + feature.nbytes > self.max_bytes:
                 self.counts["refused"] += 1
@@ -125,7 +125,7 @@ class FeatureCache:
         """Say in one line what is kept, how often it served, and what is off."""
         used, room = (count / 1e6 for count in (self.num_bytes, self.max_bytes))
         parts = [
-            f"features of {len(self._kept)} pictures and clips kept, {used:.1f} of {room:.1f} MB",
+            f"features of {len(self._kept)} images and clips kept, {used:.1f} of {room:.1f} MB",
             f"{self.counts['hits']} found",
             f"{self.counts['misses']} computed",
         ]

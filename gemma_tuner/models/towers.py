@@ -1,6 +1,6 @@
 """One tower's features in place of the tower, for a forward: what :mod:`features` stands on.
 
-Axes: ``N`` pictures or clips of a batch, ``T`` features of one (padded), ``D`` the tower's width.
+Axes: ``N`` images or clips of a batch, ``T`` features of one (padded), ``D`` the tower's width.
 
 The model's own forward runs, with ``get_image_features`` and ``get_audio_features`` replaced for
 its duration. Relied on in transformers 5.23: ``model.model`` calls these once each, with media

@@ -108,7 +108,7 @@ def choose(
     layer_counts: Sequence[int],
     usable: int,
 ) -> PlanChoice | None:
-    """Find the fastest way to train that fits."""
+    """Find the fastest way to train that fits; None where not even one longest row does."""
     if step.resident_bytes >= usable:
         return None
     if request.checkpointing is not None:

@@ -44,7 +44,7 @@ def plan_training(model: PeftModel, rows: Sequence[Batch], request: PlanRequest)
 def plan_without_trace(
     model: PeftModel, rows: Sequence[Batch], request: PlanRequest
 ) -> Plan | None:
-    """Plan where nothing needs to be tried: the user has decided, or there is ample room."""
+    """Plan where the user has decided or there is ample room; None where steps must be tried."""
     gemma = unwrap_peft(model)
     num_layers = len(gemma.model.language_model.layers)
     budget_bytes, source = read_budget(gemma.device, request.memory_gib)

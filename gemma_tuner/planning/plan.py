@@ -146,7 +146,7 @@ def plan(
             and, for media, the processor are read.
         memory_gib: What the device may hold, in GiB: on a Mac about two thirds of its memory, up
             to 32 GiB of it, and three quarters beyond. None asks the device.
-        modalities: What the data holds; each row has one picture, one clip, or both.
+        modalities: What the data holds; each row has one image, one clip, or both.
         max_tokens: The longest row, media included.
         batch_size: Rows of the largest micro-batch.
         target_share: Tokens of the answers of all tokens in a row.
@@ -204,7 +204,7 @@ def _choose_budget(
 
 
 def read_budget(device: torch.device, memory_gib: float | None) -> tuple[int, str]:
-    """What a device may hold."""
+    """Bytes that a device may hold, and in words where the number is from."""
     if memory_gib is None:
         return memory_budget_bytes(device)
     if not is_number(memory_gib) or not 0 < memory_gib < 2**20:

@@ -33,7 +33,7 @@ _TOWERS: Mapping[Modality, tuple[str, ...]] = {
 
 
 def find_adapter(path: str | Path) -> Path:
-    """Find the adapter that a folder means."""
+    """Find the adapter in its folder, or in a run's: the saved one or the newest checkpoint."""
     folder = Path(path)
     adapter, checkpoint = folder / "adapter", latest_checkpoint(folder)
     found = [

@@ -134,7 +134,7 @@ def load_checkpoint(
     check: Callable[[TrainerState], None] | None = None,
 ) -> TrainerState:
     """Put a run back to where it was saved: adapter and optimizer, bit for bit."""
-    # Everything is read and compared before anything is changed.
+    # Everything is read and compared, and ``check`` may refuse, before anything is changed.
     folder = Path(path)
     state, identity = _read_state(folder)
     adapter = _read_tensors(folder / WEIGHTS)

@@ -1,4 +1,4 @@
-"""Whether a model, data, a collator and settings can train together, told before anything runs."""
+"""Checks, before anything runs, that a model, data, a collator and settings go together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples to optimizer steps, collated one step ahead of the device in a thread.
+"""Examples to optimizer steps, collated ahead of the device in a thread.
 
 A step is a fixed number of the stream's slots, over all processes; a slot whose example cannot be
 used is empty. So every process knows where every step begins, whatever the others meet. Each step
@@ -178,7 +178,7 @@ class Prefetch(Generic[T]):
 
     Args:
         values: What to iterate over.
-        note_wait: Is told each time how many seconds the reader has waited.
+        note_wait: Takes the seconds that the reader has waited, after each wait.
         depth: How many values may be read ahead.
     """
 

@@ -1,4 +1,4 @@
-"""What a run tells about itself: records, a log of JSON lines, progress on stderr."""
+"""Records of a run, its log of JSON lines, and its progress on stderr."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from rich.table import Column
 
 from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.training.notebook_bar import NotebookBar
+from gemma_tuner.training.notebook import NotebookBar
+
+LOG_FILE = "log.jsonl"
+"""The log's name in a run's folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +112,8 @@ class JsonlLog:
     """A log with one JSON object a line, flushed as it is written.
 
     Each line has ``kind`` ("step", "eval" or "event"), ``step`` and ``time`` (seconds since 1970).
-    JSON has no NaN and no
-    infinity: such a value becomes null, and ``nonfinite`` says which it was::
+    JSON has no NaN and no infinity: such a value becomes null, and ``nonfinite`` says which it
+    was::
 
         {"kind": "step", "step": 7, "loss": null, "nonfinite": {"loss": "nan"}, ...}
 

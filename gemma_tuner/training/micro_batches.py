@@ -142,7 +142,7 @@ class MicroBatches:
         self._target_share = target_share
 
     def run(self, accumulate: Callable[[Iterable[MicroBatch]], T], step_input: StepInput) -> T:
-        """Run micro-batches, cutting them until they fit."""
+        """Run micro-batches, cutting them until they fit; each try calls ``accumulate`` anew."""
 
         def note(batch: Batch, index: int) -> None:
             self._running = (index, len(batch), self._row_tokens(batch))
@@ -247,7 +247,7 @@ class MicroBatches:
 
 
 def retry_once(function: Callable[..., T], *arguments: object, device: torch.device) -> T:
-    """Call a function again, after freeing what can be freed, if memory runs out in it."""
+    """Call a function, once more if memory runs out in it before it has changed anything."""
     try:
         return function(*arguments)
     except RuntimeError as error:

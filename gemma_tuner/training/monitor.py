@@ -88,7 +88,7 @@ class RunMonitor:
                 "many_shapes",
                 f"micro-batches have had {len(self.shapes)} shapes so far; Metal keeps compiled "
                 "graphs for each, some 5 MB, until the process ends. Fewer lengths help: a lower "
-                "max_tokens or max_seconds, one number of pictures an example; or stop now and "
+                "max_tokens or max_seconds, one number of images an example; or stop now and "
                 "then and go on with fit(resume=True) in a new process",
             )
 
@@ -98,7 +98,7 @@ class RunMonitor:
             self._empty_if_due("evaluation")
 
     def read_memory(self) -> DeviceRecord:
-        """What to log of the device."""
+        """What to log of the device; the peak is since the last call."""
         driver_bytes = memory_driver_bytes(self._device)
         counted = take_peak_bytes(self._device)
         peak_bytes = max(self._peak_bytes, driver_bytes) if counted is None else counted
@@ -167,7 +167,7 @@ class PoolPolicy:
         self._wait_steps = 1
 
     def is_due(self, occasion: str, step: int, used_bytes: int, driver_bytes: int) -> bool:
-        """Decide, and remember that it was done."""
+        """Decide, and remember that it was done; "limit" is asked after each step."""
         idle_share = (driver_bytes - used_bytes) / self._budget_bytes
         if occasion != "limit":
             is_due = (
@@ -261,7 +261,7 @@ class SpeedWatch:
         speed = median(interval.tokens_per_second for interval in inside)
         waited = sum(interval.wait_seconds for interval in inside) / seconds
         self._best = max(self._best, speed)
-        # Apart from each other, so that a speed at the edge is not told again and again.
+        # Two edges, so that a speed near one is not reported again and again.
         edge = (1 - self.FALL / 2 if self._is_slow else 1 - self.FALL) * self._best
         if (speed < edge) == self._is_slow:
             return None
@@ -293,7 +293,7 @@ class GrowthWatch:
         self._num_readings = 0
         self._first: list[int] = []
         self._last: deque[int] = deque(maxlen=self.WINDOW)
-        self._told_bytes = 0.0
+        self._reported_bytes = 0.0
 
     def observe(self, num_bytes: int) -> str | None:
         """Take a reading; what has grown, as the rest of a sentence, or None."""
@@ -302,16 +302,16 @@ class GrowthWatch:
             return None
         if len(self._first) < self.WINDOW:
             self._first.append(num_bytes)
-            self._told_bytes = median(self._first)
+            self._reported_bytes = median(self._first)
             return None
         self._last.append(num_bytes)
         # Not a median: while it jumps from one level to another, it has not yet grown.
         now_bytes, first_bytes = min(self._last), median(self._first)
-        grown_bytes = now_bytes - self._told_bytes
+        grown_bytes = now_bytes - self._reported_bytes
         least_bytes = max(self.MIN_GROWTH * first_bytes, self.MIN_GROWTH_BYTES)
         if len(self._last) < self.WINDOW or grown_bytes < least_bytes:
             return None
-        self._told_bytes = now_bytes
+        self._reported_bytes = now_bytes
         return (
             f"has grown from {first_bytes / _GIB:.2f} to {now_bytes / _GIB:.2f} GiB in the last "
             f"{self._num_readings - self.WARM_UP} log intervals"

@@ -1,4 +1,4 @@
-"""The page that shows a run while it trains: a process of its own that reads the run's files."""
+"""The page that shows a run while it trains, served by a second process from the run's files."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from gemma_tuner.training.metrics import EvalRecord, JsonlLog, Progress, StepRecord
+from gemma_tuner.training.metrics import LOG_FILE, EvalRecord, JsonlLog, Progress, StepRecord
 from gemma_tuner.training.trackers import Trackers
 
 if TYPE_CHECKING:
@@ -43,10 +43,11 @@ class Reports:
     ) -> None:
         # An attempt that never took a step may have logged its first held-out loss.
         resume_step = step if step else -1
-        path = Path(output_dir) / "log.jsonl"
-        self._log = JsonlLog(path, resume_step) if is_main_process else None
+        self._log = JsonlLog(Path(output_dir) / LOG_FILE, resume_step) if is_main_process else None
         self._progress = Progress(total_steps, enabled=show and is_main_process, done_steps=step)
         self._trackers = trackers
+        found = (self._log, trackers, self._progress)
+        self._receivers = [receiver for receiver in found if receiver is not None]
         self._stack = ExitStack()
         self._logged_plan: Plan | None = None
         self.held_out: list[EvalRecord] = []
@@ -71,20 +72,14 @@ class Reports:
 
     def step(self, record: StepRecord) -> None:
         """Report an optimizer step."""
-        if self._log is not None:
-            self._log.step(record)
-        if self._trackers is not None:
-            self._trackers.step(record)
-        self._progress.step(record)
+        for receiver in self._receivers:
+            receiver.step(record)
 
     def evaluation(self, record: EvalRecord) -> None:
         """Report a held-out loss."""
         self.held_out.append(record)
-        if self._log is not None:
-            self._log.evaluation(record)
-        if self._trackers is not None:
-            self._trackers.evaluation(record)
-        self._progress.evaluation(record)
+        for receiver in self._receivers:
+            receiver.evaluation(record)
 
     def event(self, step: int, name: str, message: str, **details: Any) -> None:
         """Report something that happened, by a name for programs and a sentence for people."""
@@ -92,7 +87,7 @@ class Reports:
         self._progress.message(message)
 
     def note(self, step: int, name: str, **details: Any) -> None:
-        """Log something that programs read, and that nobody has to be told."""
+        """Log something that programs alone read."""
         if self._log is not None:
             self._log.event(step, name, **details)
 

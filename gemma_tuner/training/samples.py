@@ -1,4 +1,4 @@
-"""What a trainer asks of sample answers, which a room above this one gives."""
+"""The protocol that ``SampleGenerations`` fulfils, and when a trainer calls it."""
 
 from __future__ import annotations
 

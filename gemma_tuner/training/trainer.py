@@ -25,7 +25,7 @@ from gemma_tuner.training.feed import ModelCollator, Prefetch, StepInput, Stream
 from gemma_tuner.training.held_out import measure_held_out
 from gemma_tuner.training.interrupt import StopRequest
 from gemma_tuner.training.metrics import EvalRecord
-from gemma_tuner.training.notebooks import write_result
+from gemma_tuner.training.notebook import write_result
 from gemma_tuner.training.optim import build_optimizer, check_optimizer, learning_rate_at
 from gemma_tuner.training.page import open_page
 from gemma_tuner.training.processes import Processes
@@ -193,8 +193,8 @@ class Trainer:
 
         Args:
             resume: Continue from the newest checkpoint in ``output_dir``, exactly; begin if there
-                is none, and say so. What is not exact is said: micro-batches that are cut anew
-                because there is less memory now (the same but for rounding and dropout's draws).
+                is none, and say so. It says, too, when there is less memory now, so that
+                micro-batches have to be cut anew: then rounding and dropout's draws differ.
 
         Returns:
             The number of steps done and what stopped them.
@@ -328,7 +328,7 @@ class Trainer:
             num_processes=self.processes.count,
         )
 
-    # --- what is told and measured on the way -------------------------------------------------
+    # --- what is reported and measured on the way ---------------------------------------------
 
     def _open_reports(self) -> Reports:
         is_main = self.processes.is_main

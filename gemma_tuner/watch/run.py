@@ -14,11 +14,11 @@ from gemma_tuner.errors import ConfigError
 from gemma_tuner.settings import FILE_NAME as SETTINGS_FILE
 from gemma_tuner.streaming.quarantine import RUN_FILE as QUARANTINE_FILE
 from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine
+from gemma_tuner.training.metrics import LOG_FILE
 from gemma_tuner.watch.history import History
 from gemma_tuner.watch.samples import Sample, read_sample
 from gemma_tuner.watch.tail import JsonlTail
 
-LOG_FILE = "log.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 
 SILENT_SECONDS = 60.0
