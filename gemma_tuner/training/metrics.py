@@ -1,4 +1,4 @@
-"""Records of a run, its log of JSON lines, and its progress on stderr."""
+"""Records of a run, and its log of JSON lines."""
 
 from __future__ import annotations
 
@@ -12,14 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
-from rich.table import Column
-
 from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.training.notebook import NotebookBar
 
 LOG_FILE = "log.jsonl"
 """The log's name in a run's folder."""
@@ -207,120 +201,3 @@ def _errors_explained(path: Path) -> AbstractContextManager[None]:
             "another output_dir, and resume"
         )
     )
-
-
-class _Stderr(Console):
-    """A console on stderr that falls silent when nobody reads it any more.
-
-    rich would end the process; a run of hours must not end because ``| head`` did.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(stderr=True)
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-
-
-class Progress:
-    """Show a run on stderr: a live bar on a terminal or in a notebook, else a line a record.
-
-    Use as a context manager.
-
-    Args:
-        total_steps: Optimizer steps of the whole run.
-        enabled: False shows nothing.
-        done_steps: Steps that an earlier run has done, where this one resumes it.
-        console: Where to show it; stderr unless a test gives another.
-    """
-
-    def __init__(
-        self,
-        total_steps: int,
-        enabled: bool = True,  # noqa: FBT001, FBT002 - Progress(total_steps, enabled)
-        done_steps: int = 0,
-        console: Console | None = None,
-    ) -> None:
-        self._total_steps = total_steps
-        self._enabled = enabled
-        self._console = console or _Stderr()
-        self._held_out_loss = ""
-        self._bar: RichProgress | None = None
-        self._notebook: NotebookBar | None = None
-        if enabled and self._console.is_jupyter:
-            self._notebook = NotebookBar(total_steps, done_steps)
-        elif enabled and self._console.is_terminal:
-            self._bar = RichProgress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(bar_width=20),
-                TimeRemainingColumn(),
-                # Wrapped where the terminal is narrow, so that no figure is cut off.
-                TextColumn("{task.description}", markup=False, table_column=Column(ratio=1)),
-                console=self._console,
-                expand=True,
-            )
-            self._task = self._bar.add_task("", total=total_steps, completed=done_steps)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        if self._notebook is not None:
-            self._notebook.draw()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        if self._notebook is not None:
-            self._notebook.draw()
-
-    def advance(self, step: int) -> None:
-        """Move the live bar; where there is none, a line a record is enough."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-        if self._notebook is not None:
-            self._notebook.advance(step)
-
-    def step(self, record: StepRecord) -> None:
-        """Show a step's record."""
-        text = _describe(record)
-        if self._bar is not None:
-            text += self._held_out_loss
-            self._bar.update(self._task, completed=record.step, description=text)
-        elif self._notebook is not None:
-            self._notebook.advance(record.step, text)
-        else:
-            self._print(f"step {record.step}/{self._total_steps}  {text}")
-
-    def evaluation(self, record: EvalRecord) -> None:
-        """Show a held-out loss; a live bar keeps showing the last one."""
-        self._held_out_loss = f"  held-out {record.loss:.4f}"
-        self._print(
-            f"step {record.step}/{self._total_steps}  held-out loss {record.loss:.4f}  "
-            f"perplexity {record.perplexity:.2f}  ({record.target_tokens} target tokens, "
-            f"{record.examples} examples)"
-            + "".join(f"  {name} {count}" for name, count in record.counts.items())
-        )
-
-    def message(self, text: str) -> None:
-        """Show a line of text, above the bar where there is one."""
-        self._print(text)
-
-    def _print(self, text: str) -> None:
-        if self._notebook is not None:
-            self._notebook.add_line(text)
-        elif self._enabled:
-            # No markup: a path may hold square brackets. No wrapping: a line is a record.
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _describe(record: StepRecord) -> str:
-    """What a reader watches, in one line and in units fit for reading."""
-    text = (
-        f"loss {record.loss:.4f}  lr {record.learning_rate:.2e}  "
-        f"{record.tokens_per_second:.0f} tokens/s  {record.memory_bytes / 2**30:.2f} GiB  "
-        f"data wait {record.data_wait_seconds:.1f} s"
-    )
-    counts = {"skipped": record.skipped_steps, **record.counts}
-    return text + "".join(f"  {name} {count}" for name, count in counts.items() if count)

@@ -7,7 +7,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from gemma_tuner.training.metrics import LOG_FILE, EvalRecord, JsonlLog, Progress, StepRecord
+from gemma_tuner.training.metrics import LOG_FILE, EvalRecord, JsonlLog, StepRecord
+from gemma_tuner.training.progress import Progress
 from gemma_tuner.training.trackers import Trackers
 
 if TYPE_CHECKING:

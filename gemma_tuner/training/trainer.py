@@ -25,10 +25,10 @@ from gemma_tuner.training.feed import ModelCollator, Prefetch, StepInput, Stream
 from gemma_tuner.training.held_out import measure_held_out
 from gemma_tuner.training.interrupt import StopRequest
 from gemma_tuner.training.metrics import EvalRecord
-from gemma_tuner.training.notebook import write_result
 from gemma_tuner.training.optim import build_optimizer, check_optimizer, learning_rate_at
 from gemma_tuner.training.page import open_page
 from gemma_tuner.training.processes import Processes
+from gemma_tuner.training.progress import write_result
 from gemma_tuner.training.reports import Reports
 from gemma_tuner.training.run_state import RunState
 from gemma_tuner.training.samples import Samples, take_samples
