@@ -1,5 +1,6 @@
 """What every test stands on: no Hub, no network, one thread, and the shared data when present."""
 
+import gc
 import ipaddress
 import os
 import resource
@@ -24,6 +25,12 @@ settings.register_profile("gemma_tuner", parent=settings.default, deadline=None)
 settings.load_profile("gemma_tuner")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """Let ``gc.collect()``, which training calls, look at what tests make, not at all of torch."""
+    gc.collect()
+    gc.freeze()
 
 
 class NetworkUsedError(RuntimeError):
