@@ -119,3 +119,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"NOT TESTED ON REAL DATA: there is no folder {folder}")
     return folder
+
+
+@pytest.fixture
+def model_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[object]:
+    """A server that is asked for models in place of the Hub; ``tests/model_hub.py`` says how."""
+    from tests.model_hub import serve_models  # which reads the environment above
+
+    with serve_models(monkeypatch, tmp_path / "cache") as server:
+        yield server
