@@ -61,9 +61,10 @@ def test_a_folder_can_be_taken_in_at_a_glance():
 
 MEDIA_TENSORS = {"pixel_values", "input_features", "image_position_ids", "input_features_mask"}
 # The table of media kinds: the only module that spells their tensors' names.
-MEDIA_TABLE = "models/families.py"
+MEDIA_TABLE = "modalities.py"
 SPELL_MEDIA_TENSORS_TODAY = {
     "batch.py",
+    "models/families.py",
     "models/placeholders.py",
     "models/target_only.py",
     "models/towers.py",
@@ -102,17 +103,12 @@ BLOCKS_INSIDE_TODAY = {
     "differences.list_differences",
     "differences.shorten_differences",
     "disk.remove_folder",
-    "evaluation.prompts._take_out_objects",
-    "evaluation.subset.Subset.pass_over",
-    "evaluation.vqa.normalize_answer",
     "export.mlx_names.mlx_name",
     "export.mlx_names.transformers_name",
     "models.features.FeatureCache.serve",
-    "models.identity.portable_name",
     "models.loss._hidden_gradient",
     "models.towers.Tower.separate",
     "sources.bigquery.rows.check_kinds",
-    "storage.gcs._prepare_client",
     "streaming.options.spell_out",
     "training.cuts.cut_as_before",
 }
