@@ -6,7 +6,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 INSTALLED = .venv/.installed
 
-.PHONY: help demo demo-cloud test test-slow check format docs clean
+.PHONY: help demo demo-cloud test test-slow coverage check format docs clean
 .DEFAULT_GOAL = help
 
 help: ## list these targets
@@ -19,16 +19,20 @@ demo-cloud: $(INSTALLED) ## train from local stand-ins for BigQuery and Cloud St
 	.venv/bin/python recipes/stream_bigquery.py
 
 test: $(INSTALLED) ## the fast tests, in minutes on two cores
-	.venv/bin/pytest
+	.venv/bin/pytest --session-timeout=600 --durations=25
 
 test-slow: $(INSTALLED) ## the slow tests
-	.venv/bin/pytest -m slow
+	.venv/bin/pytest -m slow --durations=25
 
-check: $(INSTALLED) ## lint, format, types and import directions, changing nothing
+coverage: $(INSTALLED) ## all tests, with the lines that none of them runs: a report, not a gate
+	.venv/bin/pytest -m 'not network and not mps' --cov=gemma_tuner --cov-report=term-missing:skip-covered
+
+check: $(INSTALLED) ## lint, format, types, import directions and rules, changing nothing
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/pyright
 	.venv/bin/lint-imports --no-logo
+	.venv/bin/pytest -q tests/test_rules.py
 
 format: $(INSTALLED) ## apply the formatter and the safe fixes
 	.venv/bin/ruff check --fix

@@ -1,5 +1,6 @@
 """What every test stands on: no Hub, no network, one thread, and the shared data when present."""
 
+import gc
 import ipaddress
 import os
 import resource
@@ -24,6 +25,12 @@ settings.register_profile("gemma_tuner", parent=settings.default, deadline=None)
 settings.load_profile("gemma_tuner")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish() -> None:
+    """Let ``gc.collect()``, which training calls, look at what tests make, not at all of torch."""
+    gc.collect()
+    gc.freeze()
 
 
 class NetworkUsedError(RuntimeError):
@@ -112,3 +119,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"NOT TESTED ON REAL DATA: there is no folder {folder}")
     return folder
+
+
+@pytest.fixture
+def model_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[object]:
+    """A server that is asked for models in place of the Hub; ``tests/model_hub.py`` says how."""
+    from tests.model_hub import serve_models  # which reads the environment above
+
+    with serve_models(monkeypatch, tmp_path / "cache") as server:
+        yield server

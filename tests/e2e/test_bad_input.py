@@ -255,12 +255,21 @@ FAULTS = {
         cut_in_half: ("'003.flac' (is truncated|cannot be decoded)", "convert|fetch it again"),
     },
 }
-CASES = [(modality, spoil) for modality, faults in FAULTS.items() for spoil in faults]
+# tests/unit/media says what each fault is answered with; here, what becomes of the run.
+FAST = {"image": (remove, write_damaged_png), "audio": (write_nan, cut_in_half)}
+CASES = [
+    pytest.param(
+        modality,
+        spoil,
+        id=f"{modality}-{spoil.__name__}",
+        marks=() if spoil in FAST[modality] else pytest.mark.slow,
+    )
+    for modality, faults in FAULTS.items()
+    for spoil in faults
+]
 
 
-@pytest.mark.parametrize(
-    ("modality", "spoil"), CASES, ids=[f"{name}-{spoil.__name__}" for name, spoil in CASES]
-)
+@pytest.mark.parametrize(("modality", "spoil"), CASES)
 def test_bad_media_ends_the_run_and_good_media_continues_it(whole, tmp_path, modality, spoil):
     data = write_data(tmp_path / SECRET, modality)
     trainer = build_trainer(tmp_path)  # which checks that each file is there and has bytes
@@ -659,7 +668,7 @@ def restored_limit():
 SAVES = {"save_every_steps": 1, "keep_checkpoints": STEPS}
 
 
-@pytest.mark.parametrize("new_process", [True, False])
+@pytest.mark.parametrize("new_process", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "file", ["adapter_model.safetensors", "optimizer.safetensors", "log.jsonl"]
 )
@@ -714,8 +723,16 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(disk)], check=True)  # streams keep manifests mapped
 
 
-@pytest.mark.parametrize("new_process", [True, False])
-@pytest.mark.parametrize("free_bytes", [0, 1 << 20])
+@pytest.mark.parametrize(
+    ("free_bytes", "new_process"),
+    [
+        (0, True),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((0, False), (1 << 20, True), (1 << 20, False))
+        ),
+    ],
+)
 def test_a_full_disk_loses_nothing_before(whole, tmp_path, small_disk, free_bytes, new_process):
     write_data(tmp_path / SECRET, "text")
     shutil.move(tmp_path / SECRET, small_disk / SECRET)

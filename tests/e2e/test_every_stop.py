@@ -117,7 +117,6 @@ ALL = 1  # the whole rest, from every stop
         (Case("gcs"), 6, 16),
         (Case("gcs", {"window_examples": 1, "io_threads": 1}, {"seed": 1}), 3, 64),
         (Case("gcs", EVICTING), 2, 103),
-        (Case("mix", {"window_examples": 4}), 2, 320),
     ],
     ids=str,
 )
@@ -134,6 +133,7 @@ def test_every_stop_resumes_exactly(world, case, ahead, whole_every):
         (Case("gcs", {"window_examples": 8, "io_threads": 1}, {"seed": 12345}), 6, 16),
         (Case("gcs", {"window_examples": 1}, {"shuffle": False}), 6, 16),
         (Case("gcs", {"window_bytes": 200, "decode_threads": 3}), 6, 16),
+        (Case("mix", {"window_examples": 4}), 2, 320),
         (Case("mix", {"window_examples": 256}, {"seed": 12345}), 6, 64),
         (Case("mix", EVICTING, {"seed": 1}), 2, 320),
         (Case("gcs", {"window_examples": 4, "cache_bytes": 0, **IMPATIENT}), 2, 103),

@@ -14,7 +14,6 @@ from typer.testing import CliRunner
 
 from gemma_tuner.cli.main import app
 from gemma_tuner.testing import save_tiny_model
-from tests.unit.models.test_loading_hub import hub, server  # noqa: F401 - fixtures
 
 TRAIN = ("train", "--cache-dir", "cache", "--max-steps", "1", "--held-out", "0", "--data")
 GOOD = (*TRAIN, "good.jsonl")
@@ -436,7 +435,7 @@ def test_a_mistake_that_needs_a_model_is_told_with_its_remedy(models, monkeypatc
         ("absent/model", "no such model, or it is private", "check the name.*`hf auth login`"),
     ],
 )
-def test_no_access_to_a_model(files, monkeypatch, hub, name, wrong, remedy):  # noqa: F811
+def test_no_access_to_a_model(files, monkeypatch, model_hub, name, wrong, remedy):
     monkeypatch.chdir(files)
     check(invoke(*GOOD, "--model", name), wrong, remedy)
 

@@ -128,7 +128,7 @@ def test_the_loop_uses_only_what_mps_has(fast, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES["slow"], ids="-".join)
-def test_the_loop_uses_only_what_mps_has_in_float32(slow, case):
+def test_the_loop_uses_only_what_mps_has_in_every_case(slow, case):
     check_case(case, slow[" ".join(case)])
 
 

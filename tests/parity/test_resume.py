@@ -25,7 +25,7 @@ def run_in_new_process(processes, folder, *, target=run, exit_code=0, **options)
     assert process.exitcode == exit_code
 
 
-@pytest.fixture(scope="module", params=["text", "image"])
+@pytest.fixture(scope="module")
 def uninterrupted(request, processes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     options = {"modality": request.param, "dropout": 0.1, "eval_every_steps": 2}
@@ -33,7 +33,19 @@ def uninterrupted(request, processes, tmp_path_factory):
     return folder, options
 
 
-@pytest.mark.parametrize("stop_after", range(1, STEPS))
+def of_modality(modality, stops, marks=()):
+    return [pytest.param(modality, stop, marks=marks) for stop in stops]
+
+
+@pytest.mark.parametrize(
+    ("uninterrupted", "stop_after"),
+    [
+        *of_modality("text", range(1, STEPS)),
+        *of_modality("image", [2]),  # in the middle of the first epoch
+        *of_modality("image", [1, 3, 4], marks=pytest.mark.slow),
+    ],
+    indirect=["uninterrupted"],
+)
 def test_stop_anywhere_and_resume(processes, uninterrupted, tmp_path, stop_after):
     whole, options = uninterrupted
     run_in_new_process(processes, tmp_path, stop_after=stop_after, **options)

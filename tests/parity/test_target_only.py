@@ -143,8 +143,20 @@ def model(family):
     return make_model(family)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+# Checkpointed layers: ragged rows, and rows of which nothing is left out; the others are slow.
+CHECKPOINTED = ("ragged", "all")
+
+
+@pytest.mark.parametrize(
+    ("layout", "checkpointing"),
+    [
+        *((layout, False) for layout in LAYOUTS),
+        *(
+            pytest.param(layout, True, marks=() if layout in CHECKPOINTED else pytest.mark.slow)
+            for layout in LAYOUTS
+        ),
+    ],
+)
 def test_loss_and_gradients_equal_plain_transformers(model, layout, checkpointing):
     batch = make_batch(model, LAYOUTS[layout])
     compare(model, batch, checkpointing=checkpointing)
@@ -180,17 +192,31 @@ def test_rows_padded_on_the_left_and_no_padding(model):
     )
 
 
+ADAPTERS = (
+    {"variant": "dora"},
+    {"variant": "rslora"},
+    {"variant": "full"},
+    {"layers": 1},
+    {"layers": (0, 2)},
+    {"layers": (3, 3)},
+)
+# Places matter where later layers share keys and values, kinds of adapter where there are experts.
+FAST_FAMILY = {False: "gemma4-e2b", True: "gemma4-26b-a4b"}
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("family", "settings"),
     [
-        {"variant": "dora"},
-        {"variant": "rslora"},
-        {"variant": "full"},
-        {"layers": 1},
-        {"layers": (0, 2)},
-        {"layers": (3, 3)},
+        pytest.param(
+            family,
+            settings,
+            id=f"{family}-{settings}",
+            marks=() if family == FAST_FAMILY["variant" in settings] else pytest.mark.slow,
+        )
+        for family in FAMILIES
+        for settings in ADAPTERS
     ],
-    ids=str,
+    indirect=["family"],
 )
 def test_every_kind_and_place_of_adapter(family, settings):
     no_experts = settings.get("variant") in ("dora", "full")
@@ -249,9 +275,20 @@ def test_rows_and_slots_are_the_target_positions(layout):
         assert batch.target_rows.shape[1] <= length
 
 
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@given(layout=layouts(), bucketed=st.booleans())
+def test_a_few_layouts(model, layout, bucketed):
+    compare_layout(model, layout, bucketed)
+
+
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(layout=layouts(), bucketed=st.booleans())
 def test_any_layout(model, layout, bucketed):
+    compare_layout(model, layout, bucketed)
+
+
+def compare_layout(model, layout, bucketed):
     batch = make_batch(model, [(90, [(89, 90)]), *layout])
     compare(model, batch.with_bucketed_targets() if bucketed else batch, checkpointing=bucketed)
 

@@ -78,7 +78,14 @@ def read_losses(out):
             if "loss" in record]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TRAINING)
+# Its recipe holds what those of one kind of media do.
+FAST = ("multimodal", "stream_bigquery", "text_chat")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=() if x in FAST else pytest.mark.slow) for x in TRAINING],
+)
 def test_a_recipe_trains_and_its_adapter_opens_in_stock_peft(name, tmp_path, capsys):
     flags = ["--steps", "1", "--out", str(tmp_path)]
     scored = ["--answers", "2", "--answer-tokens", "2"] if name in SCORED else []
@@ -150,6 +157,8 @@ def start_again(name, folder, flags):
     return losses
 
 
+# tests/unit/cli/test_run_from_first_to_last.py says the same of the command.
+@pytest.mark.slow
 def test_the_settings_of_a_run_start_it_again(tmp_path):
     flags = ["--batch-size", "2", "--learning-rate", "1e-3", "--max-tokens", "256"]
     losses = start_again("text_chat", tmp_path, flags)

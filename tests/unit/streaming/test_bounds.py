@@ -33,7 +33,10 @@ SLACK_MB = 40  # of threads, of the allocator, and of what one example takes on 
 
 
 @needs_proc
-@pytest.mark.parametrize("kind", ["sounds", "texts", "Chinese texts"])
+@pytest.mark.parametrize(
+    "kind",
+    ["sounds", *(pytest.param(k, marks=pytest.mark.slow) for k in ("texts", "Chinese texts"))],
+)
 def test_a_slow_consumer_holds_no_more_than_the_window(kind):
     # Without the bound all 180 would be read ahead: 90 MB of sounds and texts, 180 of Chinese.
     found = measure_memory(kind, 8 * MB, num_items=180, num_bytes=500_000, num_slow=2)

@@ -55,20 +55,27 @@ def gradient_like(trainer):
     return [state["exp_avg"] for state in trainer.optimizer.state.values()]
 
 
+IMAGES = {"max_steps": 1, "modality": "image"}
+
+
+@pytest.fixture(scope="module")
+def whole_gradient(tmp_path_factory):
+    """Of a step of four images that fit at once."""
+    return gradient_like(fit(tmp_path_factory.mktemp("whole"), 4, **IMAGES)[0])
+
+
 @pytest.mark.parametrize(
     ("holds", "tried", "retries"),
     [(4, [4], 0), (3, [4, 2, 2], 1), (1, [4, 2, 1, 1, 1, 1], 2)],
 )
 def test_a_micro_batch_that_does_not_fit_is_halved_and_the_step_is_the_same(
-    tmp_path, holds, tried, retries
+    tmp_path, whole_gradient, holds, tried, retries
 ):
-    settings = {"max_steps": 1, "modality": "image"}
-    whole, _ = fit(tmp_path / "whole", 4, **settings)
-    cut, events = fit(tmp_path / "cut", holds, **settings)
+    cut, events = fit(tmp_path, holds, **IMAGES)
     assert cut.stepper.tried == [(size, False) for size in tried]
     assert cut.counts["out_of_memory"] == retries
     assert events == [1] * retries
-    for a, b in zip(gradient_like(whole), gradient_like(cut), strict=True):
+    for a, b in zip(whole_gradient, gradient_like(cut), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
 
 
