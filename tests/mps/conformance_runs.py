@@ -28,7 +28,8 @@ from gemma_tuner.planning.choice import widen
 from gemma_tuner.planning.loaded import plan_training
 from gemma_tuner.records import Example, Text, Turn
 from gemma_tuner.streaming.opening import stream_local
-from gemma_tuner.testing import FAMILIES, sample_data, tiny, tiny_model
+from gemma_tuner.testing import FAMILIES, sample_data, tiny_model
+from gemma_tuner.testing.models import tiny
 from gemma_tuner.testing.mps.pretend_device import PretendMps, Recording, pretend_mps
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.micro_batches import free
