@@ -60,12 +60,11 @@ class Batch:
         inputs: Keyword arguments of the model: ``input_ids``, ``attention_mask`` and token types
             ``[B, T]`` int64, and media tensors.
         labels: ``[B, T]`` int64, not shifted, :data:`IGNORED` where there is no loss.
-        target_positions: ``[N]`` int64: positions in the flattened ``[B * T]`` whose hidden state
-            predicts a target (the position before it). Padded with zeros.
-        target_rows: ``[B, M]`` int64: the same positions within each row, padded with one of them
-            (with the row's first token where it has none).
-        target_slots: ``[N]`` int64: where in the flattened ``[B * M]`` each of
-            ``target_positions`` lies. Padded with zeros.
+        target_rows: ``[B, M]`` int64: the positions within each row whose hidden state predicts a
+            target (the position before it), padded with one of them (with the row's first token
+            where it has none).
+        target_slots: ``[N]`` int64: for each target of the batch, where in the flattened
+            ``[B * M]`` its position lies. Padded with zeros.
         target_ids: ``[N]`` int64: the tokens to predict there, padded with :data:`IGNORED`.
         num_target_tokens: Targets, padding not counted.
         num_tokens: Tokens, padding not counted.
@@ -77,7 +76,6 @@ class Batch:
     keys: tuple[str, ...]
     inputs: Mapping[str, Tensor]
     labels: Tensor
-    target_positions: Tensor
     target_rows: Tensor
     target_slots: Tensor
     target_ids: Tensor
@@ -117,7 +115,6 @@ class Batch:
             batch,
             inputs={name: tensor.to(device) for name, tensor in batch.inputs.items()},
             labels=batch.labels.to(device),
-            target_positions=batch.target_positions.to(device),
             target_rows=batch.target_rows.to(device),
             target_slots=batch.target_slots.to(device),
             target_ids=batch.target_ids.to(device),
@@ -132,7 +129,6 @@ class Batch:
         first = self.target_rows[:, :1].expand(-1, new_width - width)
         return replace(
             self,
-            target_positions=pad(self.target_positions, (0, missing), value=0),
             target_rows=torch.cat([self.target_rows, first], dim=1),
             target_slots=pad(row * new_width + rank, (0, missing), value=0),
             target_ids=pad(self.target_ids, (0, missing), value=IGNORED),
@@ -169,7 +165,6 @@ def pad_rows(
     targets[:, 0] = False
     input_ids = stack([row.input_ids for row in rows], fill=pad_token_id)
     labels = input_ids.masked_fill(~targets, IGNORED)
-    target_positions = targets.flatten().nonzero()[:, 0] - 1
     target_rows, target_slots = _lay_out_by_row(targets)
     target_ids = labels[targets]
     num_targets = len(target_ids)
@@ -187,7 +182,6 @@ def pad_rows(
         keys=tuple(row.key for row in rows),
         inputs=inputs,
         labels=labels,
-        target_positions=pad(target_positions, target_padding, value=0),
         target_rows=target_rows,
         target_slots=pad(target_slots, target_padding, value=0),
         target_ids=pad(target_ids, target_padding, value=IGNORED),

@@ -166,7 +166,6 @@ class StepTracer:
             batch,
             inputs={name: fake(tensor) for name, tensor in batch.inputs.items()},
             labels=fake(batch.labels),
-            target_positions=fake(batch.target_positions),
             target_rows=fake(batch.target_rows),
             target_slots=fake(batch.target_slots),
             target_ids=fake(batch.target_ids),
