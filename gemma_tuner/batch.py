@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gemma_tuner.modalities import MEDIA
+
 COUNTS = ("cut_rows", "cut_tokens", "split_clips")
 """What collators count of what they cut or split: the names in ``Batch.counts``."""
 
 IGNORED = -100
 """The label of a token without loss, as in ``torch.nn.CrossEntropyLoss``."""
+
+_VARYING = {name for medium in MEDIA if medium.varies for name in medium.inputs}
 
 # Gemma 3n's convolutions look up to 6 frames ahead, and what they see behind the end of a tensor
 # differs from what they see in padding: with this much of it behind every clip, no feature depends
@@ -151,7 +155,7 @@ def _round_up(count: int) -> int:
 
 
 def pad_rows(
-    rows: Sequence[Row], *, max_tokens: int, pad_token_id: int, token_type_name: str
+    rows: Sequence[Row], *, max_tokens: int, pad_token_id: int, token_type_name: str | None
 ) -> Batch:
     """Pad rows on the right to one bucketed length and lay out their targets."""
     longest = max(len(row.input_ids) for row in rows)
@@ -169,10 +173,11 @@ def pad_rows(
     target_ids = labels[targets]
     num_targets = len(target_ids)
     target_padding = (0, _round_up(num_targets) - num_targets)
+    types = [row.token_types for row in rows]
     inputs = {
         "input_ids": input_ids,
         "attention_mask": stack([torch.ones_like(row.input_ids) for row in rows], fill=0),
-        token_type_name: stack([row.token_types for row in rows], fill=0),
+        **({token_type_name: stack(types, fill=0)} if token_type_name else {}),
         **_concatenate_media([row.media for row in rows]),
     }
     counts: Counter[str] = Counter()
@@ -210,7 +215,7 @@ def _concatenate_media(media: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
     joined: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for row in media for name in row):
         tensors = [row[name] for row in media if name in row]
-        if name.startswith("input_features"):  # [clips, frames, ...]: frames differ by clip
+        if name in _VARYING:
             frames = _clip_frames(max(x.shape[1] for x in tensors))
             tensors = [pad(x, (0, 0) * (x.dim() - 2) + (0, frames - x.shape[1])) for x in tensors]
         joined[name] = torch.cat(tensors)
@@ -226,13 +231,12 @@ def _hash_media(media: Sequence[Mapping[str, Tensor]]) -> dict[str, tuple[bytes,
     """Hash each picture and clip as its row has it, which is what ``Batch`` documents."""
     hashes: dict[str, list[bytes]] = {}
     for row in media:
-        names = {"image": [], "audio": []}
-        for name in sorted(row):
-            names["audio" if name.startswith("input_features") else "image"].append(name)
-        for modality, own in names.items():
-            num_items = len(row[own[0]]) if own else 0
-            hashes.setdefault(modality, []).extend(
-                _hash_tensors({name: row[name][item] for name in own}) for item in range(num_items)
+        for medium in MEDIA:
+            names = sorted(name for name in medium.inputs if name in row)
+            num_items = len(row[names[0]]) if names else 0
+            hashes.setdefault(medium.modality, []).extend(
+                _hash_tensors({name: row[name][item] for name in names})
+                for item in range(num_items)
             )
     return {modality: tuple(found) for modality, found in hashes.items() if found}
 

@@ -17,8 +17,9 @@ import torch
 
 from gemma_tuner.batch import Row
 from gemma_tuner.errors import ConfigError, DataError
+from gemma_tuner.modalities import MediaKind
 from gemma_tuner.records import Audio, Example, Image, Text, Turn
-from gemma_tuner.sources.messages import MediaKind, read_media, read_turns
+from gemma_tuner.sources.messages import read_media, read_turns
 
 if TYPE_CHECKING:
     from gemma_tuner.collators.text import TextCollator

@@ -186,7 +186,7 @@ def test_a_cut_document_keeps_its_beginning():
 def test_a_cut_never_takes_media():
     collator = ImageCollator(E2B, max_tokens=128, too_long="cut", image_tokens=70)
     batch = collator([example(picture(), "word " * 60, answer="a")])
-    assert count_type(batch, 1) == sum(collator.family.count_image_tokens(batch.inputs))
+    assert count_type(batch, 1) == sum(collator.family.count_tokens("image", batch.inputs))
 
 
 @pytest.mark.parametrize(
