@@ -184,8 +184,13 @@ class TextCollator:
 
     def _check_media_types(self, example: Example) -> None:
         for part in example.media:
+            kind = kind_of(part)
+            if kind not in self.family.media:
+                raise DataError(
+                    f"it holds {kind}, which {self.family.name} does not read; use another model",
+                    key=example.key,
+                )
             if not isinstance(part, self.media_types):
-                kind = kind_of(part)
                 raise DataError(
                     f"it holds {kind}, which {type(self).__name__} does not take; use "
                     f"{kind.title()}Collator or MultimodalCollator, and load the model with that "

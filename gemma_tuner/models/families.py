@@ -8,6 +8,7 @@ configuration or processor at hand. A new family is one entry here; one without 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -111,10 +112,14 @@ class Family:
 
     def image_budgets(self, processor: Any) -> tuple[int, ...]:
         """The numbers of placeholders that an image may be bounded to."""
+        if "image" not in self.media:
+            return ()
         return self.image_token_budgets or (processor.image_seq_length,)
 
     def max_audio_seconds(self, processor: Any) -> float:
         """Tell the longest clip."""
+        if "audio" not in self.media:
+            return math.inf  # none will come
         # The feature extractors of Gemma 4 and 3n drop the rest silently.
         # Source: ``max_length=480_000`` samples of both feature extractors in transformers 5.23;
         # Gemma 4's processors state it as ``audio_seq_length`` tokens of ``audio_ms_per_token``.

@@ -40,13 +40,13 @@ def merged_media_embeddings(
     for medium in media:
         make_features = getattr(gemma.model, medium.method)
         outputs = make_features(*(inputs[name] for name in medium.inputs), return_dict=True)
-        features = outputs.pooler_output
-        places = inputs["input_ids"] == getattr(gemma.config, medium.token_id)
+        features, valid = outputs.pooler_output, None
         if isinstance(features, Tensor):  # of clips, padded to one length
             features, valid = features.flatten(0, 1), outputs.attention_mask.flatten()
-            laid.append(_lay_out(features, valid, places))
         else:
-            laid.append(_lay_out(torch.cat(features), None, places))
+            features = torch.cat(features)
+        places = inputs["input_ids"] == getattr(gemma.config, medium.token_id)
+        laid.append(_lay_out(features, valid, places))
     num_lookups = 0
 
     def lay_in(_module: Any, _args: Any, embeddings: Tensor) -> Tensor:
