@@ -331,7 +331,7 @@ def test_a_mask_is_cut_as_transformers_cuts_it():
     assert isinstance(last, AttentionMask)
     assert torch.equal(last.dense(), dense[:, :, -3:])
     rows = torch.tensor([[7, 2, 2]])
-    assert torch.equal(mask.take(rows).dense(), dense[:, :, rows[0]])
+    assert torch.equal(mask.at(rows).dense(), dense[:, :, rows[0]])
 
 
 def test_a_chunk_is_at_least_a_token(small):
