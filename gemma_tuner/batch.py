@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from gemma_tuner.modalities import MEDIA
 
 COUNTS = ("cut_rows", "cut_tokens", "split_clips")
-"""What collators count of what they cut or split: the names in ``Batch.counts``."""
+"""The names in ``Batch.counts``."""
 
 IGNORED = -100
 """The label of a token without loss, as in ``torch.nn.CrossEntropyLoss``."""
@@ -73,7 +73,7 @@ class Batch:
         num_target_tokens: Targets, padding not counted.
         num_tokens: Tokens, padding not counted.
         counts: What was cut or split, by name (:data:`COUNTS`), over all rows.
-        media_hashes: For ``image`` and ``audio``, 16 bytes for each picture or clip in reading
+        media_hashes: For ``image`` and ``audio``, 16 bytes for each image or clip in reading
             order, which tell its tensors from any others. What the batch pads is not in them.
     """
 
@@ -228,7 +228,7 @@ def _clip_frames(longest: int) -> int:
 
 
 def _hash_media(media: Sequence[Mapping[str, Tensor]]) -> dict[str, tuple[bytes, ...]]:
-    """Hash each picture and clip as its row has it, which is what ``Batch`` documents."""
+    """Hash each image and clip as its row has it, before any padding."""
     hashes: dict[str, list[bytes]] = {}
     for row in media:
         for medium in MEDIA:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def render_prompt(
     processor: ProcessorMixin, family: Family, example: Example, *, enable_thinking: bool = False
 ) -> str:
-    """Render an example to text, one placeholder for each picture or sound."""
+    """Render an example to text, one placeholder for each image or clip."""
     # The last answer follows exactly the prefix that inference will use. Some templates end the
     # generation prompt with a stub (an empty thought) which they leave out of finished answers;
     # then the stub is put where inference puts it, so that training and inference agree.

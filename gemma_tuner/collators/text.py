@@ -179,7 +179,7 @@ class TextCollator:
         return example, {}
 
     def processor_options(self) -> dict[str, Any]:
-        """Choose what the checkpoint's processor is told about media: keyword arguments."""
+        """The processor's keyword arguments for media."""
         return {}
 
     def _check_media_types(self, example: Example) -> None:

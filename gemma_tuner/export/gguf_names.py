@@ -1,4 +1,4 @@
-"""What the weights of a Gemma decoder are called in llama.cpp, and which decoders it can run."""
+"""Names of a Gemma decoder's weights in llama.cpp, and the decoders that it can run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the modules of a Gemma model are called in mlx-lm, mlx-vlm and transformers.
+"""Names of a Gemma model's modules in mlx-lm, mlx-vlm and transformers.
 
 ==================  ==================================  ====================================
 transformers        ``model.language_model.layers.0``   ``model.vision_tower.encoder...``

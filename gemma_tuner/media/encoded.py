@@ -1,4 +1,4 @@
-"""Where encoded media comes from: a local file or bytes.
+"""Opening encoded media: a local file, or bytes.
 
 Only a file's name gets into a message, never its folder, and nothing of a URI but its scheme:
 paths tell about the user's machine, and signed URLs carry their signature.

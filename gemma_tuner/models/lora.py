@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import peft
 import torch
-from peft.tuners import lora
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
@@ -26,7 +25,7 @@ from gemma_tuner.device import seeded
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.log import announce
 from gemma_tuner.models.families import family_of
-from gemma_tuner.models.lora_linear import LINEAR, is_linear, use_lean_adapters
+from gemma_tuner.models.lora_linear import is_linear, register_layers, use_lean_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -188,7 +187,7 @@ def find_adapters(
         counts[target] = len(matched)
 
     if config.variant == "full":
-        # PEFT refuses to add nothing, unless it is told that nothing is meant.
+        # PEFT refuses to add nothing but by this name.
         modules = sorted(linear_names)
         return peft.LoraConfig(
             target_modules=DUMMY_TARGET_MODULES, modules_to_save=modules, task_type="CAUSAL_LM"
@@ -218,8 +217,7 @@ def wrap_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int = 0) ->
     # Returns: The model, wrapped, in the mode that it was in; what trains is float32 and
     # contiguous.
     training = model.training
-    if others := {kind: lora.Linear for kind in LINEAR if not issubclass(kind, nn.Linear)}:
-        config._register_custom_module(others)  # pyright: ignore  # noqa: SLF001
+    register_layers(config)
     with seeded(model.device, seed), warnings.catch_warnings():
         # PEFT 0.21 asks for it by the name that transformers 6 will not have.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)

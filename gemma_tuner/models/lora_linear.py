@@ -34,6 +34,14 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, LINEAR)
 
 
+def register_layers(config: Any) -> None:
+    """Let PEFT adapt the layers that it does not know as it adapts torch's."""
+    # config: PEFT's, in which this is not saved.
+    others = {kind: lora.Linear for kind in LINEAR if not issubclass(kind, nn.Linear)}
+    if others:
+        config._register_custom_module(others)  # noqa: SLF001
+
+
 class LoraLinear(lora.Linear):
     """PEFT's adapter on a frozen linear layer; what it does not know, PEFT's own forward does."""
 

@@ -28,7 +28,7 @@ def begin_training(model: Any, *, checkpointed_layers: int | None = None) -> Non
 
 
 def checkpointing_options(device: torch.device) -> dict[str, Any]:
-    """What ``torch.utils.checkpoint`` has to be told so that gradients are right."""
+    """The options of ``torch.utils.checkpoint`` with which gradients are right."""
     # Reentrant checkpointing loses the gradients of shared keys and values, silently.
     options: dict[str, Any] = {"use_reentrant": False}
     if device.type == "mps":

@@ -251,7 +251,7 @@ _KNOWN: weakref.WeakKeyDictionary[Module, TargetOnly] = weakref.WeakKeyDictionar
 
 
 def _run_sharer(layer: Any, rows: _Rows, *args: Any, **kwargs: Any) -> Tensor:
-    """Run a layer without keys of its own; its input is cut already."""
+    """Run a layer that makes no keys; its input holds the wanted rows already."""
     hidden, arguments = _name_arguments(layer, args, kwargs)
     # the class's forward checkpoints itself
     return type(layer).forward(layer, hidden, **rows.cut(layer.self_attn, arguments))

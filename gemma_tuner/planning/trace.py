@@ -128,6 +128,8 @@ class StepTracer:
         set_query_chunk(unwrap_peft(model), query_chunk_tokens)
         trace = _Trace("gradients")
         with self._mode, self._attention(), trace.following(model):
+            for buffer in model.buffers():
+                trace.ignore(buffer)
             for parameter in model.parameters():
                 trace.ignore(parameter)
                 parameter.grad = None

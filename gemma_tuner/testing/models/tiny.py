@@ -36,7 +36,7 @@ FAMILIES = tuple(MODALITIES)
 
 _HIDDEN = 64
 _MEDIA_HIDDEN = 32
-# The widest picture at 1120 soft tokens, in patches: 1120 tokens in one row, 3 patches each.
+# The widest image at 1120 soft tokens, in patches: 1120 tokens in one row, 3 patches each.
 _MAX_PATCHES_PER_SIDE = 3 * 1120
 
 _TEXT = {
@@ -159,11 +159,11 @@ def save_tiny_model(
 
 
 def _gemma4_config(family: str, processor: Any) -> PreTrainedConfig:
-    tokenizer, pictures = processor.tokenizer, processor.image_processor
+    tokenizer, images = processor.tokenizer, processor.image_processor
     vocabulary = {"vocab_size": len(tokenizer)}
     geometry = {
-        "patch_size": pictures.patch_size,
-        "pooling_kernel_size": pictures.pooling_kernel_size,
+        "patch_size": images.patch_size,
+        "pooling_kernel_size": images.pooling_kernel_size,
     }
     token_ids = {
         "boi_token_id": tokenizer.boi_token_id,
