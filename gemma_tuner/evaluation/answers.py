@@ -62,7 +62,7 @@ class Generator:
             )
         self.model = model
         self.collator = collator
-        self.reader = AnswerReader(collator.processor.tokenizer, family)
+        self.reader = AnswerReader(collator.tokenizer, family)
         self.config: GenerationConfig = build_config(gemma, decoding, self.reader.stop_ids)
         self._seed = decoding.seed
 
