@@ -12,7 +12,7 @@ the last layer. Nothing is approximated: the same numbers are computed at fewer 
 
 The model's own forward runs, with the forward of those layers wrapped for its duration. Relied on
 in transformers 5.23: the decoder's ``layers`` run in order, each called with what
-:data:`_LAYER_ARGUMENTS` and :data:`_ATTENTION_ATTRIBUTES` name; a layer whose attention has
+:data:`_LAYER_ARGUMENTS` names; a layer whose attention has
 ``is_kv_shared_layer`` reads ``shared_kv_states[layer_type]``; nothing behind the layers depends on
 the number of positions. :class:`TargetOnly` checks the names, then compares both ways on a probe.
 """
@@ -47,11 +47,9 @@ masks."""
 
 _ATTENTIONS = (ATTENTION, "sdpa", "eager")  # whose masks can be cut to queries
 _LAYER_ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask")
-_ATTENTION_ATTRIBUTES = ("layer_type",)
-# How an attention is given keys and values that it does not make: as those that layers share,
-# where the family has such layers, and else by a cache.
-_SHARING_ARGUMENTS, _SHARING_ATTRIBUTES = ("shared_kv_states",), ("store_full_length_kv",)
-_CACHE_ARGUMENTS = ("past_key_values",)
+# How a layer is given keys and values that it does not make: where the family's layers can share
+# them, as shared ones, and else by a cache.
+_SHARED, _CACHED = "shared_kv_states", "past_key_values"
 _IMAGES = (IMAGE.inputs[0], "mm_encoder_outputs")  # inputs that bring images along
 _OWNER_ATTRIBUTES = ("head_dim", "k_proj", "v_proj", "k_norm")
 # How far both ways may lie apart on the probe, relative to its norm. Another number of rows is
@@ -125,12 +123,9 @@ class TargetOnly:
         for index, layer in enumerate(self._layers):
             arguments = inspect.signature(type(layer).forward).parameters
             attention = getattr(layer, "self_attn", None)
-            needed, attributes = (_CACHE_ARGUMENTS, ())
-            if hasattr(attention, "is_kv_shared_layer"):
-                needed, attributes = (_SHARING_ARGUMENTS, _SHARING_ATTRIBUTES)
-            needed, attributes = _LAYER_ARGUMENTS + needed, _ATTENTION_ATTRIBUTES + attributes
-            missing = [name for name in needed if name not in arguments]
-            missing += [name for name in attributes if not hasattr(attention, name)]
+            given = _SHARED if _can_share(attention) else _CACHED
+            missing = [name for name in (*_LAYER_ARGUMENTS, given) if name not in arguments]
+            missing += [] if hasattr(attention, "layer_type") else ["layer_type"]
             if missing:
                 return f"layer {index} has no {', '.join(missing)} (another transformers?)"
         sharing = [shares_keys(layer) for layer in self._layers]
@@ -187,6 +182,10 @@ class TargetOnly:
         if not difference <= _PROBE_TOLERANCES.get(plain.dtype, 0.1):
             return f"a trial differed from the plain forward by {difference:.2g} of its norm"
         return None
+
+
+def _can_share(attention: Any) -> bool:
+    return hasattr(attention, "is_kv_shared_layer")
 
 
 def shares_keys(layer: Any) -> bool:
@@ -281,8 +280,8 @@ def _keys_everywhere(
         attention, layer.input_layernorm(source), arguments["position_embeddings"]
     )
     plain_forward = inspect.unwrap(type(layer).forward)  # without its own checkpointing
-    if not hasattr(attention, "is_kv_shared_layer"):
-        cut = {**cut, "past_key_values": _Cache(states)}
+    if not _can_share(attention):
+        cut = {**cut, _CACHED: _Cache(states)}
         return plain_forward(layer, rows.gather(hidden), **cut)
     if attention.store_full_length_kv:
         arguments["shared_kv_states"][attention.layer_type] = states

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_tuner.errors import DataError
-from gemma_tuner.modalities import MediaKind, kind_of_suffix
+from gemma_tuner.modalities import MediaKind, kind_of, kind_of_suffix
 from gemma_tuner.records import Audio, Example, Image, Part, Role, Text, Turn
 from gemma_tuner.sources.columns import Columns, list_media_columns
 from gemma_tuner.sources.messages import (
@@ -235,7 +235,7 @@ def _guess_kind(name: Any, key: str) -> MediaKind:
 def _group_by_kind(media: list[Image | Audio]) -> dict[MediaKind, list[Image | Audio]]:
     groups: dict[MediaKind, list[Image | Audio]] = {}
     for part in media:
-        groups.setdefault("image" if isinstance(part, Image) else "audio", []).append(part)
+        groups.setdefault(kind_of(part), []).append(part)
     return groups
 
 
