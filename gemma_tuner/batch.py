@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gemma_tuner.modalities import MEDIA
+
 COUNTS = ("cut_rows", "cut_tokens", "split_clips")
-"""What collators count of what they cut or split: the names in ``Batch.counts``."""
+"""The names in ``Batch.counts``."""
 
 IGNORED = -100
 """The label of a token without loss, as in ``torch.nn.CrossEntropyLoss``."""
+
+_VARYING = {name for medium in MEDIA if medium.varies for name in medium.inputs}
 
 # Gemma 3n's convolutions look up to 6 frames ahead, and what they see behind the end of a tensor
 # differs from what they see in padding: with this much of it behind every clip, no feature depends
@@ -60,24 +64,22 @@ class Batch:
         inputs: Keyword arguments of the model: ``input_ids``, ``attention_mask`` and token types
             ``[B, T]`` int64, and media tensors.
         labels: ``[B, T]`` int64, not shifted, :data:`IGNORED` where there is no loss.
-        target_positions: ``[N]`` int64: positions in the flattened ``[B * T]`` whose hidden state
-            predicts a target (the position before it). Padded with zeros.
-        target_rows: ``[B, M]`` int64: the same positions within each row, padded with one of them
-            (with the row's first token where it has none).
-        target_slots: ``[N]`` int64: where in the flattened ``[B * M]`` each of
-            ``target_positions`` lies. Padded with zeros.
+        target_rows: ``[B, M]`` int64: the positions within each row whose hidden state predicts a
+            target (the position before it), padded with one of them (with the row's first token
+            where it has none).
+        target_slots: ``[N]`` int64: for each target of the batch, where in the flattened
+            ``[B * M]`` its position lies. Padded with zeros.
         target_ids: ``[N]`` int64: the tokens to predict there, padded with :data:`IGNORED`.
         num_target_tokens: Targets, padding not counted.
         num_tokens: Tokens, padding not counted.
         counts: What was cut or split, by name (:data:`COUNTS`), over all rows.
-        media_hashes: For ``image`` and ``audio``, 16 bytes for each picture or clip in reading
+        media_hashes: For ``image`` and ``audio``, 16 bytes for each image or clip in reading
             order, which tell its tensors from any others. What the batch pads is not in them.
     """
 
     keys: tuple[str, ...]
     inputs: Mapping[str, Tensor]
     labels: Tensor
-    target_positions: Tensor
     target_rows: Tensor
     target_slots: Tensor
     target_ids: Tensor
@@ -117,7 +119,6 @@ class Batch:
             batch,
             inputs={name: tensor.to(device) for name, tensor in batch.inputs.items()},
             labels=batch.labels.to(device),
-            target_positions=batch.target_positions.to(device),
             target_rows=batch.target_rows.to(device),
             target_slots=batch.target_slots.to(device),
             target_ids=batch.target_ids.to(device),
@@ -132,7 +133,6 @@ class Batch:
         first = self.target_rows[:, :1].expand(-1, new_width - width)
         return replace(
             self,
-            target_positions=pad(self.target_positions, (0, missing), value=0),
             target_rows=torch.cat([self.target_rows, first], dim=1),
             target_slots=pad(row * new_width + rank, (0, missing), value=0),
             target_ids=pad(self.target_ids, (0, missing), value=IGNORED),
@@ -155,7 +155,7 @@ def _round_up(count: int) -> int:
 
 
 def pad_rows(
-    rows: Sequence[Row], *, max_tokens: int, pad_token_id: int, token_type_name: str
+    rows: Sequence[Row], *, max_tokens: int, pad_token_id: int, token_type_name: str | None
 ) -> Batch:
     """Pad rows on the right to one bucketed length and lay out their targets."""
     longest = max(len(row.input_ids) for row in rows)
@@ -169,15 +169,15 @@ def pad_rows(
     targets[:, 0] = False
     input_ids = stack([row.input_ids for row in rows], fill=pad_token_id)
     labels = input_ids.masked_fill(~targets, IGNORED)
-    target_positions = targets.flatten().nonzero()[:, 0] - 1
     target_rows, target_slots = _lay_out_by_row(targets)
     target_ids = labels[targets]
     num_targets = len(target_ids)
     target_padding = (0, _round_up(num_targets) - num_targets)
+    types = [row.token_types for row in rows]
     inputs = {
         "input_ids": input_ids,
         "attention_mask": stack([torch.ones_like(row.input_ids) for row in rows], fill=0),
-        token_type_name: stack([row.token_types for row in rows], fill=0),
+        **({token_type_name: stack(types, fill=0)} if token_type_name else {}),
         **_concatenate_media([row.media for row in rows]),
     }
     counts: Counter[str] = Counter()
@@ -187,7 +187,6 @@ def pad_rows(
         keys=tuple(row.key for row in rows),
         inputs=inputs,
         labels=labels,
-        target_positions=pad(target_positions, target_padding, value=0),
         target_rows=target_rows,
         target_slots=pad(target_slots, target_padding, value=0),
         target_ids=pad(target_ids, target_padding, value=IGNORED),
@@ -216,7 +215,7 @@ def _concatenate_media(media: Sequence[Mapping[str, Tensor]]) -> dict[str, Tenso
     joined: dict[str, Tensor] = {}
     for name in dict.fromkeys(name for row in media for name in row):
         tensors = [row[name] for row in media if name in row]
-        if name.startswith("input_features"):  # [clips, frames, ...]: frames differ by clip
+        if name in _VARYING:
             frames = _clip_frames(max(x.shape[1] for x in tensors))
             tensors = [pad(x, (0, 0) * (x.dim() - 2) + (0, frames - x.shape[1])) for x in tensors]
         joined[name] = torch.cat(tensors)
@@ -229,16 +228,15 @@ def _clip_frames(longest: int) -> int:
 
 
 def _hash_media(media: Sequence[Mapping[str, Tensor]]) -> dict[str, tuple[bytes, ...]]:
-    """Hash each picture and clip as its row has it, which is what ``Batch`` documents."""
+    """Hash each image and clip as its row has it, before any padding."""
     hashes: dict[str, list[bytes]] = {}
     for row in media:
-        names = {"image": [], "audio": []}
-        for name in sorted(row):
-            names["audio" if name.startswith("input_features") else "image"].append(name)
-        for modality, own in names.items():
-            num_items = len(row[own[0]]) if own else 0
-            hashes.setdefault(modality, []).extend(
-                _hash_tensors({name: row[name][item] for name in own}) for item in range(num_items)
+        for medium in MEDIA:
+            names = sorted(name for name in medium.inputs if name in row)
+            num_items = len(row[names[0]]) if names else 0
+            hashes.setdefault(medium.modality, []).extend(
+                _hash_tensors({name: row[name][item] for name in names})
+                for item in range(num_items)
             )
     return {modality: tuple(found) for modality, found in hashes.items() if found}
 

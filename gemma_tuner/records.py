@@ -61,14 +61,14 @@ class StoredObject:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """A picture within a turn: a local path or URI, encoded bytes, or decoded RGB pixels."""
+    """An image within a turn: a local path or URI, encoded bytes, or decoded RGB pixels."""
 
     source: str | bytes | StoredObject | PIL.Image.Image
 
 
 @dataclass(frozen=True, slots=True)
 class Audio:
-    """A sound within a turn: a local path or URI, encoded bytes, or decoded samples.
+    """A clip within a turn: a local path or URI, encoded bytes, or decoded samples.
 
     Args:
         source: A path or URI, a stored object, encoded bytes, or float samples ``[frames]`` or
@@ -133,7 +133,7 @@ class Example:
             )
 
     def replace_media(self, replacement: Callable[[Image | Audio], Image | Audio]) -> Example:
-        """Return the example with each media part replaced; itself where none is another."""
+        """Return the example with each media part replaced; the same object if nothing changed."""
         turns = tuple(_replace_media(turn, replacement) for turn in self.turns)
         is_same = all(new is old for new, old in zip(turns, self.turns, strict=True))
         return self if is_same else replace(self, turns=turns)
@@ -150,7 +150,7 @@ class Example:
 
 
 def write_html(example: Example) -> str:
-    """Write an example as notebooks show it, its pictures and sounds inside."""
+    """Write an example as notebooks show it, its images and clips inside."""
     rows = [(element("span", turn.role, QUIET), _turn_html(turn)) for turn in example.turns]
     if example.document is not None:
         rows.append((element("span", "document", QUIET), escape(example.document)))

@@ -8,7 +8,14 @@ from torch.overrides import TorchFunctionMode
 
 from gemma_tuner.models.attention import ATTENTION
 from gemma_tuner.models.lora_linear import LoraLinear
-from gemma_tuner.models.norms import use_lean_norms, use_stock_norms
+from gemma_tuner.models.norms import LeanNorm, use_lean_norms
+
+
+def use_stock_norms(model):
+    """Give a model back the norms that transformers gave it."""
+    for module in model.modules():
+        if isinstance(module, LeanNorm):
+            module.__class__ = type(module).__bases__[1]
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from gemma_tuner.models.embeddings import map_per_layer_embeddings
 from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
 from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.models.modes import begin_training
-from gemma_tuner.models.norms import use_stock_norms
+from gemma_tuner.models.norms import LeanNorm
 from gemma_tuner.models.target_only import target_only_of
 
 PLAIN = "plain"
@@ -141,7 +141,9 @@ def _wrap_plainly(base: Any, ours: Any, *, float32_adapters: bool = True) -> Any
     """PEFT's own wrapping of stock transformers, with the adapters that ours has."""
     model = share_weights(base)
     model.set_attn_implementation("sdpa")
-    use_stock_norms(model)
+    for module in model.modules():
+        if isinstance(module, LeanNorm):
+            module.__class__ = type(module).__bases__[1]  # transformers' own
     return peft.get_peft_model(
         model,
         copy.deepcopy(ours.peft_config["default"]),

@@ -44,7 +44,7 @@ def preview(
     collator = make_collator(model, rows, processor)
     console = Console(soft_wrap=True, highlight=False)
     for place in range(index, min(index + count, len(stream))):
-        shown = preview_row(collator([stream[place]]), collator.processor.tokenizer)
+        shown = preview_row(collator([stream[place]]), collator.tokenizer)
         text = Text(f"\n{shown}")
         text.highlight_regex(r"⟦[^⟧]*⟧", "bold green")
         console.print(text)

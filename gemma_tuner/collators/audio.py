@@ -1,4 +1,4 @@
-"""Text with sounds to batches."""
+"""Text with clips to batches."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LongAudio = Literal["error", "split"]
 
 # What is not said here a tokenizer says, which was once used with padding or a length and then
 # saved: transformers gives what its file holds to the audio part too, and 2,048 tokens of text
-# become 2,048 samples of sound. Lengths are checked below; the rest is what the feature extractors
+# become 2,048 samples of audio. Lengths are checked below; the rest is what the feature extractors
 # of transformers 5.23 have as defaults. Source: ProcessorMixin._merge_kwargs.
-_SOUND_OPTIONS = {
+_AUDIO_OPTIONS = {
     "padding": "longest",
     "max_length": None,
     "truncation": False,
@@ -29,7 +29,7 @@ _SOUND_OPTIONS = {
 
 @dataclass
 class AudioCollator(TextCollator):
-    """Make batches of examples with sounds (rows without one are welcome).
+    """Make batches of examples with clips (rows without one are welcome).
 
     Args:
         processor, max_tokens, too_long, train_on, enable_thinking: As in ``TextCollator``.
@@ -91,5 +91,5 @@ class AudioCollator(TextCollator):
         return replace(example, turns=turns), {**counts, "split_clips": split_clips}
 
     def processor_options(self) -> dict[str, Any]:
-        """Choose what the checkpoint's processor is told about media: sounds are never cut."""
-        return {**super().processor_options(), "audio_kwargs": dict(_SOUND_OPTIONS)}
+        """The processor's keyword arguments for media: clips are never cut."""
+        return {**super().processor_options(), "audio_kwargs": dict(_AUDIO_OPTIONS)}

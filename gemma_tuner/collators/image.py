@@ -1,4 +1,4 @@
-"""Text with pictures to batches."""
+"""Text with images to batches."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gemma_tuner.records import Image
 
 @dataclass
 class ImageCollator(TextCollator):
-    """Make batches of examples with pictures (rows without one are welcome).
+    """Make batches of examples with images (rows without one are welcome).
 
     Args:
         processor, max_tokens, too_long, train_on, enable_thinking: As in ``TextCollator``.
-        image_tokens: The most soft tokens that a picture may take; Gemma 4 offers 70, 140, 280,
+        image_tokens: The most soft tokens that an image may take; Gemma 4 offers 70, 140, 280,
             560 and 1120, Gemma 3n always takes its fixed number. Fewer cost less memory and see
             less detail. None: the checkpoint's own setting.
 
@@ -37,7 +37,7 @@ class ImageCollator(TextCollator):
             )
 
     def processor_options(self) -> dict[str, Any]:
-        """Choose what the checkpoint's processor is told about media: the pictures' budget."""
+        """The processor's keyword arguments for media: the images' budget."""
         options = super().processor_options()
         if self.image_tokens is not None and self.family.image_budget_option:
             options["images_kwargs"] = {self.family.image_budget_option: self.image_tokens}

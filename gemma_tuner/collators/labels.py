@@ -1,4 +1,4 @@
-"""Which tokens are trained on: a pure function of the token ids and the family's turn markers.
+"""Marking the tokens that are trained on, from the token ids and the family's turn markers.
 
 Axis: ``T`` tokens of one row.
 """
@@ -25,7 +25,7 @@ class TurnMarkers:
         close: What ends a turn (``<turn|>``), which is also the stop token.
         empty_thought: ``<|channel>thought\n<channel|>``, the stub that some templates put before
             an answer; empty where the family knows none.
-        tool_call_close, tool_response_open, tool_response_close: Tool markers, None likewise.
+        tool_call_close, tool_response_open, tool_response_close: None without tools.
         special: Every control token.
         untrained: ``<bos>``, ``<pad>`` and what stands for media: never a target.
     """

@@ -1,4 +1,4 @@
-"""Text with pictures and sounds, in one example or mixed over a batch."""
+"""Text with images and clips, in one example or mixed over a batch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gemma_tuner.records import Audio, Image
 
 @dataclass
 class MultimodalCollator(ImageCollator, AudioCollator):
-    """Make batches of examples with pictures, sounds, both or neither.
+    """Make batches of examples with images, clips, both or neither.
 
     Args:
         processor, max_tokens, too_long, train_on, enable_thinking: As in ``TextCollator``.

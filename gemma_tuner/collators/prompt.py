@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from gemma_tuner.errors import DataError
+from gemma_tuner.modalities import kind_of
+from gemma_tuner.models.families import tokenizer_of
 from gemma_tuner.records import Audio, Example, Image, Text, Turn
 
 if TYPE_CHECKING:
@@ -19,11 +21,11 @@ if TYPE_CHECKING:
 def render_prompt(
     processor: ProcessorMixin, family: Family, example: Example, *, enable_thinking: bool = False
 ) -> str:
-    """Render an example to text, one placeholder for each picture or sound."""
+    """Render an example to text, one placeholder for each image or clip."""
     # The last answer follows exactly the prefix that inference will use. Some templates end the
     # generation prompt with a stub (an empty thought) which they leave out of finished answers;
     # then the stub is put where inference puts it, so that training and inference agree.
-    tokenizer = processor.tokenizer
+    tokenizer = tokenizer_of(processor)
     control_tokens = family.control_tokens(tokenizer)
     if example.document is not None:
         _refuse_control_tokens(example, control_tokens, example.document, "the document")
@@ -49,6 +51,7 @@ def render_prompt(
             return processor.apply_chat_template(
                 messages,
                 tools=[dict(tool) for tool in example.tools] or None,
+                tokenize=False,
                 add_generation_prompt=for_generation,
                 **options,
             )
@@ -78,13 +81,10 @@ def _message(turn: Turn) -> dict[str, Any]:
     else:
         content = []
         for part in turn.parts:
-            match part:
-                case Text(text):
-                    content.append({"type": "text", "text": text})
-                case Image():
-                    content.append({"type": "image"})
-                case Audio():
-                    content.append({"type": "audio"})
+            if isinstance(part, Text):
+                content.append({"type": "text", "text": part.text})
+            else:
+                content.append({"type": kind_of(part)})
     return {**turn.fields, "role": turn.role, "content": content}
 
 

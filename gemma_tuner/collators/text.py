@@ -21,7 +21,8 @@ from gemma_tuner.collators.labels import (
 from gemma_tuner.collators.prompt import render_prompt
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.media.load import load_media
-from gemma_tuner.models.families import Family, family_of_processor
+from gemma_tuner.modalities import MEDIA, kind_of
+from gemma_tuner.models.families import Family, family_of_processor, tokenizer_of
 from gemma_tuner.records import Audio, Example, Image
 
 if TYPE_CHECKING:
@@ -78,7 +79,12 @@ class TextCollator:
         self.family = family_of_processor(self.processor)
         if self.enable_thinking and not self.family.has_thinking:
             raise ConfigError(f"enable_thinking is True, but {self.family.name} has no thinking")
-        self._markers = TurnMarkers.of(self.processor.tokenizer, self.family)
+        self._markers = TurnMarkers.of(self.tokenizer, self.family)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer."""
+        return tokenizer_of(self.processor)
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Collate examples.
@@ -95,7 +101,7 @@ class TextCollator:
         return pad_rows(
             [self.encode(example) for example in examples],
             max_tokens=self.max_tokens,
-            pad_token_id=self.processor.tokenizer.pad_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
             token_type_name=self.family.token_type_name,
         )
 
@@ -117,10 +123,12 @@ class TextCollator:
             self.processor, self.family, example, enable_thinking=self.enable_thinking
         )
         features = self._process(example, text)
-        ids = features.pop("input_ids")[0]
-        token_types = features.pop(self.family.token_type_name)[0]
-        features.pop("attention_mask")
-        self._check_row(example, ids, features)
+        ids = features["input_ids"][0]
+        types = features.get(self.family.token_type_name or "")
+        types = torch.zeros_like(ids) if types is None else types[0]
+        names = (name for medium in MEDIA for name in medium.inputs)
+        media = {name: features[name] for name in names if name in features}
+        self._check_row(example, ids, media)
 
         train_on = "all" if example.document is not None else self.train_on
         targets = mark_targets(ids.tolist(), self._markers, train_on)
@@ -133,9 +141,9 @@ class TextCollator:
         return Row(
             key=example.key,
             input_ids=ids[kept],
-            token_types=token_types[kept],
+            token_types=types[kept],
             targets=torch.tensor(targets)[kept],
-            media=features,
+            media=media,
             counts=counts,
         )
 
@@ -171,27 +179,34 @@ class TextCollator:
         return example, {}
 
     def processor_options(self) -> dict[str, Any]:
-        """Choose what the checkpoint's processor is told about media: keyword arguments."""
+        """The processor's keyword arguments for media."""
         return {}
 
     def _check_media_types(self, example: Example) -> None:
         for part in example.media:
+            kind = kind_of(part)
+            if kind not in self.family.media:
+                raise DataError(
+                    f"it holds {kind}, which {self.family.name} does not read; use another model",
+                    key=example.key,
+                )
             if not isinstance(part, self.media_types):
-                kind = "image" if isinstance(part, Image) else "audio"
                 raise DataError(
                     f"it holds {kind}, which {type(self).__name__} does not take; use "
-                    f"{'ImageCollator' if kind == 'image' else 'AudioCollator'} or "
-                    "MultimodalCollator, and load the model with that modality",
+                    f"{kind.title()}Collator or MultimodalCollator, and load the model with that "
+                    "modality",
                     key=example.key,
                 )
 
-    def _process(self, example: Example, text: str) -> dict[str, Tensor]:
+    def _process(self, example: Example, text: str) -> Mapping[str, Tensor]:
         images = [part.source for part in example.media if isinstance(part, Image)]
         clips = [part.source for part in example.media if isinstance(part, Audio)]
-        processor: Any = self.processor  # its keyword arguments have no types
+        process: Any = self.processor  # its keyword arguments have no types
         try:
             text.encode()  # the tokenizer would only say that the type of the text is wrong
-            features = processor(
+            if not (images or clips):
+                return self.tokenizer([text], return_tensors="pt", **_TEXT_OPTIONS)
+            return process(
                 text=[text],
                 images=[images] if images else None,
                 audio=clips or None,
@@ -208,11 +223,10 @@ class TextCollator:
             raise DataError(
                 f"the checkpoint's processor refuses its media: {error}", key=example.key
             ) from error
-        return dict(features)
 
     def _check_row(self, example: Example, ids: Tensor, media: Mapping[str, Tensor]) -> None:
         """One ``<bos>``, and as many placeholders as the towers will return features."""
-        tokenizer = self.processor.tokenizer
+        tokenizer = self.tokenizer
         num_bos = int((ids == tokenizer.bos_token_id).sum())
         if num_bos != 1 or ids[0] != tokenizer.bos_token_id:
             raise DataError(
@@ -220,12 +234,9 @@ class TextCollator:
                 "checkpoint's chat template",
                 key=example.key,
             )
-        family = self.family
-        for kind, token, returned in (
-            ("image", family.image_token, family.count_image_tokens(media)),
-            ("audio", family.audio_token, family.count_audio_tokens(media)),
-        ):
-            placeholders = int((ids == tokenizer.convert_tokens_to_ids(token)).sum())
+        for kind, form in self.family.media.items():
+            returned = self.family.count_tokens(kind, media)
+            placeholders = int((ids == tokenizer.convert_tokens_to_ids(form.token)).sum())
             if placeholders != sum(returned) or 0 in returned:
                 raise DataError(
                     f"{placeholders} {kind} placeholders in the prompt, but the {kind} tower will "

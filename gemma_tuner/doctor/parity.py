@@ -7,7 +7,6 @@ is every layer type, tower and collator of the library, not a checkpoint.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -18,26 +17,14 @@ from torch import Tensor
 from gemma_tuner.batch import Batch
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.doctor.checks import Check, Finding, run_check
-from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.modalities import Modality
+from gemma_tuner.models.lora import LoraConfig, add_lora, list_targets
 from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.models.modes import begin_training
 from gemma_tuner.streaming.opening import stream_local
-from gemma_tuner.testing import FAMILIES, sample_data, tiny_model
-from gemma_tuner.testing.samples import Modality
+from gemma_tuner.testing import sample_data, tiny_model
+from gemma_tuner.testing.models.tiny import MODALITIES
 
-MODALITIES: Mapping[str, tuple[Modality, ...]] = {
-    family: ("text", "image")
-    if family in {"gemma4-26b-a4b", "gemma4-31b"}
-    else ("text", "image", "audio")
-    for family in FAMILIES
-}
-_TARGETS = {
-    "gemma4-e2b": ("language", "vision", "audio", "projectors"),
-    "gemma4-12b": ("language", "projectors"),
-    "gemma4-26b-a4b": ("language", "vision", "projectors", "experts"),
-    "gemma4-31b": ("language", "vision", "projectors"),
-    "gemma3n": ("language", "audio", "projectors"),
-}
 _NUM_ROWS = 2
 _CHUNK_TOKENS = 16
 # float32: of the loss (relative), and of the cosine of each adapter's gradient from 1.
@@ -85,7 +72,7 @@ def check_family(family: str, device: torch.device) -> list[Check]:
 def make_model(family: str, dtype: torch.dtype) -> Any:
     """A tiny model with adapters that do something, on the CPU."""
     tiny: Any = tiny_model(family)[0]
-    model = add_lora(tiny.to(dtype), LoraConfig(rank=4, targets=_TARGETS[family]))
+    model = add_lora(tiny.to(dtype), LoraConfig(rank=4, targets=list_targets(tiny)))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -11,9 +11,10 @@ from gemma_tuner.collators.labels import TurnMarkers
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.evaluation.decoding import Decoding, build_config, check_length, complete
 from gemma_tuner.evaluation.prompts import PromptRow, encode_prompt
+from gemma_tuner.modalities import kind_of
 from gemma_tuner.models.families import family_of, loaded_modalities
 from gemma_tuner.models.lora import unwrap_peft
-from gemma_tuner.records import Example, Image
+from gemma_tuner.records import Example
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
@@ -62,7 +63,7 @@ class Generator:
             )
         self.model = model
         self.collator = collator
-        self.reader = AnswerReader(collator.processor.tokenizer, family)
+        self.reader = AnswerReader(collator.tokenizer, family)
         self.config: GenerationConfig = build_config(gemma, decoding, self.reader.stop_ids)
         self._seed = decoding.seed
 
@@ -153,7 +154,7 @@ def check_modalities(model: Any, examples: Sequence[Example]) -> None:
     loaded = loaded_modalities(unwrap_peft(model))
     for example in examples:
         for part in example.media:
-            modality = "image" if isinstance(part, Image) else "audio"
+            modality = kind_of(part)
             if modality not in loaded:
                 raise ConfigError(
                     f"{example.key} holds {modality}, but the model has no part for that (it has "

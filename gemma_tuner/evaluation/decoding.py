@@ -157,11 +157,12 @@ def pad_left(collator: TextCollator, rows: Sequence[Row]) -> dict[str, Tensor]:
     batch = pad_rows(
         rows,
         max_tokens=max(lengths),
-        pad_token_id=collator.processor.tokenizer.pad_token_id,
+        pad_token_id=collator.tokenizer.pad_token_id,
         token_type_name=collator.family.token_type_name,
     )
     inputs = dict(batch.inputs)
-    for name in ("input_ids", "attention_mask", collator.family.token_type_name):
+    names = {"input_ids", "attention_mask", collator.family.token_type_name}
+    for name in names & inputs.keys():
         padded = inputs[name].clone()
         for index, length in enumerate(lengths):
             padded[index] = padded[index].roll(max(lengths) - length)

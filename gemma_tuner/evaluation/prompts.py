@@ -17,8 +17,9 @@ import torch
 
 from gemma_tuner.batch import Row
 from gemma_tuner.errors import ConfigError, DataError
+from gemma_tuner.modalities import MediaKind, kind_of
 from gemma_tuner.records import Audio, Example, Image, Text, Turn
-from gemma_tuner.sources.messages import MediaKind, read_media, read_turns
+from gemma_tuner.sources.messages import read_media, read_turns
 
 if TYPE_CHECKING:
     from gemma_tuner.collators.text import TextCollator
@@ -108,7 +109,7 @@ def show_prompt(example: Example) -> str:
 def _show_part(part: Any) -> str:
     if isinstance(part, Text):
         return part.text
-    return "[image] " if isinstance(part, Image) else "[audio] "
+    return f"[{kind_of(part)}] "
 
 
 def _is_messages(prompts: object) -> bool:

@@ -200,7 +200,7 @@ class SampleGenerations:
         """Give each target token of one row with its probability."""
         with torch.no_grad(), in_eval_mode(model):
             probabilities = target_probabilities(model, batch)
-        tokenizer = self._collator.processor.tokenizer
+        tokenizer = self._collator.tokenizer
         target_ids = batch.target_ids[: batch.num_target_tokens].tolist()
         texts = [tokenizer.decode([token]) for token in target_ids]
         return tuple(zip(texts, probabilities, strict=True))

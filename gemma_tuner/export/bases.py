@@ -12,6 +12,7 @@ from gemma_tuner.differences import shorten_differences
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.deltas import Adapter, Delta, Replacement
 from gemma_tuner.export.weights import StoredTensor, find_checkpoint, list_tensors, read_json
+from gemma_tuner.models.families import family_of_type
 from gemma_tuner.models.identity import hash_decoder_norms, portable_name
 
 
@@ -100,8 +101,6 @@ def _check_same_release(
 
 def stored_name(name: str, model_type: str) -> str:
     """Translate a weight's name in the model to its name in the files of a checkpoint."""
-    # Source: ``conversion_mapping.py`` of transformers 5.23, "gemma4_unified"; the other families
-    # are stored under the names of their modules.
-    if model_type == "gemma4_unified":
-        return name.replace(".multimodal_embedder.embedding_projection", ".embedding_projection")
+    for own, stored in family_of_type(model_type).stored_names:
+        name = name.replace(own, stored)
     return name

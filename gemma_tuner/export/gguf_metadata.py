@@ -1,4 +1,4 @@
-"""What llama.cpp reads from a GGUF file beside the weights: sizes and the tokenizer.
+"""Sizes and tokenizer as llama.cpp reads them from a GGUF file, beside the weights.
 
 Source: ``convert_hf_to_gguf.py`` of llama.cpp 0.5.0, Gemma4Model and Gemma3NModel.
 """

@@ -1,4 +1,4 @@
-"""What the weights of a Gemma decoder are called in llama.cpp, and which decoders it can run."""
+"""Names of a Gemma decoder's weights in llama.cpp, and the decoders that it can run."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ from typing import Any
 import gguf
 
 from gemma_tuner.errors import CheckpointError
+from gemma_tuner.models.families import FAMILIES
 
-_ARCHITECTURES = {
-    "gemma4": gguf.MODEL_ARCH.GEMMA4,
-    "gemma4_unified": gguf.MODEL_ARCH.GEMMA4,
-    "gemma3n": gguf.MODEL_ARCH.GEMMA3N,
-}
-_DECODER = "model.language_model."
 # What gguf's own table does not have, by the end of the name within a layer.
 _SCALES = {
     "router.scale": "ffn_gate_inp.scale",
@@ -75,24 +70,26 @@ class Names:
     """
 
     def __init__(self, model_type: str, num_layers: int) -> None:
-        if model_type not in _ARCHITECTURES:
+        known = {family.model_type: family for family in FAMILIES if family.gguf is not None}
+        if model_type not in known:
             raise CheckpointError(
                 f"llama.cpp has no architecture for model_type {model_type!r}; it has "
-                f"{', '.join(_ARCHITECTURES)}"
+                f"{', '.join(known)}"
             )
-        kind = _ARCHITECTURES[model_type]
-        self.architecture = gguf.MODEL_ARCH_NAMES[kind]
+        self.architecture: str = known[model_type].gguf or ""
+        self._decoder = f"{known[model_type].decoder}."
+        kind = next(k for k, name in gguf.MODEL_ARCH_NAMES.items() if name == self.architecture)
         self._names = gguf.get_tensor_name_map(kind, num_layers)
 
     def translate(self, name: str) -> str | None:
         """Translate the name of a weight."""
-        if name != "lm_head.weight" and not name.startswith(_DECODER):
+        if name != "lm_head.weight" and not name.startswith(self._decoder):
             return None
         for end, own in _SCALES.items():
             if name.endswith(f".{end}"):
-                return f"blk.{name.removeprefix(_DECODER).split('.')[1]}.{own}"
+                return f"blk.{name.removeprefix(self._decoder).split('.')[1]}.{own}"
         key = re.sub(
-            r"(altup_(unembed_)?projections)\.\d+", r"\1", name.replace(_DECODER, "model.")
+            r"(altup_(unembed_)?projections)\.\d+", r"\1", name.replace(self._decoder, "model.")
         )
         if key.endswith(_NAMELESS):
             key += ".weight"

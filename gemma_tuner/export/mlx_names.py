@@ -1,4 +1,4 @@
-"""What the modules of a Gemma model are called in mlx-lm, mlx-vlm and transformers.
+"""Names of a Gemma model's modules in mlx-lm, mlx-vlm and transformers.
 
 ==================  ==================================  ====================================
 transformers        ``model.language_model.layers.0``   ``model.vision_tower.encoder...``
@@ -16,11 +16,11 @@ from typing import Literal, get_args
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.export.bases import stored_name
+from gemma_tuner.models.families import family_of_type
 
 Program = Literal["mlx-lm", "mlx-vlm"]
 
-_LANGUAGE = "model.language_model."
-_MLX_LANGUAGE = "language_model.model."
+_MLX_VLM_DECODER = "language_model.model"
 
 
 def check_program(program: str) -> None:
@@ -49,10 +49,10 @@ def mlx_name(name: str, model_type: str, program: Program) -> str:
         >>> mlx_name("model.audio_tower.layers.1.self_attn.post.linear", "gemma4", "mlx-vlm")
         'audio_tower.layers.1.self_attn.post.linear'
     """
-    if name.startswith(_LANGUAGE):
-        if program == "mlx-lm" and model_type == "gemma3n":
-            return name
-        return _MLX_LANGUAGE + name.removeprefix(_LANGUAGE)
+    family = family_of_type(model_type)
+    if name.startswith(f"{family.decoder}."):
+        decoder = family.mlx_decoder if program == "mlx-lm" else _MLX_VLM_DECODER
+        return decoder + name.removeprefix(family.decoder)
     if program == "mlx-lm":
         raise ConfigError(
             f"the adapter is also on {name}, which mlx-lm does not have (it loads the language "
@@ -77,13 +77,11 @@ def transformers_name(name: str, model_type: str) -> str:
         >>> transformers_name("embed_vision.embedding_projection", "gemma4_unified")
         'model.embed_vision.multimodal_embedder.embedding_projection'
     """
+    family = family_of_type(model_type)
     if name.startswith("language_model."):
         rest = name.removeprefix("language_model.").removeprefix("model.")
-        return _LANGUAGE + rest
+        return f"{family.decoder}.{rest}"
     full = name if name.startswith("model.") else f"model.{name}"
-    if model_type == "gemma4_unified":
-        return full.replace(
-            "embed_vision.embedding_projection",
-            "embed_vision.multimodal_embedder.embedding_projection",
-        )
+    for own, stored in family.stored_names:
+        full = full if own in full else full.replace(stored, own)
     return full

@@ -1,4 +1,4 @@
-"""Encoded sound of any rate and channel count to 16 kHz mono float samples."""
+"""Encoded audio of any rate and channel count to 16 kHz mono float samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Source: Gemma4AudioFeatureExtractor and Gemma3nAudioFeatureExtractor, sampling_r
 """
 
 MAX_SECONDS = 3600.0
-"""The longest sound decoded: an hour, though the models hear only 30 seconds of it."""
+"""The longest clip decoded: an hour, though the models hear only 30 seconds of it."""
 
 MAX_FRAMES = 3600 * 48_000
 """The most frames decoded, 0.7 GB of mono float32: an hour at 48 kHz, half of one at 96 kHz."""
@@ -57,9 +57,9 @@ def decode_audio(
     key: str,
     sample_rate_hz: int | None = None,
 ) -> np.ndarray:
-    """Decode a sound to 16 kHz mono, the mean of its channels."""
+    """Decode a clip to 16 kHz mono, the mean of its channels."""
     # WAV, FLAC, MP3 and OGG (Vorbis, Opus) among others, as libsndfile reads them. Samples beyond
-    # ±1 in float data are kept: clipping them would distort. A sound cut short is refused where
+    # ±1 in float data are kept: clipping them would distort. A clip cut short is refused where
     # its container says how long it is: WAV, AIFF, FLAC, OGG, and MP3 with a Xing or Info header;
     # other MP3s are heard as far as they have frames.
     # source: A local path, encoded bytes, or samples ``[frames]`` or ``[frames, channels]``:
@@ -77,7 +77,7 @@ def decode_audio(
         if sample_rate_hz not in (None, rate_hz):
             raise DataError(
                 f"{name} is recorded at {rate_hz} Hz, and {sample_rate_hz} Hz is given beside "
-                "it; leave sample_rate_hz out for encoded sound",
+                "it; leave sample_rate_hz out for encoded audio",
                 key=key,
             )
     _check_samples(mono, rate_hz, name, key)
@@ -87,16 +87,16 @@ def decode_audio(
 def _read_stream(stream: BinaryIO, name: str, key: str) -> tuple[np.ndarray, int]:
     """Decode a stream to mono samples ``[frames]`` float32 and their rate."""
     try:
-        with soundfile.SoundFile(stream, mode="r") as sound:
-            rate_hz = _check_rate(sound.samplerate, name, key)
-            num_frames = sound.frames
-            _check_length(num_frames, rate_hz, sound.channels, name, key)
+        with soundfile.SoundFile(stream, mode="r") as file:
+            rate_hz = _check_rate(file.samplerate, name, key)
+            num_frames = file.frames
+            _check_length(num_frames, rate_hz, file.channels, name, key)
             mono = np.empty(num_frames, dtype=np.float32)
             num_read = 0
             # In blocks, so that many channels are never in memory at full length. SoundFile.blocks
             # would hand out uninitialised memory where a file ends before its header says.
-            block_frames = max(1, _BLOCK_SAMPLES // sound.channels)
-            while len(block := sound.read(block_frames, dtype="float32", always_2d=True)):
+            block_frames = max(1, _BLOCK_SAMPLES // file.channels)
+            while len(block := file.read(block_frames, dtype="float32", always_2d=True)):
                 mono[num_read : num_read + len(block)] = block.mean(axis=1)
                 num_read += len(block)
     except DataError:
@@ -231,7 +231,7 @@ def _check_length(num_frames: int, rate_hz: int, num_channels: int, name: str, k
     """Refuse no frames, an unknown number, and more than fit, before any is decoded."""
     if num_frames == _UNKNOWN_FRAMES:
         raise DataError(
-            f"{name} does not say how long it is; write it to a file anew, for example through: "
+            f"{name} does not say how long it is; write it to a new file, for example through: "
             "ffmpeg -i INPUT -c:a flac OUTPUT.flac",
             key=key,
         )

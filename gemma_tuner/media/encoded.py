@@ -1,4 +1,4 @@
-"""Where encoded media comes from: a local file or bytes.
+"""Opening encoded media: a local file, or bytes.
 
 Only a file's name gets into a message, never its folder, and nothing of a URI but its scheme:
 paths tell about the user's machine, and signed URLs carry their signature.
@@ -9,11 +9,10 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO
 
 from gemma_tuner.errors import DataError
-
-MediaKind = Literal["image", "audio"]
+from gemma_tuner.modalities import MediaKind
 
 # A longer "name" is no name: a column of base64 text, say, which no message may repeat.
 _MAX_NAME_CHARACTERS = 100

@@ -1,4 +1,4 @@
-"""Encoded pictures of any kind to upright 8-bit RGB.
+"""Encoded images of any kind to upright 8-bit RGB.
 
 Colours are taken as they are stored: embedded ICC profiles are not applied, as the models' own
 processors do not apply them either. The first frame of an animation is used.
@@ -19,13 +19,13 @@ from gemma_tuner.log import logger
 from gemma_tuner.media.encoded import describe_source, open_encoded
 
 DEFAULT_MAX_PIXELS = 89_478_485
-"""The largest picture decoded unless told otherwise: 268 MB of RGB, above any phone's camera.
+"""The largest image decoded by default: 268 MB of RGB, above any phone's camera.
 
 Source: Pillow's own warning limit, PIL.Image.MAX_IMAGE_PIXELS (a quarter GiB at 3 bytes a pixel).
 """
 
 # Formats that Pillow recognises by a signature and decodes by itself. Left out: EPS and WMF, which
-# run other programs, and formats without a signature, which take any bytes for a picture.
+# run other programs, and formats without a signature, which take any bytes for an image.
 # A phone's MPO opens as JPEG; HEIF counts once pillow-heif has registered it.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "HEIF")
 
@@ -66,11 +66,11 @@ def decode_image(
     key: str,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> PIL.Image.Image:
-    """Decode a picture to upright RGB."""
+    """Decode an image to upright RGB."""
     # Transparency is laid on white. Greyscale of more than 8 bits is scaled, not clipped: 16-bit
-    # pictures over their whole range; 32-bit and float pictures, whose files do not say what white
+    # images over their whole range; 32-bit and float images, whose files do not say what white
     # is, to the least of 1 (float only), 255, 65,535 and 2³¹-1 that none of their pixels exceeds.
-    # A damaged EXIF block is logged and the picture taken as upright.
+    # A damaged EXIF block is logged and the image taken as upright.
     name = describe_source(source, "image")
     try:
         if isinstance(source, PIL.Image.Image):
@@ -137,14 +137,14 @@ def _read_orientation(image: PIL.Image.Image, key: str) -> int:
     # Pillow may have met the damage on opening, and shows an empty block from then on.
     if not exif and image.info.get("exif"):
         logger.warning(
-            "example %r: no tag in its EXIF block can be read; the picture is taken as upright",
+            "example %r: no tag in its EXIF block can be read; the image is taken as upright",
             key,
         )
     return orientation if isinstance(orientation, int) else 1
 
 
 def _convert_to_rgb(image: PIL.Image.Image, name: str, key: str) -> PIL.Image.Image:
-    """Convert any mode to a new picture in RGB."""
+    """Convert any mode to a new image in RGB."""
     if image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.uint32)
         return _make_grey((wide + 128) // 257)  # 65,535 = 255 x 257
@@ -173,5 +173,5 @@ def _scale_to_white(values: np.ndarray, name: str, key: str) -> np.ndarray:
 
 
 def _make_grey(levels: np.ndarray) -> PIL.Image.Image:
-    """Make an RGB picture of grey levels 0..255 ``[height, width]``."""
+    """Make an RGB image of grey levels 0..255 ``[height, width]``."""
     return PIL.Image.fromarray(levels.astype(np.uint8)).convert("RGB")

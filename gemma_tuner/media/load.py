@@ -12,15 +12,15 @@ from gemma_tuner.records import Audio, Example, Image
 
 
 def load_media(example: Example, *, root: Path | None = None) -> Example:
-    """Replace every picture and sound of an example by its decoded form."""
-    # Returns: The example with upright RGB pictures and 16 kHz mono float32 samples in place; the
+    """Replace every image and clip of an example by its decoded form."""
+    # Returns: The example with upright RGB images and 16 kHz mono float32 samples in place; the
     # same object where there is nothing to decode, so calling it twice costs nothing.
 
     def load(part: Image | Audio) -> Image | Audio:
         source = _resolve(part.source, root)
         if isinstance(part, Image):
-            picture = decode_image(source, key=example.key)
-            return part if picture is part.source else Image(picture)
+            image = decode_image(source, key=example.key)
+            return part if image is part.source else Image(image)
         samples = decode_audio(source, key=example.key, sample_rate_hz=part.sample_rate_hz)
         return part if samples is part.source else Audio(samples, SAMPLE_RATE_HZ)
 

@@ -51,7 +51,7 @@ def attend(
     attention_mask: AttentionMask | Tensor,
     *,
     sliding_window: int | None = None,
-    has_pictures: bool = True,
+    has_images: bool = True,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute a layer's attention, as transformers' attention interface has it."""
@@ -64,7 +64,7 @@ def attend(
         return run(query, key, value, attention_mask)
     length = query.shape[2]
     two_ways = getattr(module.config, "use_bidirectional_attention", None) is not None
-    looks_back = attention_mask.is_whole and module.is_causal and not (two_ways and has_pictures)
+    looks_back = attention_mask.is_whole and module.is_causal and not (two_ways and has_images)
     chunk: int | None = getattr(module, "query_chunk_tokens", None)
     part = chunk or (_PART_TOKENS if looks_back else length)
     if looks_back and sliding_window is not None:
@@ -92,8 +92,9 @@ def use_attention(model: Any) -> None:
     """Let a model's decoder, and a vision tower that can, use this attention."""
     AttentionInterface.register(ATTENTION, attend)
     AttentionMaskInterface.register(ATTENTION, make_mask)
-    parts = {"text_config": ATTENTION}
-    if getattr(getattr(model.config, "vision_config", None), "model_type", None) == _VISION:
+    config = model.config
+    parts = {"" if config.get_text_config() is config else "text_config": ATTENTION}
+    if getattr(getattr(config, "vision_config", None), "model_type", None) == _VISION:
         parts["vision_config"] = ATTENTION
     model.set_attn_implementation(parts)
 
@@ -105,7 +106,7 @@ def set_query_chunk(model: Module, tokens: int | None) -> None:
     if tokens is not None and tokens < 1:
         raise ConfigError(f"a query chunk of {tokens} tokens; give at least 1, or None for all")
     gemma: Any = model
-    for layer in gemma.model.language_model.layers:
+    for layer in gemma.get_decoder().layers:
         layer.self_attn.query_chunk_tokens = tokens
 
 

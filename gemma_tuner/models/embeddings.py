@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_tuner.errors import CheckpointError, ConfigError
+from gemma_tuner.models.families import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 Placement = Literal["disk", "device"]
 
 NAME = "embed_tokens_per_layer"
-KEY = f"model.language_model.{NAME}.weight"
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INTEGERS = {2: np.int16, 4: np.int32}  # numpy has no bfloat16: rows travel as their bits
@@ -111,16 +111,17 @@ def map_per_layer_embeddings(
 ) -> MappedEmbedding:
     """Give a model that was loaded without its per-layer table one that is mapped."""
     gemma: Any = model
+    key = f"{family_of(gemma.config).decoder}.{NAME}.weight"
     index = find_file("model.safetensors.index.json")
     name = "model.safetensors"
     if index is not None:
-        name = json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(KEY, name)
+        name = json.loads(index.read_text(encoding="utf-8"))["weight_map"].get(key, name)
     path = find_file(name)
     if path is None:
         raise CheckpointError(f"the checkpoint has no {name}; download it again")
     text = gemma.config.get_text_config()
-    table = MappedEmbedding(path, KEY, scale=text.hidden_size_per_layer_input**0.5, dtype=dtype)
-    setattr(gemma.model.language_model, NAME, table)
+    table = MappedEmbedding(path, key, scale=text.hidden_size_per_layer_input**0.5, dtype=dtype)
+    setattr(gemma.get_decoder(), NAME, table)
     return table
 
 

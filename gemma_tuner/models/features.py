@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from gemma_tuner.models.families import Modality
+from gemma_tuner.modalities import MEDIA, Modality
 from gemma_tuner.models.lora import unwrap_peft
-from gemma_tuner.models.towers import MEDIA, CachedFeatures, Tower
+from gemma_tuner.models.towers import CachedFeatures, Tower
 
 if TYPE_CHECKING:
     from torch.nn import Module

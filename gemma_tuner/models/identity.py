@@ -14,9 +14,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-# In every family, loaded with towers or without, and trained by no adapter.
+# In every family, loaded with towers or without, and trained by no adapter; also under the names
+# that other programs have for them.
 _DECODER_NORMS = re.compile(
-    r"(model\.)?language_model\.(model\.)?(layers\.\d+\.\w*layernorm\.weight)"
+    r"(model\.)?(language_model\.)?(model\.)?(layers\.\d+\.\w*layernorm\.weight)"
 )
 
 # Who wrote a config, where it came from and how the model is run, rather than what it is. Keys
@@ -55,7 +56,7 @@ def hash_decoder_norms(names: Iterable[str], read: Callable[[str], Tensor]) -> s
     """Fingerprint a release: a few small tensors tell it from another of the same shapes."""
     # Returns: SHA-256, the same for a checkpoint in bfloat16 and in float32.
     digest = hashlib.sha256()
-    norms = {match[3]: name for name in names if (match := _DECODER_NORMS.fullmatch(name))}
+    norms = {match[4]: name for name in names if (match := _DECODER_NORMS.fullmatch(name))}
     for short_name, name in sorted(norms.items()):
         digest.update(short_name.encode())
         rounded = read(name).detach().to("cpu", torch.bfloat16)

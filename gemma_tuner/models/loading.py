@@ -23,11 +23,10 @@ from transformers.utils.peft_utils import find_adapter_config_file
 from gemma_tuner.device import choose_device, choose_dtype
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.log import announce
+from gemma_tuner.modalities import MEDIA, Modality
 from gemma_tuner.models import embeddings
-from gemma_tuner.models.attention import use_attention
-from gemma_tuner.models.families import Family, Modality, family_of
-from gemma_tuner.models.modalities import choose_left_out, without_modules
-from gemma_tuner.models.norms import use_lean_norms
+from gemma_tuner.models.building import choose_left_out, finish_model, make_partial_class
+from gemma_tuner.models.families import Family, family_of, tokenizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -103,38 +102,63 @@ def load_model(
             are not exactly those of the model.
     """
     if plan is not None:
-        given = (device, dtype, per_layer_embeddings)
-        planned = set(plan.modalities)
-        if any(choice is not None for choice in given) or {"text", *modalities} != planned:
-            raise ConfigError(
-                f"plan was made for {', '.join(plan.modalities)} on {plan.device} in "
-                f"{plan.dtype}; give the same modalities, and leave device, dtype and "
-                "per_layer_embeddings to it"
-            )
-        device, dtype, per_layer_embeddings = plan.device, plan.dtype, plan.per_layer_embeddings
+        device, dtype, per_layer_embeddings = _read_plan(
+            plan, modalities, (device, dtype, per_layer_embeddings)
+        )
     source = str(name_or_path)
     name = name_without_path(source)
     device, device_reason = choose_device(device)
     config = read_config(source, revision)
-    with _explained(source):
-        if find_adapter_config_file(source, revision=revision) is not None:
-            # transformers would put the adapter on without a word
-            raise CheckpointError(f"{name} cannot be loaded: {_EXPLAIN_ADAPTER}")
+    _refuse_adapter(source, revision)
     family = family_of(config)
-    left_out = choose_left_out(name, family, config, modalities)
+    placement = embeddings.choose_placement(config, device, per_layer_embeddings)
+    left_out = choose_left_out(name, family, config, modalities, placement)
     dtype, dtype_reason = choose_dtype(device, dtype, config.dtype)
     processor = read_processor(source, revision)
     _check_processor(name, processor, family, modalities)
-    _check_tokenizer(name, processor.tokenizer, family, config)
-    processor.tokenizer.padding_side = "right"
+    _check_tokenizer(name, tokenizer_of(processor), family, config)
+    tokenizer_of(processor).padding_side = "right"
+    model = _read_weights(
+        source, make_partial_class(family, config, left_out), config, device, dtype, revision
+    )
+    if placement == "disk":
+        with _explained(source):
+            table = embeddings.map_per_layer_embeddings(
+                model, partial(_find_file, source, revision), dtype
+            )
+        announce(f"{name}: {table.num_bytes / 2**30:.2f} GiB of per-layer embeddings stay on disk")
+    announce(
+        f"{name}: {', '.join(modalities)} on {device} ({device_reason}), "
+        f"{str(dtype).removeprefix('torch.')} ({dtype_reason})"
+    )
+    return finish_model(model), processor
 
-    is_mapped = embeddings.choose_placement(config, device, per_layer_embeddings) == "disk"
-    if is_mapped:
-        left_out.append(f"language_model.{embeddings.NAME}")
 
-    model_class = getattr(transformers, family.model_class)
+def _read_plan(
+    plan: Placing, modalities: Sequence[Modality], given: tuple[Any, Any, Any]
+) -> tuple[str, str, embeddings.Placement | None]:
+    """Take device, dtype and the table's place from a plan, which nothing given may contradict."""
+    planned = set(plan.modalities)
+    if any(choice is not None for choice in given) or {"text", *modalities} != planned:
+        raise ConfigError(
+            f"plan was made for {', '.join(plan.modalities)} on {plan.device} in "
+            f"{plan.dtype}; give the same modalities, and leave device, dtype and "
+            "per_layer_embeddings to it"
+        )
+    return plan.device, plan.dtype, plan.per_layer_embeddings
+
+
+def _read_weights(
+    source: str,
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    revision: str | None,
+) -> Any:
+    """Build a model and read every weight of it."""
     with _explained(source):
-        loaded: Any = without_modules(model_class, family, config, left_out).from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             source,
             config=config,
             revision=revision or "main",
@@ -145,22 +169,16 @@ def load_model(
             output_loading_info=True,
         )
     model, loading_info = loaded
-    _check_loaded(name, loading_info)
-    model.__class__ = model_class
-    use_attention(model)
-    use_lean_norms(model)
-    if is_mapped:
-        with _explained(source):
-            table = embeddings.map_per_layer_embeddings(
-                model, partial(_find_file, source, revision), dtype
-            )
-        announce(f"{name}: {table.num_bytes / 2**30:.2f} GiB of per-layer embeddings stay on disk")
-    model.eval().requires_grad_(requires_grad=False)
-    announce(
-        f"{name}: {', '.join(modalities)} on {device} ({device_reason}), "
-        f"{str(dtype).removeprefix('torch.')} ({dtype_reason})"
-    )
-    return model, processor
+    _check_loaded(name_without_path(source), loading_info)
+    return model
+
+
+def _refuse_adapter(source: str, revision: str | None) -> None:
+    """Refuse a folder with an adapter, which transformers would put on without a word."""
+    with _explained(source):
+        if find_adapter_config_file(source, revision=revision) is not None:
+            name = name_without_path(source)
+            raise CheckpointError(f"{name} cannot be loaded: {_EXPLAIN_ADAPTER}")
 
 
 def read_config(source: str, revision: str | None) -> PreTrainedConfig:
@@ -196,7 +214,7 @@ def _check_processor(
         )
     if "audio" in modalities and getattr(processor, "feature_extractor", None) is None:
         raise CheckpointError(
-            f"the processor of {name} has no feature_extractor, so sound would be ignored; use "
+            f"the processor of {name} has no feature_extractor, so audio would be ignored; use "
             "the processor_config.json of the model that it was made from"
         )
     if not processor.chat_template:
@@ -211,11 +229,12 @@ def _check_tokenizer(name: str, tokenizer: Any, family: Family, config: PreTrain
     # Without a tokenizer.json transformers makes one that knows control tokens alone, and says
     # nothing.
     unknown = tokenizer.unk_token_id in tokenizer("model\n", add_special_tokens=False)["input_ids"]
-    ids = {
-        "image_token_id": tokenizer.convert_tokens_to_ids(family.image_token),
-        "audio_token_id": tokenizer.convert_tokens_to_ids(family.audio_token),
-    }
-    differing = any(found != getattr(config, name) for name, found in ids.items())
+    differing = any(
+        tokenizer.convert_tokens_to_ids(family.media[medium.modality].token)
+        != getattr(config, medium.token_id)
+        for medium in MEDIA
+        if medium.modality in family.media
+    )
     if unknown or differing or len(tokenizer) > config.get_text_config().vocab_size:
         raise CheckpointError(
             f"the tokenizer of {name} is not its model's ({len(tokenizer)} tokens); add the "

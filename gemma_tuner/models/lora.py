@@ -24,14 +24,15 @@ from gemma_tuner.checks import is_number, is_whole_number, name_nearest
 from gemma_tuner.device import seeded
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.log import announce
-from gemma_tuner.models.lora_linear import use_lean_adapters
+from gemma_tuner.models.families import family_of
+from gemma_tuner.models.lora_linear import is_linear, register_layers, use_lean_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Variant = Literal["lora", "dora", "rslora", "full"]
 
-_DECODER_LAYER = r"model\.language_model\.layers\.{layers}\."
+_DECODER_LAYER = r"{decoder}\.layers\.{layers}\."
 _PATTERNS = {
     "language": _DECODER_LAYER + r"(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj",
     "vision": r"model\.vision_tower\..*\.(q|k|v|o|gate|up|down)_proj{inner}",
@@ -166,7 +167,7 @@ def find_adapters(
     model: PreTrainedModel, config: LoraConfig
 ) -> tuple[peft.LoraConfig, dict[str, int]]:
     """Find the modules of a model that are meant, and say it in PEFT's terms."""
-    modules = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    modules = {name for name, module in model.named_modules() if is_linear(module)}
     layers = _choose_layers(model, config)
     patterns: list[str] = []
     linear_names: set[str] = set()
@@ -174,8 +175,7 @@ def find_adapters(
     expert_parameters: list[str] = []
     for target in config.targets:
         if target == "experts":
-            expert_parameters = _match(_EXPERTS.format(layers=layers), _parameter_names(model))
-            matched = expert_parameters
+            matched = expert_parameters = _match_experts(model, layers)
         else:
             pattern = _fill_pattern(model, target, layers)
             matched = _match(pattern, modules)
@@ -187,7 +187,7 @@ def find_adapters(
         counts[target] = len(matched)
 
     if config.variant == "full":
-        # PEFT refuses to add nothing, unless it is told that nothing is meant.
+        # PEFT refuses to add nothing but by this name.
         modules = sorted(linear_names)
         return peft.LoraConfig(
             target_modules=DUMMY_TARGET_MODULES, modules_to_save=modules, task_type="CAUSAL_LM"
@@ -205,11 +205,19 @@ def find_adapters(
     return peft_config, counts
 
 
+def list_targets(model: Any) -> list[str]:
+    """Name the targets that a model has, of :data:`TARGETS`."""
+    modules = {name for name, module in model.named_modules() if is_linear(module)}
+    found = [name for name in _PATTERNS if _match(_fill_pattern(model, name, r"\d+"), modules)]
+    return [*found, "experts"] if _match_experts(model, r"\d+") else found
+
+
 def wrap_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int = 0) -> peft.PeftModel:
     """Put adapters on where PEFT's own configuration says."""
     # Returns: The model, wrapped, in the mode that it was in; what trains is float32 and
     # contiguous.
     training = model.training
+    register_layers(config)
     with seeded(model.device, seed), warnings.catch_warnings():
         # PEFT 0.21 asks for it by the name that transformers 6 will not have.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
@@ -219,7 +227,7 @@ def wrap_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int = 0) ->
         # PEFT rounds DoRA's magnitudes to the model's dtype, so that a bfloat16 model would change
         # by up to 0.4 % a row before the first step
         for magnitude in getattr(module, "lora_magnitude_vector", {}).values():
-            weight = module.get_submodule("base_layer").get_parameter("weight")
+            weight: Any = module.get_submodule("base_layer").weight
             magnitude.weight.data = torch.linalg.norm(weight.float(), dim=1)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
@@ -235,7 +243,7 @@ def unwrap_peft(model: Any) -> Any:
 
 def _choose_layers(model: Any, config: LoraConfig) -> str:
     """The decoder layers as a regular expression over their numbers."""
-    num_layers = len(model.model.language_model.layers)
+    num_layers = len(model.get_decoder().layers)
     if config.layers is None:
         return r"\d+"
     if not {"language", "experts"} & set(config.targets):
@@ -271,12 +279,20 @@ def _fill_pattern(model: Any, target: str, layers: str) -> str:
         name.endswith("_proj.linear") for name, _ in tower.named_modules()
     )
     return _PATTERNS[target].format(
-        layers=layers, towers="|".join(towers) or "none", inner=r"\.linear" if clippable else ""
+        decoder=_decoder_pattern(model),
+        layers=layers,
+        towers="|".join(towers) or "none",
+        inner=r"\.linear" if clippable else "",
     )
 
 
-def _parameter_names(model: nn.Module) -> list[str]:
-    return [name for name, _ in model.named_parameters()]
+def _decoder_pattern(model: Any) -> str:
+    return re.escape(family_of(model.config).decoder)
+
+
+def _match_experts(model: Any, layers: str) -> list[str]:
+    pattern = _EXPERTS.format(decoder=_decoder_pattern(model), layers=layers)
+    return _match(pattern, [name for name, _ in model.named_parameters()])
 
 
 def _match(pattern: str, names: Sequence[str] | set[str]) -> list[str]:
@@ -295,7 +311,7 @@ def _check_all_linear(model: nn.Module, target: str, pattern: str) -> None:
     for name, module in model.named_modules():
         if not re.fullmatch(pattern, name):
             continue
-        if not isinstance(module, nn.Linear):
+        if not is_linear(module):
             raise ConfigError(
                 f"the target {target!r} matches {name or 'the whole model'}, a "
                 f"{type(module).__name__}; only linear layers can be adapted, so match those alone"
@@ -309,17 +325,14 @@ def _check_all_linear(model: nn.Module, target: str, pattern: str) -> None:
 
 def _describe_absent(model: Any, target: str, modules: set[str]) -> str:
     """Say why the model does not have a target, and what it has."""
-    present = [name for name in _PATTERNS if _match(_fill_pattern(model, name, r"\d+"), modules)]
-    if _match(_EXPERTS.format(layers=r"\d+"), _parameter_names(model)):
-        present.append("experts")
+    present = list_targets(model)
     if target not in TARGETS:
         hint = _suggest(target, TARGETS)
         if target == "all-linear":
             hint = " (PEFT's name for what 'language' means here)"
         elif any(name.endswith(f".{target}") for name in modules):
-            hint = (
-                f" by its full name; write the regular expression r'.*language_model.*\\.{target}'"
-            )
+            inner = family_of(model.config).decoder.rpartition(".")[2]
+            hint = f" by its full name; write the regular expression r'.*{inner}.*\\.{target}'"
         return (
             f"the target {target!r} matches no linear layer{hint}; this model has "
             f"{', '.join(present)}"

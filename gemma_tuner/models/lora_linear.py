@@ -24,6 +24,24 @@ def _count_addmm_flops(_: Tensor, one: Tensor, other: Tensor, **__: Any) -> int:
     return 2 * one.shape[0] * one.shape[1] * other.shape[1]
 
 
+LINEAR: tuple[type[nn.Module], ...] = (nn.Linear,)
+"""Layers that multiply by ``weight`` (``[out, in]``), which some may unpack when it is read, and
+add a bias. They can be adapted."""
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a layer that can be adapted."""
+    return isinstance(module, LINEAR)
+
+
+def register_layers(config: Any) -> None:
+    """Let PEFT adapt the layers that it does not know as it adapts torch's."""
+    # config: PEFT's, in which this is not saved.
+    others = {kind: lora.Linear for kind in LINEAR if not issubclass(kind, nn.Linear)}
+    if others:
+        config._register_custom_module(others)  # noqa: SLF001
+
+
 class LoraLinear(lora.Linear):
     """PEFT's adapter on a frozen linear layer; what it does not know, PEFT's own forward does."""
 
@@ -37,18 +55,18 @@ class LoraLinear(lora.Linear):
             and name not in self.lora_variant
             and not (args or kwargs or self.disable_adapters or self.merged)
             and isinstance(self.lora_dropout[name], nn.Identity)
-            and type(base) is nn.Linear
+            and type(base) in LINEAR
             and base.bias is None
             and self.lora_B[name].bias is None
-            and not base.weight.requires_grad
-            and x.dtype == base.weight.dtype
             and not _is_autocast(x.device)
         )
-        if not is_known:
+        weight: Any = base.weight if is_known else None
+        if weight is None or weight.requires_grad or x.dtype != weight.dtype:
             return super().forward(x, *args, **kwargs)
         output = AdaptedLinear.apply(
             x.flatten(0, -2),
-            base.weight,
+            weight,
+            base,
             self.lora_A[name].weight,
             self.lora_B[name].weight,
             self.scaling[name],
@@ -76,14 +94,14 @@ def use_lean_adapters(model: nn.Module) -> None:
     # DoRA is left to PEFT: its norms need float32.
     for layer in model.modules():
         if isinstance(layer, ModulesToSaveWrapper):
-            if layer.original_module.get_parameter("weight").dtype != torch.float32:
+            if layer.original_module.weight.dtype != torch.float32:
                 for part in layer.modules_to_save.values():
                     part.__class__ = RoundedLinear
             continue
         if type(layer) is not lora.Linear or layer.lora_variant:
             continue
         layer.__class__ = LoraLinear
-        if layer.get_base_layer().get_parameter("weight").dtype != torch.float32:
+        if layer.get_base_layer().weight.dtype != torch.float32:
             layer.cast_input_dtype_enabled = False  # for PEFT's own forward
             for part in (*layer.lora_A.values(), *layer.lora_B.values()):
                 part.__class__ = RoundedLinear
@@ -94,31 +112,39 @@ class AdaptedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        base: nn.Module,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scale: float,
     ) -> Tensor:
         """Multiply by the layer's weight and the adapter's."""
         # x: ``[rows, in]``.
-        # weight: ``[out, in]``, of ``x``'s dtype.
+        # weight: ``[out, in]``, of ``x``'s dtype: ``base``'s, which backward reads again, so that
+        # what a layer unpacks is not kept.
         # lora_a: ``[rank, in]``, any float dtype; rounded to ``x``'s.
-        # lora_b: ``[out, rank]``, likewise.
+        # lora_b: ``[out, rank]``, also.
         # Returns: ``[rows, out]``, of ``x``'s dtype.
         inner = x @ lora_a.to(x.dtype).T  # [rows, rank]
         output = x @ weight.T  # [rows, out]
         output.addmm_(inner, lora_b.to(x.dtype).T, alpha=scale)
-        ctx.save_for_backward(x, inner, weight, lora_a, lora_b)
+        ctx.save_for_backward(x, inner, lora_a, lora_b)
+        ctx.base = base
         ctx.scale = scale
         return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Differentiate by ``x``, where that is wanted, and by the adapter."""
-        x, inner, weight, lora_a, lora_b = ctx.saved_tensors
+        x, inner, lora_a, lora_b = ctx.saved_tensors
         (of_output,) = grad_outputs
         of_inner = (of_output @ lora_b.to(x.dtype)) * ctx.scale
         of_a = of_inner.T @ x
         of_b = of_output.T @ (inner * ctx.scale)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = of_output @ weight
+            of_x = of_output @ ctx.base.weight
             of_x.addmm_(of_inner, lora_a.to(x.dtype))
-        return of_x, None, of_a.to(lora_a.dtype), of_b.to(lora_b.dtype), None
+        return of_x, None, None, of_a.to(lora_a.dtype), of_b.to(lora_b.dtype), None

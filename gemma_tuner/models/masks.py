@@ -1,4 +1,4 @@
-"""Which keys each query may see, kept as a question until a layer asks it.
+"""Lazy attention masks: built only for the queries and keys that a layer uses.
 
 Axes: ``B`` rows, ``Q`` queries, ``K`` keys.
 
@@ -58,8 +58,8 @@ class AttentionMask:
         queries = self._queries[:, index[2]]
         return self if queries.shape == self._queries.shape else self._with_queries(queries)
 
-    def take(self, rows: Tensor) -> AttentionMask:
-        """Ask for other queries."""
+    def at(self, rows: Tensor) -> AttentionMask:
+        """The mask of other queries."""
         # rows: ``[B, M]`` int64: their positions.
         return self._with_queries(rows)
 

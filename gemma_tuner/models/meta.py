@@ -11,15 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
+from gemma_tuner.modalities import Modality
 from gemma_tuner.models import embeddings
-from gemma_tuner.models.attention import use_attention
-from gemma_tuner.models.families import Modality, family_of, loaded_modalities
+from gemma_tuner.models.building import choose_left_out, finish_model, make_partial_class
+from gemma_tuner.models.families import family_of, loaded_modalities
 from gemma_tuner.models.lora import unwrap_peft, wrap_peft
-from gemma_tuner.models.modalities import choose_left_out, without_modules
-from gemma_tuner.models.norms import use_lean_norms
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-class HollowEmbedding(embeddings.MappedEmbedding):
+class MetaEmbedding(embeddings.MappedEmbedding):
     """A mapped table without its file: rows of the right size."""
 
     def __init__(self, columns: int, *, scale: float, dtype: torch.dtype) -> None:
@@ -50,11 +48,8 @@ def build_meta_model(
     """Build what ``load_model`` would return, on torch's meta device."""
     config = copy.deepcopy(config)
     family = family_of(config)
-    left_out = choose_left_out("the checkpoint", family, config, modalities)
-    if per_layer_embeddings == "disk":
-        left_out.append(f"language_model.{embeddings.NAME}")
-    full_class = getattr(transformers, family.model_class)
-    model_class = without_modules(full_class, family, config, left_out)
+    left_out = choose_left_out("the checkpoint", family, config, modalities, per_layer_embeddings)
+    model_class = make_partial_class(family, config, left_out)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -62,15 +57,12 @@ def build_meta_model(
             model: Any = model_class(config)
     finally:
         torch.set_default_dtype(before)
-    model.__class__ = full_class
     if per_layer_embeddings == "disk":
         text = config.get_text_config()
         size = text.hidden_size_per_layer_input
-        table = HollowEmbedding(text.num_hidden_layers * size, scale=size**0.5, dtype=dtype)
-        setattr(model.model.language_model, embeddings.NAME, table)
-    use_attention(model)
-    use_lean_norms(model)
-    return model.eval().requires_grad_(requires_grad=False)
+        table = MetaEmbedding(text.num_hidden_layers * size, scale=size**0.5, dtype=dtype)
+        setattr(model.get_decoder(), embeddings.NAME, table)
+    return finish_model(model)
 
 
 def build_meta_copy(model: PeftModel) -> PeftModel:

@@ -28,7 +28,7 @@ def begin_training(model: Any, *, checkpointed_layers: int | None = None) -> Non
 
 
 def checkpointing_options(device: torch.device) -> dict[str, Any]:
-    """What ``torch.utils.checkpoint`` has to be told so that gradients are right."""
+    """The options of ``torch.utils.checkpoint`` with which gradients are right."""
     # Reentrant checkpointing loses the gradients of shared keys and values, silently.
     options: dict[str, Any] = {"use_reentrant": False}
     if device.type == "mps":
@@ -37,9 +37,9 @@ def checkpointing_options(device: torch.device) -> dict[str, Any]:
 
 
 def checkpoint_layers(model: Any, count: int) -> None:
-    """Choose which layers keep only their inputs and compute the rest again in backward."""
+    """Choose the layers with activation checkpointing: the first so many of the decoder."""
     gemma = unwrap_peft(model)
-    layers = gemma.model.language_model.layers
+    layers = gemma.get_decoder().layers
     if all(layer.gradient_checkpointing == (i < count) for i, layer in enumerate(layers)):
         return  # asked for every micro-batch, and a walk over all modules takes a millisecond
     for module in gemma.modules():

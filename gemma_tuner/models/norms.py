@@ -7,31 +7,32 @@ anyway, and one factor a row. On CUDA torch's own fused norm does that.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
-from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
-from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedRMSNorm
 
 from gemma_tuner.log import announce
+from gemma_tuner.models.families import FAMILIES
 
 _PROBE_TOLERANCE = 1e-5
 
 
-class _LeanNorm(nn.Module):
-    """What the classes below have in common: transformers' norm with another forward."""
+class LeanNorm(nn.Module):
+    """transformers' norm with another forward: the first base of a class made for each of them."""
 
     eps: float
-    with_scale: bool
     weight: nn.Parameter
+    offset: float  # Gemma 3's norm multiplies by 1 + weight
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalize ``[..., H]`` over its last axis, in float32."""
-        weight = self.weight if self.with_scale else None
+        weight: Tensor | None = self.weight if getattr(self, "with_scale", True) else None
         if weight is not None and weight.requires_grad:
             return super().forward(hidden_states)
+        if weight is not None and self.offset:
+            weight = weight.float() + self.offset
         if hidden_states.is_cuda:
             size = hidden_states.shape[-1:]
             normed = nn.functional.rms_norm(hidden_states, size, weight, self.eps)
@@ -39,46 +40,29 @@ class _LeanNorm(nn.Module):
         return NormKeepingInput.apply(hidden_states, weight, self.eps)
 
 
-class LeanGemma4Norm(_LeanNorm, Gemma4RMSNorm):
-    """Gemma 4's."""
-
-
-class LeanGemma4UnifiedNorm(_LeanNorm, Gemma4UnifiedRMSNorm):
-    """Gemma 4 12B's."""
-
-
-class LeanGemma3nNorm(_LeanNorm, Gemma3nRMSNorm):
-    """Gemma 3n's."""
-
-
-_LEAN: dict[type[nn.Module], type[nn.Module]] = {
-    Gemma4RMSNorm: LeanGemma4Norm,
-    Gemma4UnifiedRMSNorm: LeanGemma4UnifiedNorm,
-    Gemma3nRMSNorm: LeanGemma3nNorm,
-}
-_STOCK = {lean: stock for stock, lean in _LEAN.items()}
-
-
 def use_lean_norms(model: nn.Module) -> None:
     """Let a model's norms keep only their input for backward."""
     # A family whose norm computes something else than this module knows keeps it, which is said.
-    for stock, lean in _LEAN.items():
-        norms = [module for module in model.modules() if type(module) is stock]
-        if norms and not _is_known(stock, lean):
+    offsets = {family.norm: family.norm_offset for family in FAMILIES}
+    stock_of = {type(module): type(module).__name__ for module in model.modules()}
+    for stock, name in stock_of.items():
+        if name not in offsets:
+            continue
+        lean = _make_lean(stock, offsets[name])
+        if not _is_known(stock, lean):
             announce(
-                f"{stock.__name__} of this transformers is another norm than 5.23's; it is used "
+                f"{name} of this transformers is another norm than 5.23's; it is used "
                 "as it is, which takes more memory"
             )
             continue
-        for norm in norms:
-            norm.__class__ = lean
+        for module in model.modules():
+            if type(module) is stock:
+                module.__class__ = lean
 
 
-def use_stock_norms(model: nn.Module) -> None:
-    """Give a model back the norms that transformers gave it."""
-    for module in model.modules():
-        if type(module) in _STOCK:
-            module.__class__ = _STOCK[type(module)]
+@cache
+def _make_lean(stock: type[nn.Module], offset: float) -> type[nn.Module]:
+    return type(f"Lean{stock.__name__}", (LeanNorm, stock), {"offset": offset})
 
 
 def _is_known(stock: type[nn.Module], lean: type[nn.Module]) -> bool:

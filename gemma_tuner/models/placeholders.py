@@ -21,9 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_MODEL_TYPES = ("gemma4", "gemma4_unified")
-_IMAGE = ("pixel_values", "image_position_ids")
-_AUDIO = ("input_features", "input_features_mask")
+from gemma_tuner.modalities import MEDIA
+from gemma_tuner.models.families import family_of
 
 
 @contextmanager
@@ -33,20 +32,21 @@ def merged_media_embeddings(
     """Compute the features of a batch's media and lay them in during one forward of the model."""
     # Where they are not as many as their placeholders, they become NaN, and so does the loss: to
     # compare the two on the host would mean to wait for the device.
-    names = {name for name in (*_IMAGE, *_AUDIO) if name in inputs}
-    if not names or gemma.config.model_type not in _MODEL_TYPES:
+    media = [medium for medium in MEDIA if medium.inputs[0] in inputs]
+    if not media or not family_of(gemma.config).lays_features_only:
         yield inputs
         return
-    ids, config = inputs["input_ids"], gemma.config
     laid = []
-    if _IMAGE[0] in names:
-        outputs = gemma.model.get_image_features(*(inputs[n] for n in _IMAGE), return_dict=True)
-        features = torch.cat(outputs.pooler_output)
-        laid.append(_lay_out(features, None, ids == config.image_token_id))
-    if _AUDIO[0] in names:
-        outputs = gemma.model.get_audio_features(*(inputs[n] for n in _AUDIO), return_dict=True)
-        features, valid = outputs.pooler_output.flatten(0, 1), outputs.attention_mask.flatten()
-        laid.append(_lay_out(features, valid, ids == config.audio_token_id))
+    for medium in media:
+        make_features = getattr(gemma.model, medium.method)
+        outputs = make_features(*(inputs[name] for name in medium.inputs), return_dict=True)
+        features, valid = outputs.pooler_output, None
+        if isinstance(features, Tensor):  # of clips, padded to one length
+            features, valid = features.flatten(0, 1), outputs.attention_mask.flatten()
+        else:
+            features = torch.cat(features)
+        places = inputs["input_ids"] == getattr(gemma.config, medium.token_id)
+        laid.append(_lay_out(features, valid, places))
     num_lookups = 0
 
     def lay_in(_module: Any, _args: Any, embeddings: Tensor) -> Tensor:
@@ -58,13 +58,14 @@ def merged_media_embeddings(
 
     handle = gemma.get_input_embeddings().register_forward_hook(lay_in)
     try:
-        yield {name: tensor for name, tensor in inputs.items() if name not in names}
+        read = {name for medium in media for name in medium.inputs}
+        yield {name: tensor for name, tensor in inputs.items() if name not in read}
     finally:
         handle.remove()
     if num_lookups != 1:
         raise RuntimeError(
             f"the model looked its ids up {num_lookups} times in one forward, not once (another "
-            "transformers?), so that pictures and sounds were not laid in as they should be"
+            "transformers?), so that media were not laid in as they should be"
         )
 
 

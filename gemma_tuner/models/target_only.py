@@ -11,8 +11,8 @@ and MLP, too, are read by the layers above it and by the head. In families that 
 the last layer. Nothing is approximated: the same numbers are computed at fewer positions.
 
 The model's own forward runs, with the forward of those layers wrapped for its duration. Relied on
-in transformers 5.23: ``language_model.layers`` run in order, each called with what
-:data:`_LAYER_ARGUMENTS` and :data:`_ATTENTION_ATTRIBUTES` name; a layer whose attention has
+in transformers 5.23: the decoder's ``layers`` run in order, each called with what
+:data:`_LAYER_ARGUMENTS` names; a layer whose attention has
 ``is_kv_shared_layer`` reads ``shared_kv_states[layer_type]``; nothing behind the layers depends on
 the number of positions. :class:`TargetOnly` checks the names, then compares both ways on a probe.
 """
@@ -32,6 +32,7 @@ from transformers.models.gemma4.modeling_gemma4 import apply_rotary_pos_emb
 
 from gemma_tuner.device import is_out_of_memory
 from gemma_tuner.log import announce
+from gemma_tuner.modalities import IMAGE
 from gemma_tuner.models.attention import ATTENTION
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.masks import AttentionMask
@@ -45,10 +46,12 @@ MAX_SHARE = 0.875
 masks."""
 
 _ATTENTIONS = (ATTENTION, "sdpa", "eager")  # whose masks can be cut to queries
-_LAYER_ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask", "shared_kv_states")
-_ATTENTION_ATTRIBUTES = ("layer_type", "is_kv_shared_layer", "store_full_length_kv")
-_PICTURES = ("pixel_values", "mm_encoder_outputs")  # inputs that bring pictures along
-_OWNER_ATTRIBUTES = ("head_dim", "k_proj", "v_proj", "k_norm", "v_norm")
+_LAYER_ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask")
+# How a layer is given keys and values that it does not make: where the family's layers can share
+# them, as shared ones, and else by a cache.
+_SHARED, _CACHED = "shared_kv_states", "past_key_values"
+_IMAGES = (IMAGE.inputs[0], "mm_encoder_outputs")  # inputs that bring images along
+_OWNER_ATTRIBUTES = ("head_dim", "k_proj", "v_proj", "k_norm")
 # How far both ways may lie apart on the probe, relative to its norm. Another number of rows is
 # another order of summation; a wrong row or mask is an error of about 1.
 _PROBE_TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.1}
@@ -78,7 +81,7 @@ class TargetOnly:
 
     @property
     def _layers(self) -> Any:
-        return self._gemma.model.language_model.layers
+        return self._gemma.get_decoder().layers
 
     def hidden_states(self, inputs: Mapping[str, Tensor], rows: Tensor, slots: Tensor) -> Tensor:
         """Compute the final hidden states (after the last norm) at wanted positions."""
@@ -92,7 +95,7 @@ class TargetOnly:
         restrict = self.reason is None and rows.shape[1] <= MAX_SHARE * length
         known = {}
         if self.attention == ATTENTION:
-            known["has_pictures"] = any(name in inputs for name in _PICTURES)
+            known["has_images"] = any(name in inputs for name in _IMAGES)
         wrapped = self._restricted_to(_Rows(rows, length)) if restrict else nullcontext()
         with merged_media_embeddings(self._gemma, inputs) as inputs, wrapped:
             hidden = self._gemma.model(**inputs, **known, use_cache=False).last_hidden_state
@@ -106,8 +109,8 @@ class TargetOnly:
         layers = self._layers[self.first_layer :]
         try:
             for layer in layers:
-                shares = layer.self_attn.is_kv_shared_layer
-                layer.forward = partial(_run_sharer if shares else _run_owner, layer, rows)
+                run = _run_sharer if shares_keys(layer) else _run_owner
+                layer.forward = partial(run, layer, rows)
             yield
         finally:
             for layer in layers:
@@ -119,12 +122,13 @@ class TargetOnly:
             return f"attention is {self.attention!r}, whose masks cannot be cut to positions"
         for index, layer in enumerate(self._layers):
             arguments = inspect.signature(type(layer).forward).parameters
-            missing = [name for name in _LAYER_ARGUMENTS if name not in arguments]
             attention = getattr(layer, "self_attn", None)
-            missing += [name for name in _ATTENTION_ATTRIBUTES if not hasattr(attention, name)]
+            given = _SHARED if _can_share(attention) else _CACHED
+            missing = [name for name in (*_LAYER_ARGUMENTS, given) if name not in arguments]
+            missing += [] if hasattr(attention, "layer_type") else ["layer_type"]
             if missing:
                 return f"layer {index} has no {', '.join(missing)} (another transformers?)"
-        sharing = [layer.self_attn.is_kv_shared_layer for layer in self._layers]
+        sharing = [shares_keys(layer) for layer in self._layers]
         first_sharer = len(sharing) - sum(sharing)
         if first_sharer == 0 or not all(sharing[first_sharer:]):
             return "layers that share keys and values are not the last ones"
@@ -180,6 +184,15 @@ class TargetOnly:
         return None
 
 
+def _can_share(attention: Any) -> bool:
+    return hasattr(attention, "is_kv_shared_layer")
+
+
+def shares_keys(layer: Any) -> bool:
+    """Whether a decoder layer reads keys and values of an earlier one."""
+    return getattr(layer.self_attn, "is_kv_shared_layer", False)
+
+
 class _Rows:
     """The wanted positions, and cuts of tensors to them; each is made once a forward pass."""
 
@@ -191,7 +204,7 @@ class _Rows:
         self._length = length
         self._cut: dict[tuple[str, str], Any] = {}
 
-    def take(self, tensor: Tensor) -> Tensor:
+    def gather(self, tensor: Tensor) -> Tensor:
         """Cut ``[..., B, S, X]`` to ``[..., B, M, X]``."""
         cut = tensor.flatten(-3, -2).index_select(-2, self.flat)
         return cut.unflatten(-2, self.shape)
@@ -201,11 +214,11 @@ class _Rows:
         kind = attention.layer_type
         cut = dict(arguments)
         if arguments.get("per_layer_input") is not None:
-            cut["per_layer_input"] = self.take(arguments["per_layer_input"])
+            cut["per_layer_input"] = self.gather(arguments["per_layer_input"])
         if ("mask", kind) not in self._cut:
             self._cut["mask", kind] = self._cut_mask(arguments["attention_mask"])
             self._cut["rotary", kind] = tuple(
-                self.take(x.expand(len(self._rows), -1, -1))
+                self.gather(x.expand(len(self._rows), -1, -1))
                 for x in arguments["position_embeddings"]
             )
         cut["attention_mask"] = self._cut["mask", kind]
@@ -215,13 +228,13 @@ class _Rows:
     def _cut_mask(self, mask: AttentionMask | Tensor | None) -> AttentionMask | Tensor:
         """Cut ``[B or 1, 1, S, keys]`` to ``[B, 1, M, keys]``."""
         if isinstance(mask, AttentionMask):
-            return mask.take(self._rows)
+            return mask.at(self._rows)
         if mask is None:  # transformers leaves it to a causal kernel, which needs all queries
             keys = torch.arange(self._length, device=self._rows.device)
             return (keys <= self._rows.unsqueeze(2)).unsqueeze(1)
         if mask.dim() != 4 or mask.shape[1] != 1:
             raise ValueError(f"attention mask of shape {list(mask.shape)}")
-        return self.take(mask.squeeze(1).expand(len(self._rows), -1, -1)).unsqueeze(1)
+        return self.gather(mask.squeeze(1).expand(len(self._rows), -1, -1)).unsqueeze(1)
 
 
 def target_only_of(gemma: Module) -> TargetOnly:
@@ -237,7 +250,7 @@ _KNOWN: weakref.WeakKeyDictionary[Module, TargetOnly] = weakref.WeakKeyDictionar
 
 
 def _run_sharer(layer: Any, rows: _Rows, *args: Any, **kwargs: Any) -> Tensor:
-    """Run a layer without keys of its own; its input is cut already."""
+    """Run a layer that makes no keys; its input holds the wanted rows already."""
     hidden, arguments = _name_arguments(layer, args, kwargs)
     # the class's forward checkpoints itself
     return type(layer).forward(layer, hidden, **rows.cut(layer.self_attn, arguments))
@@ -266,16 +279,30 @@ def _keys_everywhere(
     states = _keys_and_values(
         attention, layer.input_layernorm(source), arguments["position_embeddings"]
     )
+    plain_forward = inspect.unwrap(type(layer).forward)  # without its own checkpointing
+    if not _can_share(attention):
+        cut = {**cut, _CACHED: _Cache(states)}
+        return plain_forward(layer, rows.gather(hidden), **cut)
     if attention.store_full_length_kv:
         arguments["shared_kv_states"][attention.layer_type] = states
     cut = {**cut, "shared_kv_states": {attention.layer_type: states}}
-    plain_forward = inspect.unwrap(type(layer).forward)  # without its own checkpointing
     stores = attention.store_full_length_kv
     attention.is_kv_shared_layer, attention.store_full_length_kv = True, False
     try:
-        return plain_forward(layer, rows.take(hidden), **cut)
+        return plain_forward(layer, rows.gather(hidden), **cut)
     finally:
         attention.is_kv_shared_layer, attention.store_full_length_kv = False, stores
+
+
+class _Cache:
+    """Gives an attention keys and values of all positions for those that it has made at some."""
+
+    def __init__(self, states: tuple[Tensor, Tensor]) -> None:
+        self._states = states
+
+    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What an attention calls with its own."""
+        return self._states
 
 
 def _keys_and_values(
@@ -288,7 +315,8 @@ def _keys_and_values(
     else:
         values = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim))
     keys = apply_rotary_pos_emb(attention.k_norm(keys), *rotary, unsqueeze_dim=2)
-    return keys.transpose(1, 2), attention.v_norm(values).transpose(1, 2)
+    values = attention.v_norm(values) if hasattr(attention, "v_norm") else values
+    return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 def _name_arguments(
@@ -308,10 +336,8 @@ def _make_probe(gemma: Any) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     ids = torch.arange(10, 34, device=device).view(2, 12)
     mask = torch.ones_like(ids)
     mask[1, 9:] = 0
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        family_of(gemma.config).token_type_name: torch.zeros_like(ids),
-    }
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if type_name := family_of(gemma.config).token_type_name:
+        inputs[type_name] = torch.zeros_like(ids)
     rows = torch.tensor([[3, 10], [7, 0]], device=device)
     return inputs, rows, torch.tensor([0, 1, 2, 3], device=device)

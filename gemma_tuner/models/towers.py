@@ -16,7 +16,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,36 +24,9 @@ from torch import Tensor
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.log import announce
-from gemma_tuner.models.families import Modality, family_of
+from gemma_tuner.modalities import Medium
+from gemma_tuner.models.families import family_of
 
-
-@dataclass(frozen=True, slots=True)
-class TowerSpec:
-    """The names that a modality has in every family; ``inputs`` are arguments of the model."""
-
-    modality: Modality
-    tower: str
-    projector: str
-    method: str
-    inputs: tuple[str, ...]
-
-
-MEDIA = (
-    TowerSpec(
-        modality="image",
-        tower="vision_tower",
-        projector="embed_vision",
-        method="get_image_features",
-        inputs=("pixel_values", "image_position_ids"),
-    ),
-    TowerSpec(
-        modality="audio",
-        tower="audio_tower",
-        projector="embed_audio",
-        method="get_audio_features",
-        inputs=("input_features", "input_features_mask"),
-    ),
-)
 # Of the outputs that mask features: what a mask holds where a feature is valid.
 _MASKS = {"attention_mask": True, "audio_mel_mask": False}
 
@@ -62,12 +34,14 @@ _MASKS = {"attention_mask": True, "audio_mel_mask": False}
 class Tower:
     """One tower, its projector, and the method of the model that runs both."""
 
-    def __init__(self, gemma: Any, spec: TowerSpec) -> None:
+    def __init__(self, gemma: Any, spec: Medium) -> None:
         self.spec = spec
         self.family = family_of(gemma.config)
         self._model = gemma.model
+        self._form = self.family.media.get(spec.modality)
         self.exists = (
-            spec.tower in self.family.towers.get(spec.modality, ())
+            self._form is not None
+            and spec.tower in self._form.modules
             and getattr(self._model, spec.tower, None) is not None
         )
         # What the first run shows:
@@ -181,16 +155,18 @@ class Tower:
             Views of ``given``.
         """
         if self.spec.modality == "image":
-            counts = self.family.count_image_tokens(inputs)
+            counts = self.family.count_tokens("image", inputs)
         else:
-            frames = inputs["input_features_mask"]
+            frames = inputs[self.spec.inputs[1]]
             if not torch.equal(frames, frames.cummin(1).values):
                 return None  # padded on the left
-            if self.family.audio_fixed_tokens:  # of which the tower makes fewer; waits for it
+            if (
+                self._form and self._form.fixed_tokens
+            ):  # of which the tower makes fewer; waits for it
                 valid = getattr(outputs, str(self.mask_name)) == _MASKS[str(self.mask_name)]
                 counts = valid.sum(1).tolist()
             else:
-                counts = self.family.count_audio_tokens(inputs)
+                counts = self.family.count_tokens("audio", inputs)
         if self.is_flat:
             return list(given.split(counts)) if sum(counts) == len(given) else None
         if len(counts) != len(given) or max(counts) > given.shape[1]:

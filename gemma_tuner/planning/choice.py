@@ -53,12 +53,12 @@ def widen(example: Batch, *, rows: int, tokens: int, target_share: float) -> Bat
         if tensor.dtype == torch.int64 and tensor.shape == example.labels.shape
     }
     ids = by_token["input_ids"]
-    (type_name,) = by_token.keys() - {"input_ids", "attention_mask"}
+    type_name = next(iter(by_token.keys() - {"input_ids", "attention_mask"}), None)
     text = torch.full((tokens - length,), int(ids[0]))
     row = Row(
         key="",
         input_ids=torch.cat([ids, text]),
-        token_types=torch.cat([by_token[type_name], torch.zeros_like(text)]),
+        token_types=torch.cat([by_token.get(type_name or "", ids * 0), torch.zeros_like(text)]),
         targets=torch.arange(tokens) >= tokens - max(1, round(target_share * tokens)),
         media={name: x for name, x in example.inputs.items() if name not in by_token},
     )

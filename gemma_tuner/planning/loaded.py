@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gemma_tuner.batch import Batch
 from gemma_tuner.models.embeddings import Placement, choose_placement, find_mapped_embedding
 from gemma_tuner.models.families import loaded_modalities
 from gemma_tuner.models.loading import name_without_path
 from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.models.lora_linear import is_linear
 from gemma_tuner.models.meta import build_meta_copy
 from gemma_tuner.planning.choice import ANY_SIZE, LOSS_CHUNKS, CheckpointingLevel, PlanRequest
 from gemma_tuner.planning.plan import (
@@ -46,7 +45,7 @@ def plan_without_trace(
 ) -> Plan | None:
     """Plan where the user has decided or there is ample room; None where steps must be tried."""
     gemma = unwrap_peft(model)
-    num_layers = len(gemma.model.language_model.layers)
+    num_layers = len(gemma.get_decoder().layers)
     budget_bytes, source = read_budget(gemma.device, request.memory_gib)
     margin = margin_bytes(budget_bytes, gemma.device)
     if request.checkpointing is None:
@@ -100,7 +99,7 @@ def _bound_bytes(gemma: Any, rows: Sequence[Batch], request: PlanRequest) -> int
         sum(x.numel() // x.shape[-1] for x in row.inputs.values() if x.is_floating_point())
         for row in rows
     )
-    linears = [module for module in gemma.modules() if isinstance(module, torch.nn.Linear)]
+    linears = [module for module in gemma.modules() if is_linear(module)]
     widths = sum(linear.in_features + linear.out_features for linear in linears)
     text = gemma.config.get_text_config()
     text_heads = text.num_hidden_layers * text.num_attention_heads

@@ -24,11 +24,13 @@ from gemma_tuner.device import (
     parse_device,
 )
 from gemma_tuner.errors import ConfigError, MemoryPlanError
+from gemma_tuner.modalities import Modality
 from gemma_tuner.models.embeddings import Placement, choose_placement
-from gemma_tuner.models.families import Modality, loaded_modalities
+from gemma_tuner.models.families import loaded_modalities
 from gemma_tuner.models.loading import name_without_path, read_config
 from gemma_tuner.models.lora import LoraConfig, find_adapters, unwrap_peft, wrap_peft
 from gemma_tuner.models.meta import build_meta_model
+from gemma_tuner.models.target_only import shares_keys
 from gemma_tuner.planning.choice import CheckpointingLevel, PlanRequest, choose
 from gemma_tuner.planning.notebook import write_plan
 from gemma_tuner.planning.text import GIB, describe_misfit, explain, list_parts
@@ -234,10 +236,10 @@ def make_plan(
     """Try steps of a model without weights, and choose how to train."""
     gemma = unwrap_peft(meta_model)
     dtype, modalities = gemma.dtype, loaded_modalities(gemma)
-    num_layers = len(gemma.model.language_model.layers)
+    layers = gemma.get_decoder().layers
+    num_layers = len(layers)
     # Layers that share keys and values run at targets only: others cost more to keep.
-    layers = gemma.model.language_model.layers
-    sharing = sum(layer.self_attn.is_kv_shared_layer for layer in layers)
+    sharing = sum(shares_keys(layer) for layer in layers)
     middle = num_layers - sharing if sharing else num_layers // 2
     step = StepTracer(
         meta_model,

@@ -28,7 +28,9 @@ from torch.utils._pytree import tree_map_only
 
 from gemma_tuner.batch import Batch
 from gemma_tuner.device import is_available
+from gemma_tuner.modalities import MEDIA
 from gemma_tuner.models.attention import set_query_chunk
+from gemma_tuner.models.families import family_of
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.loss import Loss, target_loss_sum
 from gemma_tuner.models.meta import make_fake
@@ -36,12 +38,12 @@ from gemma_tuner.models.modes import begin_training
 
 _ROUND_BYTES = 512  # CUDA's allocator rounds to it, Metal's heaps to 256
 _PARTS = {  # of a model, by the beginning of its parameters' names
-    "per-layer embeddings": "model.language_model.embed_tokens_per_layer",
-    "embeddings": "model.language_model.embed_tokens",
+    "per-layer embeddings": "{decoder}.embed_tokens_per_layer",
+    "embeddings": "{decoder}.embed_tokens",
     "vision tower": "model.vision_tower",
     "audio tower": "model.audio_tower",
     "projectors": "model.embed_",
-    "decoder": "model.language_model",
+    "decoder": "{decoder}",
 }
 _aten = torch.ops.aten
 _READ_BY_PYTHON = _aten._local_scalar_dense.default  # noqa: SLF001
@@ -126,6 +128,8 @@ class StepTracer:
         set_query_chunk(unwrap_peft(model), query_chunk_tokens)
         trace = _Trace("gradients")
         with self._mode, self._attention(), trace.following(model):
+            for buffer in model.buffers():
+                trace.ignore(buffer)
             for parameter in model.parameters():
                 trace.ignore(parameter)
                 parameter.grad = None
@@ -140,7 +144,7 @@ class StepTracer:
 
     def measure_least(self, batch: Batch, *, frozen_layers: int = 0) -> int:
         """The peak bytes of a micro-batch when nothing is spared in time."""
-        layers = unwrap_peft(self._model).model.language_model.layers[:frozen_layers]
+        layers = unwrap_peft(self._model).get_decoder().layers[:frozen_layers]
         frozen = [p for p in layers.parameters() if p.requires_grad]
         for parameter in frozen:
             parameter.requires_grad = False
@@ -166,7 +170,6 @@ class StepTracer:
             batch,
             inputs={name: fake(tensor) for name, tensor in batch.inputs.items()},
             labels=fake(batch.labels),
-            target_positions=fake(batch.target_positions),
             target_rows=fake(batch.target_rows),
             target_slots=fake(batch.target_slots),
             target_ids=fake(batch.target_ids),
@@ -177,6 +180,8 @@ class StepTracer:
     def _count_resident(self) -> dict[str, int]:
         parts: Counter[str] = Counter()
         gemma = unwrap_peft(self._model)
+        decoder = family_of(gemma.config).decoder
+        starts = {part: start.format(decoder=decoder) for part, start in _PARTS.items()}
         tensors = {id(t): (n, t) for n, t in gemma.named_parameters()}
         tensors |= {id(t): (n, t) for n, t in gemma.named_buffers()}
         for name, tensor in tensors.values():
@@ -185,7 +190,7 @@ class StepTracer:
                 parts["adapters"] += num_bytes
                 parts["moments"] += int(self._state_bytes * num_bytes)
                 continue
-            part = next((part for part, start in _PARTS.items() if name.startswith(start)), "rest")
+            part = next((part for part, start in starts.items() if name.startswith(start)), "rest")
             parts[part] += num_bytes
         return dict(parts)
 
@@ -214,10 +219,10 @@ class _Trace(TorchDispatchMode):
         """Name regions after the modules that run, until the context is left."""
         gemma = unwrap_peft(model)
         inner = gemma.model
-        for name in ("vision_tower", "audio_tower", "embed_vision", "embed_audio"):
+        for name in (name for medium in MEDIA for name in (medium.tower, medium.projector)):
             if (tower := getattr(inner, name, None)) is not None:
                 self._follow(tower, "media tower")
-        for layer in inner.language_model.layers:
+        for layer in gemma.get_decoder().layers:
             self._follow(layer, "decoder layers")
             self._follow(layer.self_attn, "attention")
         after = inner.register_forward_hook(lambda *_: setattr(self, "region", "loss"))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.modalities import kind_of
 from gemma_tuner.records import Audio, Example, Image, StoredObject
 from gemma_tuner.sources.columns import Columns, Keywords, recognise_columns
 from gemma_tuner.sources.files import Row
@@ -137,7 +138,7 @@ def _locate_media(example: Example, folder: str | Path, locate: Locate) -> Examp
     def find(part: Image | Audio) -> Image | Audio:
         if not isinstance(part.source, str):
             return part
-        kind = "image" if isinstance(part, Image) else "audio"
+        kind = kind_of(part)
         return replace(part, source=locate(kind, part.source, folder, example.key))
 
     return example.replace_media(find)

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from gemma_tuner.errors import ConfigError, SourceError
+from gemma_tuner.modalities import kind_of_suffix
 from gemma_tuner.sources.files import Format
-from gemma_tuner.sources.messages import AUDIO_SUFFIXES, IMAGE_SUFFIXES
 
 Paths = str | Path | Sequence[str | Path]
 FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet", "webdataset", "captions")
@@ -137,8 +137,7 @@ def choose_files(
             if data:
                 return data
     if wanted in (None, "captions"):
-        suffixes = IMAGE_SUFFIXES | AUDIO_SUFFIXES
-        media = [name for name in shown if _suffix(name) in suffixes]
+        media = [name for name in shown if kind_of_suffix(_suffix(name)) is not None]
         if media:
             _refuse_shared_captions(media)
             found: dict[str, Format] = dict.fromkeys(media, "captions")

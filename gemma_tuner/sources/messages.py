@@ -13,15 +13,14 @@ import json
 import re
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from gemma_tuner.errors import DataError
+from gemma_tuner.modalities import MediaKind
 from gemma_tuner.records import Audio, Image, Part, Role, StoredObject, Text, Turn
 from gemma_tuner.storage.stores import is_stored, list_schemes
-
-MediaKind = Literal["image", "audio"]
 
 ROLE_NAMES: Mapping[str, Role] = {
     "system": "system",
@@ -44,14 +43,6 @@ PASSED_FIELDS = (
     "tool_responses",
 )
 """Fields of a message that chat templates read; they go into ``Turn.fields``."""
-
-IMAGE_SUFFIXES = frozenset(
-    {
-        *(".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg"),
-        *(".png", ".ppm", ".tif", ".tiff", ".webp"),
-    }
-)
-AUDIO_SUFFIXES = frozenset((".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav"))
 
 _CONTENT_FIELDS = ("role", "from", "content", "value")
 _PART_KINDS: Mapping[str, MediaKind] = {

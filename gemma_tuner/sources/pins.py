@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.modalities import kind_of
 from gemma_tuner.records import Audio, Example, Image, StoredObject
 from gemma_tuner.sources.examples import Outcome
 from gemma_tuner.storage.objects import ObjectStore
@@ -71,7 +72,7 @@ def _pin(outcome: Outcome, pins: Mapping[str, StoredObject | SourceError]) -> Ou
         uri = _read_uri(part)
         if uri is None:
             return part
-        kind = "image" if isinstance(part, Image) else "audio"
+        kind = kind_of(part)
         found = pins[uri]
         if isinstance(found, SourceError):
             raise DataError(

@@ -12,12 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_tuner.errors import DataError
+from gemma_tuner.modalities import MediaKind, kind_of, kind_of_suffix
 from gemma_tuner.records import Audio, Example, Image, Part, Role, Text, Turn
 from gemma_tuner.sources.columns import Columns, list_media_columns
 from gemma_tuner.sources.messages import (
-    AUDIO_SUFFIXES,
-    IMAGE_SUFFIXES,
-    MediaKind,
     describe_type,
     parse_json,
     read_media_list,
@@ -225,10 +223,8 @@ class RowReader:
 
 def _guess_kind(name: Any, key: str) -> MediaKind:
     suffix = f".{name.rpartition('.')[2].lower()}" if isinstance(name, str) else ""
-    if suffix in IMAGE_SUFFIXES:
-        return "image"
-    if suffix in AUDIO_SUFFIXES:
-        return "audio"
+    if kind := kind_of_suffix(suffix):
+        return kind
     raise DataError(
         f"its file_name is {describe_type(name)} ending in {suffix[:12]!r}, which is no known "
         "image or clip; name the column by image= or audio=",
@@ -239,7 +235,7 @@ def _guess_kind(name: Any, key: str) -> MediaKind:
 def _group_by_kind(media: list[Image | Audio]) -> dict[MediaKind, list[Image | Audio]]:
     groups: dict[MediaKind, list[Image | Audio]] = {}
     for part in media:
-        groups.setdefault("image" if isinstance(part, Image) else "audio", []).append(part)
+        groups.setdefault(kind_of(part), []).append(part)
     return groups
 
 

@@ -32,15 +32,10 @@ from itertools import groupby, islice
 from typing import Any, BinaryIO
 
 from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.modalities import MediaKind, kind_of_suffix
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.files import DataFile
-from gemma_tuner.sources.messages import (
-    AUDIO_SUFFIXES,
-    IMAGE_SUFFIXES,
-    MediaKind,
-    describe_type,
-    parse_json,
-)
+from gemma_tuner.sources.messages import describe_type, parse_json
 
 PEEKED_SAMPLES = 100
 """How many samples of the first, middle and last tar decide which columns there are: to look into
@@ -64,9 +59,7 @@ class _Member:
 
     @property
     def kind(self) -> MediaKind | None:
-        if f".{self.ending}" in IMAGE_SUFFIXES:
-            return "image"
-        return "audio" if f".{self.ending}" in AUDIO_SUFFIXES else None
+        return kind_of_suffix(f".{self.ending}")
 
     @property
     def is_text(self) -> bool:

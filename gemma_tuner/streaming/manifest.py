@@ -36,6 +36,7 @@ import pyarrow.ipc
 
 from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.modalities import kind_of
 from gemma_tuner.records import Audio, Example, Image, Part, StoredObject, Text, Turn
 from gemma_tuner.sources.examples import Outcome
 
@@ -296,7 +297,7 @@ def _pack_turn(turn: Turn, media: list[bytes]) -> dict[str, Any]:
 def _pack_part(part: Part, media: list[bytes]) -> list[Any]:
     if isinstance(part, Text):
         return ["text", part.text]
-    kind = "image" if isinstance(part, Image) else "audio"
+    kind = kind_of(part)
     if isinstance(part.source, str):
         return [kind, part.source]
     if isinstance(part.source, StoredObject):

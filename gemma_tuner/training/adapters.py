@@ -17,8 +17,8 @@ from torch import Tensor
 from gemma_tuner.differences import list_differences, shorten_differences
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.log import announce
+from gemma_tuner.modalities import MEDIA, Modality
 from gemma_tuner.models.adapter_files import CONFIG, FINGERPRINT, WEIGHTS
-from gemma_tuner.models.families import Modality
 from gemma_tuner.models.identity import hash_decoder_norms, portable_name
 from gemma_tuner.models.lora import wrap_peft
 from gemma_tuner.training.checkpoint import latest_checkpoint
@@ -27,8 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _TOWERS: Mapping[Modality, tuple[str, ...]] = {
-    "image": (".vision_tower.", ".embed_vision."),
-    "audio": (".audio_tower.", ".embed_audio."),
+    medium.modality: (f".{medium.tower}.", f".{medium.projector}.") for medium in MEDIA
 }
 
 

@@ -10,12 +10,10 @@ from peft import PeftModel
 from gemma_tuner.batch import Batch
 from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.errors import ConfigError, DataError
-from gemma_tuner.models.families import Modality, family_of, loaded_modalities
+from gemma_tuner.modalities import MEDIA, Modality
+from gemma_tuner.models.families import family_of, loaded_modalities
 from gemma_tuner.models.lora import unwrap_peft
-from gemma_tuner.records import Audio, Image
 from gemma_tuner.training.config import TrainConfig
-
-_MODALITIES = {Image: "image", Audio: "audio"}
 
 
 def check_kinds(
@@ -58,7 +56,7 @@ def check_collator(model: PeftModel, collator: TextCollator) -> None:
             f"of {collator.family.name} ({collator.family.model_type}); give the collator the "
             "processor that load_model returned together with the model"
         )
-    takes = [_MODALITIES[kind] for kind in collator.media_types]
+    takes = [medium.modality for medium in MEDIA if medium.part in collator.media_types]
     # One for all media serves data of text alone as well; one for a single kind says what comes.
     if len(takes) == 1 and takes[0] not in (has := loaded_modalities(gemma)):
         raise ConfigError(
@@ -70,10 +68,10 @@ def check_collator(model: PeftModel, collator: TextCollator) -> None:
 
 def check_media(batch: Batch, modalities: Collection[Modality]) -> None:
     """Refuse media for which the model was loaded without a tower."""
-    for name, modality in (("pixel_values", "image"), ("input_features", "audio")):
-        if name in batch.inputs and modality not in modalities:
+    for medium in MEDIA:
+        if medium.inputs[0] in batch.inputs and medium.modality not in modalities:
             raise DataError(
-                f"it holds {modality}, but the model has no part for that; load it with "
-                f"load_model(..., modalities=('text', '{modality}'))",
+                f"it holds {medium.modality}, but the model has no part for that; load it with "
+                f"load_model(..., modalities=('text', '{medium.modality}'))",
                 key=batch.keys[0],
             )

@@ -182,7 +182,7 @@ class Trainer:
         Raises:
             DataError: The example cannot be used.
         """
-        return preview_row(self.collator([self.stream[index]]), self.collator.processor.tokenizer)
+        return preview_row(self.collator([self.stream[index]]), self.collator.tokenizer)
 
     def fit(self, *, resume: bool = False) -> FitResult:
         """Train until the configured end, or until SIGINT or SIGTERM.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 
-from gemma_tuner.batch import Row, pad_rows
+from gemma_tuner.batch import IGNORED, Row, pad_rows
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.families import family_of
@@ -270,8 +270,9 @@ def test_rows_and_slots_are_the_target_positions(layout):
         flat = batch.target_rows + torch.arange(num_rows).unsqueeze(1) * length
         found = flat.flatten()[batch.target_slots]
         count = batch.num_target_tokens
-        assert torch.equal(found[:count], batch.target_positions[:count])
-        assert len(batch.target_slots) == len(batch.target_positions) == len(batch.target_ids)
+        is_target = batch.labels.flatten() != IGNORED
+        assert torch.equal(found[:count], is_target.nonzero()[:, 0] - 1)
+        assert len(batch.target_slots) == len(batch.target_ids)
         assert batch.target_rows.shape[1] <= length
 
 

@@ -147,8 +147,8 @@ _GEMMA3N_TEMPLATE = """\
 
 def tiny_processor(family: str) -> ProcessorMixin:
     """Build a processor of the family's stock class."""
-    # A picture's soft token covers 12 × 12 pixels (patches of 4, pooled by 3) and the default
-    # budget is 70; sound is processed as by the released processors (25 tokens a second, 128 mel
+    # An image's soft token covers 12 × 12 pixels (patches of 4, pooled by 3) and the default
+    # budget is 70; clips are processed as by the released processors (25 tokens a second, 128 mel
     # bins). Gemma 3n takes 64 × 64 pixels to 4 soft tokens and every clip to 188.
     if family == "gemma3n":
         tokenizer = _build_tokenizer(_GEMMA3N_TOKENS, _GEMMA3N_MEDIA_TOKENS, _GEMMA3N_TURN_TOKENS)

@@ -15,9 +15,9 @@ import transformers
 from transformers.utils import logging
 
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.models.attention import use_attention
+from gemma_tuner.modalities import Modality
+from gemma_tuner.models.building import finish_model
 from gemma_tuner.models.families import family_of_processor
-from gemma_tuner.models.norms import use_lean_norms
 from gemma_tuner.testing.models.processor import tiny_processor
 
 if TYPE_CHECKING:
@@ -25,11 +25,18 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-FAMILIES = ("gemma4-e2b", "gemma4-12b", "gemma4-26b-a4b", "gemma4-31b", "gemma3n")
+MODALITIES: dict[str, tuple[Modality, ...]] = {
+    "gemma4-e2b": ("text", "image", "audio"),
+    "gemma4-12b": ("text", "image", "audio"),
+    "gemma4-26b-a4b": ("text", "image"),
+    "gemma4-31b": ("text", "image"),
+    "gemma3n": ("text", "image", "audio"),
+}
+FAMILIES = tuple(MODALITIES)
 
 _HIDDEN = 64
 _MEDIA_HIDDEN = 32
-# The widest picture at 1120 soft tokens, in patches: 1120 tokens in one row, 3 patches each.
+# The widest image at 1120 soft tokens, in patches: 1120 tokens in one row, 3 patches each.
 _MAX_PATCHES_PER_SIDE = 3 * 1120
 
 _TEXT = {
@@ -119,9 +126,7 @@ def tiny_model(
         model = getattr(transformers, kind.model_class)(config)
         with torch.no_grad():
             _spread_weights(model)
-    use_attention(model)
-    use_lean_norms(model)
-    return model.eval().requires_grad_(requires_grad=False), processor
+    return finish_model(model), processor
 
 
 def save_tiny_model(
@@ -154,11 +159,11 @@ def save_tiny_model(
 
 
 def _gemma4_config(family: str, processor: Any) -> PreTrainedConfig:
-    tokenizer, pictures = processor.tokenizer, processor.image_processor
+    tokenizer, images = processor.tokenizer, processor.image_processor
     vocabulary = {"vocab_size": len(tokenizer)}
     geometry = {
-        "patch_size": pictures.patch_size,
-        "pooling_kernel_size": pictures.pooling_kernel_size,
+        "patch_size": images.patch_size,
+        "pooling_kernel_size": images.pooling_kernel_size,
     }
     token_ids = {
         "boi_token_id": tokenizer.boi_token_id,

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image as PILImage
@@ -45,7 +46,9 @@ def test_targets_point_at_the_position_before_each_label(answers):
     batch = TextCollator(E2B)([example("q", answer=answer) for answer in answers])
     ids, labels = batch.inputs["input_ids"].flatten(), batch.labels.flatten()
     targets = batch.target_ids[: batch.num_target_tokens]
-    positions = batch.target_positions[: batch.num_target_tokens]
+    starts = torch.arange(len(answers)).unsqueeze(1) * batch.labels.shape[1]
+    positions = (batch.target_rows + starts).flatten()[batch.target_slots]
+    positions = positions[: batch.num_target_tokens]
     assert (batch.target_ids[batch.num_target_tokens :] == IGNORED).all()
     assert (ids[positions + 1] == targets).all()
     assert (labels[positions + 1] == targets).all()
@@ -183,7 +186,7 @@ def test_a_cut_document_keeps_its_beginning():
 def test_a_cut_never_takes_media():
     collator = ImageCollator(E2B, max_tokens=128, too_long="cut", image_tokens=70)
     batch = collator([example(picture(), "word " * 60, answer="a")])
-    assert count_type(batch, 1) == sum(collator.family.count_image_tokens(batch.inputs))
+    assert count_type(batch, 1) == sum(collator.family.count_tokens("image", batch.inputs))
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def test_the_last_answer_follows_the_prefix_of_inference(family):
     prefix_ids = processor.tokenizer(prefix, add_special_tokens=False)["input_ids"]
     ids = batch.inputs["input_ids"][0].tolist()
     assert ids[: len(prefix_ids)] == prefix_ids
-    assert int(batch.target_positions[0]) == len(prefix_ids) - 1
+    assert int(batch.target_rows[0, 0]) == len(prefix_ids) - 1
 
 
 def test_control_tokens_in_the_text_are_refused(processor):

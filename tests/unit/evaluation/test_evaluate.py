@@ -323,7 +323,8 @@ def test_answers_at_intervals_of_training(setup, folder, tmp_path):
     batch = collator([examples[0]])
     with torch.no_grad():
         logits = model(**batch.inputs).logits[0].float()
-    chosen = torch.log_softmax(logits, -1)[batch.target_positions, batch.target_ids].exp()
+    positions = batch.target_rows.flatten()[batch.target_slots]
+    chosen = torch.log_softmax(logits, -1)[positions, batch.target_ids].exp()
     texts, found = zip(*records[0].tokens, strict=True)
     torch.testing.assert_close(torch.tensor(found), chosen[: len(found)])
     assert "".join(texts).startswith("yes")

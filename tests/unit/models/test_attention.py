@@ -170,9 +170,9 @@ def test_hidden_states_equal_those_of_transformers(model, length):
     inputs = make_inputs(model, length)
     with stock_parts(model):
         expected = hidden_states(model, inputs)
-    for chunk, has_pictures in ((None, False), (None, True), (24, False)):
+    for chunk, has_images in ((None, False), (None, True), (24, False)):
         set_query_chunk(model, chunk)
-        found = hidden_states(model, inputs, has_pictures=has_pictures)
+        found = hidden_states(model, inputs, has_images=has_images)
         set_query_chunk(model, None)
         assert (found - expected).norm() <= 1e-5 * expected.norm()
 
@@ -188,7 +188,7 @@ def test_positions_of_a_picture_see_each_other(model):
     set_query_chunk(model, 24)
     assert (hidden_states(model, inputs) - expected).norm() <= 1e-5 * expected.norm()
     set_query_chunk(model, None)
-    wrong = hidden_states(model, inputs, has_pictures=False)
+    wrong = hidden_states(model, inputs, has_images=False)
     assert (wrong - expected).norm() > 1e-3 * expected.norm()
 
 
@@ -331,7 +331,7 @@ def test_a_mask_is_cut_as_transformers_cuts_it():
     assert isinstance(last, AttentionMask)
     assert torch.equal(last.dense(), dense[:, :, -3:])
     rows = torch.tensor([[7, 2, 2]])
-    assert torch.equal(mask.take(rows).dense(), dense[:, :, rows[0]])
+    assert torch.equal(mask.at(rows).dense(), dense[:, :, rows[0]])
 
 
 def test_a_chunk_is_at_least_a_token(small):

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from gemma_tuner.errors import CheckpointError, ConfigError
-from gemma_tuner.models.embeddings import KEY, MappedEmbedding, find_mapped_embedding
+from gemma_tuner.models.embeddings import MappedEmbedding, find_mapped_embedding
 from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.testing import save_tiny_model, tiny_model
@@ -34,7 +34,8 @@ def test_a_mapped_table_computes_the_same(name, shard, dtype, tmp_path, make_bat
     assert "of per-layer embeddings stay on disk" in capsys.readouterr().err
     assert type(mapped) is type(plain)
     missing = plain.state_dict().keys() - mapped.state_dict().keys()
-    assert {key.removesuffix(".weight") for key in missing} == {KEY.removesuffix(".weight")}
+    table = "model.language_model.embed_tokens_per_layer"
+    assert {key.removesuffix(".weight") for key in missing} == {table}
     batch = make_batch(processor, "image", "audio")
     batch = {k: v.to(plain.dtype) if v.is_floating_point() else v for k, v in batch.items()}
     assert torch.equal(outputs(mapped, batch), outputs(plain, batch))
@@ -68,15 +69,15 @@ def test_a_file_without_the_table_is_named(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"other": torch.zeros(2, 2)}, path)
     with pytest.raises(CheckpointError, match=r"model\.safetensors holds no table"):
-        MappedEmbedding(path, KEY, scale=1.0, dtype=torch.float32)
+        MappedEmbedding(path, "table", scale=1.0, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 def test_rows_are_those_of_an_embedding(stored, tmp_path):
     table = torch.randn(50, 6).to(stored)
     path = tmp_path / "model.safetensors"
-    safetensors.torch.save_file({"a": torch.zeros(3), KEY: table}, path)
-    mapped = MappedEmbedding(path, KEY, scale=2.5, dtype=torch.bfloat16)
+    safetensors.torch.save_file({"a": torch.zeros(3), "table": table}, path)
+    mapped = MappedEmbedding(path, "table", scale=2.5, dtype=torch.bfloat16)
     ids = torch.randint(0, 50, (3, 7))
     expected = torch.nn.functional.embedding(ids, table).to(torch.bfloat16)
     expected *= torch.tensor(2.5, dtype=torch.bfloat16)
@@ -87,8 +88,8 @@ def test_rows_are_those_of_an_embedding(stored, tmp_path):
 CHILD = """
 import json, resource, sys, torch
 from pathlib import Path
-from gemma_tuner.models.embeddings import KEY, MappedEmbedding
-mapped = MappedEmbedding(Path(sys.argv[1]), KEY, scale=1.0, dtype=torch.bfloat16)
+from gemma_tuner.models.embeddings import MappedEmbedding
+mapped = MappedEmbedding(Path(sys.argv[1]), "table", scale=1.0, dtype=torch.bfloat16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 rows = mapped(torch.arange(0, 60_000, 600))
 print(json.dumps([before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, rows.shape[0]]))
@@ -99,7 +100,7 @@ def test_a_table_takes_no_memory(tmp_path):
     """256 MB of table, of which a hundred rows are read: what is mapped around them counts too."""
     path = tmp_path / "model.safetensors"
     table = torch.zeros(60_000, 2_133, dtype=torch.bfloat16)
-    safetensors.torch.save_file({KEY: table}, path)
+    safetensors.torch.save_file({"table": table}, path)
     done = subprocess.run(
         [sys.executable, "-c", CHILD, path], capture_output=True, text=True, check=True
     )

@@ -18,7 +18,8 @@ def build(name: str) -> tuple[Any, Any]:
 
 def process(processor, images=None, audio=None):
     family = family_of_processor(processor)
-    text = family.image_token * len(images or []) + family.audio_token * len(audio or [])
+    given = {"image": images or [], "audio": audio or []}
+    text = "".join(form.token * len(given[kind]) for kind, form in family.media.items())
     return processor(
         text=[text], images=[images] if images else None, audio=audio, return_tensors="pt"
     )
@@ -48,25 +49,25 @@ def test_counts_are_what_the_towers_return(name, modalities):
         for size in ((20, 400), (90, 90), (61, 40))
     ]
     batch = process(processor, images=images)
-    counts = family.count_image_tokens(batch)
+    counts = family.count_tokens("image", batch)
     media = {k: v for k, v in batch.items() if k in {"pixel_values", "image_position_ids"}}
     with torch.no_grad():
         features = model.model.get_image_features(**media, return_dict=True).pooler_output
     assert counts == [len(feature) for feature in features]
     assert sum(counts) == (batch["input_ids"] == processor.image_token_id).sum()
-    assert family.count_audio_tokens(batch) == []
+    assert family.count_tokens("audio", batch) == []
 
     if "audio" not in modalities[name]:
         return
     clips = [rng.normal(scale=0.1, size=size) for size in (500, 16_000, 38_561)]
     batch = process(processor, audio=clips)
-    counts = family.count_audio_tokens(batch)
+    counts = family.count_tokens("audio", batch)
     assert sum(counts) == (batch["input_ids"] == processor.audio_token_id).sum()
-    assert family.count_image_tokens(batch) == []
+    assert family.count_tokens("image", batch) == []
     # The model raises when features and placeholders differ in number.
     with torch.no_grad():
         assert torch.isfinite(model(**batch).logits).all()
-    if family.audio_fixed_tokens:
+    if family.media["audio"].fixed_tokens:
         assert counts == [188, 188, 188]
     else:
         with torch.no_grad():
@@ -83,12 +84,12 @@ def test_gemma4_processors_keep_to_every_budget(budget):
         family = family_of_processor(processor)
         assert budget in family.image_budgets(processor)
         batch = processor(
-            text=[family.image_token],
+            text=[family.media["image"].token],
             images=[[PIL.Image.new("RGB", (320, 200))]],
             images_kwargs={family.image_budget_option: budget},
             return_tensors="pt",
         )
-        (count,) = family.count_image_tokens(batch)
+        (count,) = family.count_tokens("image", batch)
         assert 0.8 * budget <= count <= budget
 
 
@@ -99,7 +100,7 @@ def test_gemma4_processors_keep_to_every_budget(budget):
 def test_golden_audio_counts(num_samples, num_tokens):
     processor = build("gemma4-e2b")[1]
     batch = process(processor, audio=[np.zeros(num_samples, dtype=np.float32)])
-    assert family_of_processor(processor).count_audio_tokens(batch) == [num_tokens]
+    assert family_of_processor(processor).count_tokens("audio", batch) == [num_tokens]
 
 
 def test_limits_come_from_the_processor():
@@ -108,7 +109,7 @@ def test_limits_come_from_the_processor():
         assert family_of_processor(processor).max_audio_seconds(processor) == 30.0
     assert family_of_processor(processor).image_budgets(processor) == (4,)
     family = family_of(transformers.Gemma3nConfig())
-    assert family.count_image_tokens({"pixel_values": torch.zeros(2, 3, 8, 8)}) == [256, 256]
+    assert family.count_tokens("image", {"pixel_values": torch.zeros(2, 3, 8, 8)}) == [256, 256]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +133,7 @@ def test_released_processor(shared_data):
     family = family_of_processor(processor)
     assert family.max_audio_seconds(processor) == 30.0
     image = PIL.Image.new("RGB", (640, 480))
-    assert family.count_image_tokens(process(processor, images=[image])) == [266]
+    assert family.count_tokens("image", process(processor, images=[image])) == [266]
 
 
 def test_other_models_are_refused_by_name():

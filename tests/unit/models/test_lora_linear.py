@@ -5,9 +5,17 @@ import pytest
 import torch
 from peft.tuners import lora
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
+from gemma_tuner.collators.text import TextCollator
+from gemma_tuner.models import lora_linear
+from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.lora_linear import LoraLinear, use_lean_adapters
+from gemma_tuner.models.loss import target_loss_sum
+from gemma_tuner.models.modes import begin_training
+from gemma_tuner.testing import tiny_model
+from tests.examples import example
 
 
 class OneLayer(nn.Module):
@@ -150,3 +158,58 @@ def test_a_dora_adapter_that_is_added_later_is_as_peft_has_it():
     layer.__class__ = lora.Linear
     expected = run(model)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+class Packed(nn.Module):
+    """A frozen layer that keeps no weight, only what makes it: bytes and a scale per row."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.bias = None
+        scale = layer.weight.abs().amax(1, keepdim=True) / 127
+        self.numbers = nn.Buffer((layer.weight / scale).round().to(torch.int8))
+        self.scale = nn.Buffer(scale.detach())
+
+    @property
+    def weight(self):
+        return self.numbers * self.scale
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+def list_saved(layer):
+    """The shapes that are kept for backward."""
+    saved = []
+    with saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        layer(torch.randn(5, layer.in_features))
+    return saved
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora"])
+def test_a_layer_that_unpacks_its_weight_is_adapted_as_a_dense_one(monkeypatch, variant):
+    monkeypatch.setattr(lora_linear, "LINEAR", (nn.Linear, Packed))
+    found = []
+    for is_packed in (False, True):
+        gemma, processor = tiny_model("gemma4-e2b")
+        for layer in gemma.get_decoder().layers:
+            packed = Packed(layer.mlp.up_proj)
+            layer.mlp.up_proj.weight.data = packed.weight
+            if is_packed:
+                layer.mlp.up_proj = packed
+        model = add_lora(gemma, LoraConfig(rank=3, variant=variant))
+        batch = TextCollator(processor)([example("How much?", answer="As much as you like.")])
+        begin_training(model)
+        adapted = gemma.get_decoder().layers[0].mlp.up_proj
+        loss = target_loss_sum(model, batch, chunk_tokens=16)
+        loss.backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        found.append((loss.detach(), gradients))
+        if is_packed and variant == "lora":
+            assert type(adapted) is LoraLinear
+            assert adapted.base_layer.numbers.shape not in list_saved(adapted)
+    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        assert torch.equal(gradient, found[1][1][name]), name

@@ -3,12 +3,15 @@
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
+from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedRMSNorm
 
-from gemma_tuner.models import norms
-from gemma_tuner.models.norms import use_lean_norms, use_stock_norms
+from gemma_tuner.models.norms import use_lean_norms
 from gemma_tuner.testing import FAMILIES, tiny_model
+from tests.stock import use_stock_norms
 
-STOCK = list(norms._LEAN)
+STOCK = (Gemma4RMSNorm, Gemma4UnifiedRMSNorm, Gemma3nRMSNorm)
 
 
 def make_norm(cls, *, with_scale, dtype):

@@ -31,7 +31,7 @@ def measure_live(model, batch, layers, chunk):
     with LiveBytes() as counted:
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        names = ("labels", "target_positions", "target_rows", "target_slots", "target_ids")
+        names = ("labels", "target_rows", "target_slots", "target_ids")
         moved = replace(
             batch,
             inputs={name: tensor.clone() for name, tensor in batch.inputs.items()},

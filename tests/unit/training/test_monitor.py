@@ -34,7 +34,6 @@ def batch_of(length, targets=8, rows=1):
         keys=("example",) * rows,
         inputs={"input_ids": ids, "attention_mask": torch.ones_like(ids)},
         labels=torch.full_like(ids, IGNORED),
-        target_positions=torch.zeros(targets, dtype=torch.int64),
         target_rows=torch.zeros(rows, targets, dtype=torch.int64),
         target_slots=torch.zeros(targets, dtype=torch.int64),
         target_ids=torch.zeros(targets, dtype=torch.int64),
