@@ -1,21 +1,35 @@
-"""An example as the text that the model reads, through the checkpoint's own chat template."""
+"""An example as the text that the model reads, and which of its tokens are trained on.
+
+The text comes from the checkpoint's own chat template; what is trained on is found in the token
+ids by the family's turn markers. Axis: ``T`` tokens of one row.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 
+from gemma_tuner.collators.refusals import (
+    check_conversation,
+    check_document,
+    check_rendered,
+    reasoning_of,
+)
 from gemma_tuner.errors import DataError
 from gemma_tuner.modalities import kind_of
 from gemma_tuner.models.families import tokenizer_of
-from gemma_tuner.records import Audio, Example, Image, Text, Turn
+from gemma_tuner.records import Example, Text, Turn
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from gemma_tuner.models.families import Family
+
+TrainOn = Literal["assistant", "last", "all"]
+TRAIN_ON: tuple[TrainOn, ...] = ("assistant", "last", "all")
 
 
 def render_prompt(
@@ -28,20 +42,9 @@ def render_prompt(
     tokenizer = tokenizer_of(processor)
     control_tokens = family.control_tokens(tokenizer)
     if example.document is not None:
-        _refuse_control_tokens(example, control_tokens, example.document, "the document")
-        if not example.document.strip():
-            raise DataError("the document is empty; remove the row", key=example.key)
+        check_document(example, example.document, control_tokens)
         return f"{tokenizer.bos_token}{example.document}{tokenizer.eos_token}"
-
-    _refuse_control_tokens(example, control_tokens, example.tools, "a tool's declaration")
-    for index, turn in enumerate(example.turns):
-        _check_turn(example, index, turn, control_tokens)
-    _check_tools(example, family)
-    if not any(turn.role == "assistant" for turn in example.turns):
-        raise DataError(
-            "the conversation has no assistant turn, so there is nothing to learn; add the answer",
-            key=example.key,
-        )
+    check_conversation(example, family, control_tokens)
     messages = [_message(turn) for turn in example.turns]
 
     options: dict[str, Any] = {"enable_thinking": enable_thinking} if family.has_thinking else {}
@@ -68,8 +71,7 @@ def render_prompt(
     if answer > 0:
         prefix = apply_template(messages[:answer], for_generation=True)
         text = _follow_prefix(text, prefix, example, family)
-    _refuse_dropped_reasoning(text, example, answer, family)
-    _refuse_text_between_turns(text, example, family)
+    check_rendered(text, example, answer, family)
     return text
 
 
@@ -113,116 +115,140 @@ def _follow_prefix(text: str, prefix: str, example: Example, family: Family) -> 
             "turn that follows a user turn",
             key=example.key,
         )
-    if _reasoning(example.turns[_final_answer_index(example)]):
+    if reasoning_of(example.turns[_final_answer_index(example)]):
         return text
     return text[:header_end] + prefix[header_end:] + text[header_end:]
 
 
-def _reasoning(turn: Turn) -> str:
-    return turn.fields.get("reasoning") or turn.fields.get("reasoning_content") or ""
+@dataclass(frozen=True, slots=True)
+class TurnMarkers:
+    r"""The token ids that delimit what the model says.
 
+    Args:
+        header: What opens a model turn: ``<|turn>``, ``model``, newline.
+        close: What ends a turn (``<turn|>``), which is also the stop token.
+        empty_thought: ``<|channel>thought\n<channel|>``, the stub that some templates put before
+            an answer; empty where the family knows none.
+        tool_call_close, tool_response_open, tool_response_close: None without tools.
+        special: Every control token.
+        untrained: ``<bos>``, ``<pad>`` and what stands for media: never a target.
+    """
 
-def _refuse_dropped_reasoning(text: str, example: Example, answer: int, family: Family) -> None:
-    """The last answer's reasoning must be a thought; a family without them takes no reasoning."""
-    opened = text.split("<|channel>thought\n")[1:] if family.has_thinking else []
-    thoughts = [part.partition("<channel|>")[0].strip() for part in opened]
-    for turn in example.turns[answer if family.has_thinking else 0 :]:
-        reasoning = _reasoning(turn).strip()
-        if reasoning and reasoning not in thoughts:
-            raise DataError(
-                "this checkpoint's chat template leaves the answer's reasoning out of the prompt; "
-                "use a newer revision of the template, or move the reasoning into the answer",
-                key=example.key,
-            )
+    header: tuple[int, ...]
+    close: int
+    empty_thought: tuple[int, ...]
+    tool_call_close: int | None
+    tool_response_open: int | None
+    tool_response_close: int | None
+    special: frozenset[int]
+    untrained: frozenset[int]
 
+    @classmethod
+    def of(cls, tokenizer: Any, family: Family) -> TurnMarkers:
+        """Read the markers' ids from a tokenizer."""
 
-def _refuse_text_between_turns(text: str, example: Example, family: Family) -> None:
-    """Some templates close a turn and go on writing: words that nothing would train."""
-    turns = text.split(family.turn_open)[1:]
-    if any(turn.partition(family.turn_close)[2].strip() for turn in turns):
-        roles = ", ".join(turn.role for turn in example.turns)
-        raise DataError(
-            f"the chat template puts text of this conversation (roles: {roles}) between two "
-            "turns, where it would not be trained; join consecutive assistant turns into one",
-            key=example.key,
-        )
+        def ids(text: str) -> tuple[int, ...]:
+            return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 
+        def one(token: str) -> int | None:
+            return tokenizer.convert_tokens_to_ids(token) if family.has_tools else None
 
-def _check_tools(example: Example, family: Family) -> None:
-    """Calls and responses in pairs; templates drop or garble what stands alone."""
-    if not family.has_tools and (
-        example.tools or any(turn.fields.get("tool_calls") for turn in example.turns)
-    ):
-        raise DataError(
-            f"it declares or calls tools, which {family.name}'s chat template leaves out; write "
-            "them into the text, or use a model that has tools",
-            key=example.key,
-        )
-    may_respond = waits = False
-    for number, turn in enumerate(example.turns, 1):
-        if turn.role == "tool":
-            if not may_respond:
-                raise DataError(
-                    f"turn {number} (tool) responds to no call; put it right after the assistant "
-                    "turn with the tool_calls",
-                    key=example.key,
+        return cls(
+            header=ids(f"{family.turn_open}model\n"),
+            close=tokenizer.convert_tokens_to_ids(family.turn_close),
+            empty_thought=ids("<|channel>thought\n<channel|>") if family.has_thinking else (),
+            tool_call_close=one("<tool_call|>"),
+            tool_response_open=one("<|tool_response>"),
+            tool_response_close=one("<tool_response|>"),
+            special=frozenset(tokenizer.convert_tokens_to_ids(family.control_tokens(tokenizer))),
+            untrained=frozenset(
+                tokenizer.convert_tokens_to_ids(
+                    [tokenizer.bos_token, tokenizer.pad_token, *family.media_tokens]
                 )
-            waits = False
-            continue
-        if waits:
-            raise DataError(
-                f"turn {number} ({turn.role}) follows a tool call without a response; add the "
-                "tool turn, or end the conversation with the call",
-                key=example.key,
-            )
-        may_respond = bool(turn.fields.get("tool_calls"))
-        waits = may_respond and not turn.fields.get("tool_responses")
-
-
-def _check_turn(example: Example, index: int, turn: Turn, control_tokens: Sequence[str]) -> None:
-    where = f"turn {index + 1} ({turn.role})"
-    if not isinstance(_reasoning(turn), str):
-        raise DataError(
-            f"{where} has {type(_reasoning(turn)).__name__} as reasoning; give text",
-            key=example.key,
+            ),
         )
-    _refuse_control_tokens(example, control_tokens, [turn.text, turn.fields], where)
-    if turn.role == "assistant":
-        if not turn.text.strip() and not turn.fields.get("tool_calls"):
-            raise DataError(
-                f"{where} is an empty answer; fill it or remove the row", key=example.key
-            )
-        if any(isinstance(part, Image | Audio) for part in turn.parts):
-            raise DataError(
-                f"{where} holds media, which this model cannot write; move it to a user turn",
-                key=example.key,
-            )
 
 
-def _refuse_control_tokens(
-    example: Example, control_tokens: Sequence[str], value: Any, where: str
-) -> None:
-    """Text that spells a control token would open turns or claim media that are not there."""
-    for text in _texts(value):
-        if "<" not in text:
+def mark_targets(ids: Sequence[int], markers: TurnMarkers, train_on: TrainOn) -> list[bool]:
+    """Mark the tokens of a rendered conversation that carry loss."""
+    # ::
+    #     <bos> <|turn> user \n 2 + 2 ? <turn|> \\n <|turn> model \n 4 <turn|> \n
+    #       .      .     .   .  . . . .    .    .     .      .   .  x    x     .
+    # ids: Token ids ``[T]``, media placeholders already expanded.
+    # Returns: ``[T]`` booleans. A tool's response is not the model's, save the
+    # ``<|tool_response>`` right after a call: there generation stops (it is among the checkpoint's
+    # eos ids).
+    if train_on == "all":
+        return [token not in markers.untrained for token in ids]
+    spans = list(_model_turns(ids, markers))
+    targets = [False] * len(ids)
+    for start, end in spans[-1:] if train_on == "last" else spans:
+        for position in _spoken_positions(ids, start, end, markers):
+            targets[position] = True
+    return targets
+
+
+def mark_removable(
+    ids: Sequence[int], targets: Sequence[bool], markers: TurnMarkers
+) -> list[bool]:
+    """Mark the prompt tokens that a cut may take."""
+    # Plain text, never structure, media or targets.
+    # ids: Token ids ``[T]``.
+    # Returns: ``[T]`` booleans.
+    removable = [
+        not target and token not in markers.special
+        for token, target in zip(ids, targets, strict=True)
+    ]
+
+    def protect(start: int, width: int) -> None:
+        for position in range(start, min(start + width, len(ids))):
+            removable[position] = False
+
+    opener, stub = markers.header[0], markers.empty_thought
+    for position, token in enumerate(ids):
+        if token == opener:  # the role, the newline after it, and the stub after those
+            body = position + len(markers.header)
+            protect(position, len(markers.header))
+            if stub and tuple(ids[body : body + len(stub)]) == stub:
+                protect(body, len(stub))
+        elif token == markers.close:  # the newline between turns
+            protect(position + 1, 1)
+    return removable
+
+
+def _model_turns(ids: Sequence[int], markers: TurnMarkers) -> Iterator[tuple[int, int]]:
+    """Yield ``(start, end)`` of each model turn: after its header, through its close if any."""
+    header, width = list(markers.header), len(markers.header)
+    position = 0
+    while position < len(ids):
+        if list(ids[position : position + width]) != header:
+            position += 1
             continue
-        for token in control_tokens:
-            if token in text:
-                raise DataError(
-                    f"{where} contains the control token {token!r}, which would change the "
-                    "structure of the prompt; remove it or write it differently",
-                    key=example.key,
-                )
+        start = position + width
+        stub = len(markers.empty_thought)
+        if stub and tuple(ids[start : start + stub]) == markers.empty_thought:
+            start += stub
+        end = start
+        # After a tool's response a template may open the next turn without closing this one.
+        while end < len(ids) and ids[end] not in (markers.header[0], markers.close):
+            end += 1
+        is_closed = end < len(ids) and ids[end] == markers.close
+        yield start, end + is_closed
+        position = end
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every piece of text in a tree of mappings and lists, names included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _texts(name)
-            yield from _texts(item)
-    elif isinstance(value, Sequence) and not isinstance(value, bytes):
-        for item in value:
-            yield from _texts(item)
+def _spoken_positions(
+    ids: Sequence[int], start: int, end: int, markers: TurnMarkers
+) -> Iterator[int]:
+    """Yield the positions of a model turn that the model wrote: all but the tools' responses."""
+    inside_response = False
+    for position in range(start, end):
+        token = ids[position]
+        if token == markers.tool_response_open:
+            inside_response = True
+            if ids[position - 1] == markers.tool_call_close:
+                yield position
+        elif not inside_response and token not in markers.untrained:
+            yield position
+        if token == markers.tool_response_close:
+            inside_response = False

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from gemma_tuner.batch import Batch, Row, pad_rows
-from gemma_tuner.collators.labels import (
+from gemma_tuner.collators.prompt import (
     TRAIN_ON,
     TrainOn,
     TurnMarkers,
     mark_removable,
     mark_targets,
+    render_prompt,
 )
-from gemma_tuner.collators.prompt import render_prompt
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.media.load import load_media
 from gemma_tuner.modalities import MEDIA, kind_of

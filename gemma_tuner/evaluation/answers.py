@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from gemma_tuner.collators.labels import TurnMarkers
+from gemma_tuner.collators.prompt import TurnMarkers
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.evaluation.decoding import Decoding, build_config, check_length, complete
 from gemma_tuner.evaluation.prompts import PromptRow, encode_prompt

@@ -1,7 +1,7 @@
 """Run the decoder's last layers only where a hidden state is asked for.
 
 Axes: ``B`` rows, ``S`` positions, ``M`` wanted positions of a row (padded), ``N`` wanted positions
-of the batch, ``H`` hidden size.
+of the batch, ``H`` hidden size, ``F`` media features.
 
 Gemma 4 E2B, E4B and Gemma 3n end in layers that make no keys and values: they read those of an
 earlier layer. Nobody reads what such a layer computes at a position that predicts no target, so it
@@ -28,15 +28,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.models.gemma4.modeling_gemma4 import apply_rotary_pos_emb
 
 from gemma_tuner.device import is_out_of_memory
 from gemma_tuner.log import announce
-from gemma_tuner.modalities import IMAGE
+from gemma_tuner.modalities import IMAGE, MEDIA
 from gemma_tuner.models.attention import ATTENTION
 from gemma_tuner.models.families import family_of
-from gemma_tuner.models.masks import AttentionMask
-from gemma_tuner.models.placeholders import merged_media_embeddings
+from gemma_tuner.models.restricted_layers import (
+    CACHED,
+    SHARED,
+    Rows,
+    can_share,
+    run_owner,
+    run_sharer,
+    shares_keys,
+)
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -47,9 +53,6 @@ masks."""
 
 _ATTENTIONS = (ATTENTION, "sdpa", "eager")  # whose masks can be cut to queries
 _LAYER_ARGUMENTS = ("hidden_states", "position_embeddings", "attention_mask")
-# How a layer is given keys and values that it does not make: where the family's layers can share
-# them, as shared ones, and else by a cache.
-_SHARED, _CACHED = "shared_kv_states", "past_key_values"
 _IMAGES = (IMAGE.inputs[0], "mm_encoder_outputs")  # inputs that bring images along
 _OWNER_ATTRIBUTES = ("head_dim", "k_proj", "v_proj", "k_norm")
 # How far both ways may lie apart on the probe, relative to its norm. Another number of rows is
@@ -96,20 +99,20 @@ class TargetOnly:
         known = {}
         if self.attention == ATTENTION:
             known["has_images"] = any(name in inputs for name in _IMAGES)
-        wrapped = self._restricted_to(_Rows(rows, length)) if restrict else nullcontext()
+        wrapped = self._restricted_to(Rows(rows, length)) if restrict else nullcontext()
         with merged_media_embeddings(self._gemma, inputs) as inputs, wrapped:
             hidden = self._gemma.model(**inputs, **known, use_cache=False).last_hidden_state
         if not restrict:
-            slots = _Rows(rows, length).flat.index_select(0, slots)
+            slots = Rows(rows, length).flat.index_select(0, slots)
         return hidden.flatten(0, 1).index_select(0, slots)
 
     @contextmanager
-    def _restricted_to(self, rows: _Rows) -> Iterator[None]:
+    def _restricted_to(self, rows: Rows) -> Iterator[None]:
         """Wrap the layers' forward; what backward recomputes needs no wrapping."""
         layers = self._layers[self.first_layer :]
         try:
             for layer in layers:
-                run = _run_sharer if shares_keys(layer) else _run_owner
+                run = run_sharer if shares_keys(layer) else run_owner
                 layer.forward = partial(run, layer, rows)
             yield
         finally:
@@ -123,7 +126,7 @@ class TargetOnly:
         for index, layer in enumerate(self._layers):
             arguments = inspect.signature(type(layer).forward).parameters
             attention = getattr(layer, "self_attn", None)
-            given = _SHARED if _can_share(attention) else _CACHED
+            given = SHARED if can_share(attention) else CACHED
             missing = [name for name in (*_LAYER_ARGUMENTS, given) if name not in arguments]
             missing += [] if hasattr(attention, "layer_type") else ["layer_type"]
             if missing:
@@ -176,65 +179,12 @@ class TargetOnly:
         finally:
             for module in was_training:
                 module.training = True
-        wanted = _Rows(rows, plain.shape[1]).flat.index_select(0, slots)
+        wanted = Rows(rows, plain.shape[1]).flat.index_select(0, slots)
         theirs = plain.flatten(0, 1).index_select(0, wanted).float()
         difference = float((ours - theirs).norm() / theirs.norm())
         if not difference <= _PROBE_TOLERANCES.get(plain.dtype, 0.1):
             return f"a trial differed from the plain forward by {difference:.2g} of its norm"
         return None
-
-
-def _can_share(attention: Any) -> bool:
-    return hasattr(attention, "is_kv_shared_layer")
-
-
-def shares_keys(layer: Any) -> bool:
-    """Whether a decoder layer reads keys and values of an earlier one."""
-    return getattr(layer.self_attn, "is_kv_shared_layer", False)
-
-
-class _Rows:
-    """The wanted positions, and cuts of tensors to them; each is made once a forward pass."""
-
-    def __init__(self, rows: Tensor, length: int) -> None:
-        self.shape = rows.shape
-        starts = torch.arange(len(rows), device=rows.device) * length
-        self.flat = (rows + starts.unsqueeze(1)).flatten()  # [B * M] into [B * S]
-        self._rows = rows
-        self._length = length
-        self._cut: dict[tuple[str, str], Any] = {}
-
-    def gather(self, tensor: Tensor) -> Tensor:
-        """Cut ``[..., B, S, X]`` to ``[..., B, M, X]``."""
-        cut = tensor.flatten(-3, -2).index_select(-2, self.flat)
-        return cut.unflatten(-2, self.shape)
-
-    def cut(self, attention: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Cut a layer's arguments but its hidden states; keys and values stay whole."""
-        kind = attention.layer_type
-        cut = dict(arguments)
-        if arguments.get("per_layer_input") is not None:
-            cut["per_layer_input"] = self.gather(arguments["per_layer_input"])
-        if ("mask", kind) not in self._cut:
-            self._cut["mask", kind] = self._cut_mask(arguments["attention_mask"])
-            self._cut["rotary", kind] = tuple(
-                self.gather(x.expand(len(self._rows), -1, -1))
-                for x in arguments["position_embeddings"]
-            )
-        cut["attention_mask"] = self._cut["mask", kind]
-        cut["position_embeddings"] = self._cut["rotary", kind]
-        return cut
-
-    def _cut_mask(self, mask: AttentionMask | Tensor | None) -> AttentionMask | Tensor:
-        """Cut ``[B or 1, 1, S, keys]`` to ``[B, 1, M, keys]``."""
-        if isinstance(mask, AttentionMask):
-            return mask.at(self._rows)
-        if mask is None:  # transformers leaves it to a causal kernel, which needs all queries
-            keys = torch.arange(self._length, device=self._rows.device)
-            return (keys <= self._rows.unsqueeze(2)).unsqueeze(1)
-        if mask.dim() != 4 or mask.shape[1] != 1:
-            raise ValueError(f"attention mask of shape {list(mask.shape)}")
-        return self.gather(mask.squeeze(1).expand(len(self._rows), -1, -1)).unsqueeze(1)
 
 
 def target_only_of(gemma: Module) -> TargetOnly:
@@ -249,87 +199,6 @@ def target_only_of(gemma: Module) -> TargetOnly:
 _KNOWN: weakref.WeakKeyDictionary[Module, TargetOnly] = weakref.WeakKeyDictionary()
 
 
-def _run_sharer(layer: Any, rows: _Rows, *args: Any, **kwargs: Any) -> Tensor:
-    """Run a layer that makes no keys; its input holds the wanted rows already."""
-    hidden, arguments = _name_arguments(layer, args, kwargs)
-    # the class's forward checkpoints itself
-    return type(layer).forward(layer, hidden, **rows.cut(layer.self_attn, arguments))
-
-
-def _run_owner(layer: Any, rows: _Rows, *args: Any, **kwargs: Any) -> Tensor:
-    """Run the last layer that makes keys and values: these everywhere, all else at rows."""
-    hidden, arguments = _name_arguments(layer, args, kwargs)
-    run = partial(_keys_everywhere, layer, rows, arguments, rows.cut(layer.self_attn, arguments))
-    if layer.gradient_checkpointing and layer.training:
-        return layer._gradient_checkpointing_func(run, hidden)  # noqa: SLF001
-    return run(hidden)
-
-
-def _keys_everywhere(
-    layer: Any, rows: _Rows, arguments: dict[str, Any], cut: dict[str, Any], hidden: Tensor
-) -> Tensor:
-    """What :func:`_run_owner` checkpoints."""
-    attention = layer.self_attn
-    # Gemma 3n: hidden is [streams, B, S, H], of which attention reads the predicted active one
-    source = (
-        layer.altup.predict(hidden)[layer.config.altup_active_idx]
-        if hasattr(layer, "altup")
-        else hidden
-    )
-    states = _keys_and_values(
-        attention, layer.input_layernorm(source), arguments["position_embeddings"]
-    )
-    plain_forward = inspect.unwrap(type(layer).forward)  # without its own checkpointing
-    if not _can_share(attention):
-        cut = {**cut, _CACHED: _Cache(states)}
-        return plain_forward(layer, rows.gather(hidden), **cut)
-    if attention.store_full_length_kv:
-        arguments["shared_kv_states"][attention.layer_type] = states
-    cut = {**cut, "shared_kv_states": {attention.layer_type: states}}
-    stores = attention.store_full_length_kv
-    attention.is_kv_shared_layer, attention.store_full_length_kv = True, False
-    try:
-        return plain_forward(layer, rows.gather(hidden), **cut)
-    finally:
-        attention.is_kv_shared_layer, attention.store_full_length_kv = False, stores
-
-
-class _Cache:
-    """Gives an attention keys and values of all positions for those that it has made at some."""
-
-    def __init__(self, states: tuple[Tensor, Tensor]) -> None:
-        self._states = states
-
-    def update(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What an attention calls with its own."""
-        return self._states
-
-
-def _keys_and_values(
-    attention: Any, normed: Tensor, rotary: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Project ``[B, S, H]`` as the attention does: two of ``[B, heads, S, head size]``."""
-    keys = attention.k_proj(normed).unflatten(-1, (-1, attention.head_dim))
-    if attention.v_proj is None:  # full layers of the large families use keys as values
-        values = keys
-    else:
-        values = attention.v_proj(normed).unflatten(-1, (-1, attention.head_dim))
-    keys = apply_rotary_pos_emb(attention.k_norm(keys), *rotary, unsqueeze_dim=2)
-    values = attention.v_norm(values) if hasattr(attention, "v_norm") else values
-    return keys.transpose(1, 2), values.transpose(1, 2)
-
-
-def _name_arguments(
-    layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, dict[str, Any]]:
-    """Tell hidden states from the other arguments, by name: families order them differently."""
-    bound = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs)
-    named = dict(bound.arguments)
-    named.update(named.pop("kwargs", {}))
-    del named["self"]
-    return named.pop("hidden_states"), named
-
-
 def _make_probe(gemma: Any) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """Two short rows of text, one padded, with positions asked for in no order."""
     device = next(gemma.parameters()).device
@@ -341,3 +210,77 @@ def _make_probe(gemma: Any) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         inputs[type_name] = torch.zeros_like(ids)
     rows = torch.tensor([[3, 10], [7, 0]], device=device)
     return inputs, rows, torch.tensor([0, 1, 2, 3], device=device)
+
+
+# Media features are laid in without asking the device how many there are. transformers' forward
+# waits for it three times for each modality: it counts placeholders, writes the count into a
+# message, and scatters by a mask. Here the model's own methods make the features, a hook on the
+# input embeddings lays them in, and the forward is given no media: the same numbers arrive at the
+# same places. Relied on in transformers 5.23: the forward of Gemma 4 looks its ids up once, by
+# calling ``get_input_embeddings()``, and lays features of media over the result before anything
+# reads it. Gemma 3n lays embeddings of its media tokens over it, too, so that there the forward
+# does all.
+
+
+@contextmanager
+def merged_media_embeddings(
+    gemma: Any, inputs: Mapping[str, Tensor]
+) -> Iterator[Mapping[str, Tensor]]:
+    """Compute the features of a batch's media and lay them in during one forward of the model."""
+    # Where they are not as many as their placeholders, they become NaN, and so does the loss: to
+    # compare the two on the host would mean to wait for the device.
+    media = [medium for medium in MEDIA if medium.inputs[0] in inputs]
+    if not media or not family_of(gemma.config).lays_features_only:
+        yield inputs
+        return
+    laid = []
+    for medium in media:
+        make_features = getattr(gemma.model, medium.method)
+        outputs = make_features(*(inputs[name] for name in medium.inputs), return_dict=True)
+        features, valid = outputs.pooler_output, None
+        if isinstance(features, Tensor):  # of clips, padded to one length
+            features, valid = features.flatten(0, 1), outputs.attention_mask.flatten()
+        else:
+            features = torch.cat(features)
+        places = inputs["input_ids"] == getattr(gemma.config, medium.token_id)
+        laid.append(_lay_out(features, valid, places))
+    num_lookups = 0
+
+    def lay_in(_module: Any, _args: Any, embeddings: Tensor) -> Tensor:
+        nonlocal num_lookups
+        num_lookups += 1
+        for features, places in laid:
+            embeddings = torch.where(places, features.to(embeddings.dtype), embeddings)
+        return embeddings
+
+    handle = gemma.get_input_embeddings().register_forward_hook(lay_in)
+    try:
+        read = {name for medium in media for name in medium.inputs}
+        yield {name: tensor for name, tensor in inputs.items() if name not in read}
+    finally:
+        handle.remove()
+    if num_lookups != 1:
+        raise RuntimeError(
+            f"the model looked its ids up {num_lookups} times in one forward, not once (another "
+            "transformers?), so that media were not laid in as they should be"
+        )
+
+
+def _lay_out(features: Tensor, valid: Tensor | None, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Give each placeholder its feature, in reading order."""
+    # features: ``[F, H]``.
+    # valid: ``[F]`` bool: which of them are some; None for all.
+    # places: ``[B, S]`` bool: the placeholders.
+    # Returns: ``[B, S, H]``, whose values count at placeholders only, and ``[B, S, 1]`` bool.
+    rank = places.flatten().cumsum(0) - 1
+    if valid is None:
+        num_valid: Tensor | int = len(features)
+        index = rank.clamp(0, max(len(features) - 1, 0))
+    else:
+        num_valid = valid.sum()
+        numbers = torch.arange(len(valid), device=valid.device)
+        slots = torch.where(valid, valid.cumsum(0) - 1, len(valid))  # the last one is never read
+        order = numbers.new_zeros(len(valid) + 1).scatter(0, slots, numbers)
+        index = order.index_select(0, rank.clamp(0, len(valid) - 1))
+    features = features.index_select(0, index).view(*places.shape, -1)
+    return features.masked_fill(places.sum() != num_valid, torch.nan), places.unsqueeze(-1)

@@ -30,7 +30,7 @@ from gemma_tuner.models.families import loaded_modalities
 from gemma_tuner.models.loading import name_without_path, read_config
 from gemma_tuner.models.lora import LoraConfig, find_adapters, unwrap_peft, wrap_peft
 from gemma_tuner.models.meta import build_meta_model
-from gemma_tuner.models.target_only import shares_keys
+from gemma_tuner.models.restricted_layers import shares_keys
 from gemma_tuner.planning.choice import CheckpointingLevel, PlanRequest, choose
 from gemma_tuner.planning.notebook import write_plan
 from gemma_tuner.planning.text import GIB, describe_misfit, explain, list_parts

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_tuner.collators.labels import TurnMarkers, mark_removable, mark_targets
+from gemma_tuner.collators.prompt import TurnMarkers, mark_removable, mark_targets
 
 BOS, PAD, OPEN, CLOSE, NEWLINE, MODEL, USER, IMAGE = 2, 0, 105, 106, 107, 4368, 2364, 258880
 CHANNEL, CHANNEL_END, THOUGHT, CALL, CALL_END, RESPONSE, RESPONSE_END = (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gemma_tuner.collators.multimodal import MultimodalCollator
-from gemma_tuner.models.placeholders import _lay_out, merged_media_embeddings
+from gemma_tuner.models.target_only import _lay_out, merged_media_embeddings
 from gemma_tuner.testing import tiny_model
 from tests.examples import example, picture, sound
 
