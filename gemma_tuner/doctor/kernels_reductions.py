@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.nn import Parameter
+from torch.nn import Linear, Parameter
 from torch.nn.utils import clip_grad_norm_
 
 from gemma_tuner.batch import IGNORED
@@ -176,7 +176,9 @@ def make_adapted(generator: Generator) -> Tensors:
 def adapt(t: Tensors, hidden: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """This library's norm, and its linear layer with an adapter."""
     normed = NormKeepingInput.apply(hidden, t["norm"], 1e-6).flatten(0, 1)
-    return AdaptedLinear.apply(normed, t["weight"], a, b, 2.0).unflatten(0, (2, 40))
+    base = Linear(96, 160, bias=False, device="meta")
+    base.weight = Parameter(t["weight"], requires_grad=False)
+    return AdaptedLinear.apply(normed, base.weight, base, a, b, 2.0).unflatten(0, (2, 40))
 
 
 @_with_gradients(("hidden", "lora_a", "lora_b"), answers=("out", "dhidden", "da", "db"))
