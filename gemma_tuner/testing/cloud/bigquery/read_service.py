@@ -25,7 +25,6 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from gemma_tuner.testing.cloud.bigquery.query import select_rows
 from gemma_tuner.testing.cloud.bigquery.tables import (
     REASONS,
     Call,
@@ -33,6 +32,7 @@ from gemma_tuner.testing.cloud.bigquery.tables import (
     RefusedError,
     TableName,
     now,
+    refusing_sql_without_packages,
 )
 
 _SERVICE = "/google.cloud.bigquery.storage.v1.BigQueryRead/"
@@ -329,6 +329,8 @@ def _refuse(context: grpc.ServicerContext, error: RefusedError) -> NoReturn:
 def _choose(content: pyarrow.Table, options: types.ReadSession.TableReadOptions) -> pyarrow.Table:
     """Return the rows and columns that a session reads, columns in the table's order."""
     if options.row_restriction:
+        with refusing_sql_without_packages():
+            from gemma_tuner.testing.cloud.bigquery.query import select_rows  # noqa: PLC0415
         content = select_rows(content, options.row_restriction)
     if options.sample_percentage:
         # BigQuery samples blocks, ours rows; the same ones each time, so that tests can count.

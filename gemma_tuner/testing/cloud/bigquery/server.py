@@ -37,7 +37,7 @@ class BigQueryServer:
             server.put_table("project.dataset.table", pyarrow.table({"id": [1, 2]}))
             rows = server.client("project").query_and_wait("SELECT id FROM dataset.table")
 
-    Queries and row restrictions are run by DuckDB, which has to be installed for them.
+    Queries and row restrictions are run by DuckDB: ``pip install 'gemma_tuner[cloud]'``.
 
     Args:
         rows_per_message: At most so many rows in one response of ``ReadRows``.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -37,6 +38,19 @@ class RefusedError(Exception):
         super().__init__(message)
         self.reason = reason
         self.retry_after_seconds = retry_after_seconds
+
+
+@contextlib.contextmanager
+def refusing_sql_without_packages() -> Iterator[None]:
+    """Turn an import that fails into a refusal: SQL alone needs duckdb and sqlglot."""
+    try:
+        yield
+    except ImportError as error:
+        raise RefusedError(
+            "notImplemented",
+            f"the local BigQuery server runs SQL by the package {error.name}, which is not "
+            "installed; run `pip install 'gemma_tuner[cloud]'`",
+        ) from error
 
 
 # Each reason with its HTTP status and its gRPC code.
