@@ -11,7 +11,6 @@ from collections.abc import Callable
 import sqlglot
 from sqlglot import exp
 from sqlglot.errors import ErrorLevel, ParseError, TokenError, UnsupportedError
-from sqlglot.tokens import TokenType
 
 from gemma_tuner.testing.cloud.bigquery.tables import RefusedError
 
@@ -60,7 +59,7 @@ def translate(
 def _name_positional_parameters(sql: str) -> str:
     # In the tree they are not in the order of the text.
     tokens = sqlglot.tokenize(sql, read="bigquery")
-    places = [token.start for token in tokens if token.token_type == TokenType.PLACEHOLDER]
+    places = [token.start for token in tokens if token.token_type == sqlglot.TokenType.PLACEHOLDER]
     for number, place in reversed(list(enumerate(places))):
         sql = f"{sql[:place]}@position_{number}{sql[place + 1 :]}"
     return sql
