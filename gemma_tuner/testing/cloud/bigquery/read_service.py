@@ -1,4 +1,4 @@
-"""The Storage half of the local BigQuery server: ``BigQueryRead`` over gRPC.
+"""The local BigQuery server's Storage interface: ``BigQueryRead`` over gRPC.
 
 google-cloud-bigquery-storage ships no servicer stubs, so a generic handler routes its published
 message types. Rows keep their order within a stream, and streams are consecutive parts of the
@@ -56,13 +56,7 @@ class _Stream:
 
 
 class ReadService(grpc.GenericRpcHandler):
-    """Answers CreateReadSession, ReadRows and SplitReadStream.
-
-    Args:
-        catalogue: The tables.
-        rows_per_message: At most so many rows in a response.
-        session_lifetime: How long a session lives; BigQuery's is six hours.
-    """
+    """Answers CreateReadSession, ReadRows and SplitReadStream."""
 
     def __init__(
         self, catalogue: Catalogue, rows_per_message: int, session_lifetime: datetime.timedelta

@@ -24,14 +24,9 @@ def now() -> datetime.datetime:
 
 
 class RefusedError(Exception):
-    """A call that BigQuery would refuse: both interfaces turn it into their own error.
+    """A call that BigQuery would refuse; ``reason`` is a key of ``REASONS``."""
 
-    Args:
-        reason: BigQuery's reason, a key of ``REASONS``.
-        message: What BigQuery would say.
-        retry_after_seconds: For a quota: when to try again.
-    """
-
+    # REST and gRPC turn it into errors of theirs.
     def __init__(
         self, reason: str, message: str, *, retry_after_seconds: float | None = None
     ) -> None:
@@ -82,32 +77,17 @@ _REASON_OF_CODE: dict[FaultCode, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call that the server answered, or refused.
+    """One call that the server answered or refused: what was asked for."""
 
-    Args:
-        method: As Google's reference names it: ``tables.get``, ``tabledata.list``,
-            ``jobs.insert``, ``CreateReadSession``, ``ReadRows`` and so on.
-        table: ``project.dataset.table`` where the call is about one table.
-        selected_fields: The columns asked for; empty means all.
-        row_restriction: The filter of a read session.
-        snapshot_time: The version asked for.
-        sample_percentage: Of a read session.
-        compression: Of a read session: ``LZ4_FRAME``, ``ZSTD`` or empty.
-        stream: The stream of ``ReadRows`` or ``SplitReadStream``.
-        offset: The first row asked for, of ``ReadRows`` or ``tabledata.list``.
-        query: The SQL of a query.
-        dry_run: True where a query was only to be estimated.
-    """
-
-    method: str
-    table: str | None = None
-    selected_fields: tuple[str, ...] = ()
+    method: str  # as Google's reference names it: ``tables.get``, ``jobs.insert``, ``ReadRows``
+    table: str | None = None  # ``project.dataset.table`` where the call is about one table
+    selected_fields: tuple[str, ...] = ()  # empty for all
     row_restriction: str = ""
     snapshot_time: datetime.datetime | None = None
     sample_percentage: float | None = None
-    compression: str = ""
+    compression: str = ""  # of a read session: ``LZ4_FRAME``, ``ZSTD`` or none
     stream: str | None = None
-    offset: int | None = None
+    offset: int | None = None  # the first row, of ``ReadRows`` or ``tabledata.list``
     query: str | None = None
     dry_run: bool = False
 

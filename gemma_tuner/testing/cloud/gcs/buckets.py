@@ -1,4 +1,4 @@
-"""Buckets of versioned objects in memory: what :class:`gemma_tuner.testing.GcsServer` serves.
+"""Buckets of versioned objects in memory, from which ``GcsServer`` serves.
 
 The rules are those of Cloud Storage's JSON API: generations only grow, an overwritten or deleted
 version is kept only where the bucket keeps versions, and listings follow names in UTF-8 order.
@@ -26,13 +26,7 @@ _ANY_GENERATION = 2**63 - 1
 
 
 class ApiError(Exception):
-    """A request that is answered with an error.
-
-    Args:
-        status: The HTTP status.
-        message: For people.
-        reason: For programs; None takes the usual one of the status.
-    """
+    """A request that is answered with an error; ``reason`` is what programs read."""
 
     def __init__(self, status: int, message: str, *, reason: str | None = None) -> None:
         super().__init__(message)
@@ -142,7 +136,7 @@ class Listing:
     next_page_token: str | None
 
 
-class GcsStore:
+class Buckets:
     """Buckets and their objects; every method may be called from any thread."""
 
     def __init__(self) -> None:
