@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import duckdb
 import pyarrow
@@ -236,7 +236,7 @@ def select_rows(content: pyarrow.Table, restriction: str) -> pyarrow.Table:
     connection = connect()
     try:
         bind(connection, "t", numbered)
-        condition = translate(restriction, _refuse_table, _refuse_parameter, is_query=False)
+        condition = translate(restriction, _refuse, _refuse, is_query=False)
         with _refusals():
             kept = connection.sql(f'SELECT "{number}" FROM t WHERE {condition} ORDER BY 1')
             return content.take(kept.to_arrow_table()[number])
@@ -244,12 +244,8 @@ def select_rows(content: pyarrow.Table, restriction: str) -> pyarrow.Table:
         connection.close()
 
 
-def _refuse_table(parts: list[str], snapshot: str | None) -> str:
-    raise RefusedError("invalidQuery", f"a row restriction cannot read table {'.'.join(parts)}")
-
-
-def _refuse_parameter(name: str) -> tuple[str, str]:
-    raise RefusedError("invalidQuery", f"a row restriction has no parameters, such as @{name}")
+def _refuse(*_: object) -> NoReturn:
+    raise RefusedError("invalidQuery", "a row restriction has no other tables and no parameters")
 
 
 def _list_used(values: dict[str, Any], sql: str) -> dict[str, Any] | None:

@@ -35,7 +35,7 @@ from gemma_tuner.testing.cloud.bigquery.tables import (
     refusing_sql_without_packages,
 )
 
-_SERVICE = "/google.cloud.bigquery.storage.v1.BigQueryRead/"
+_SERVICE = "google.cloud.bigquery.storage.v1.BigQueryRead"
 _TABLE_PATH = re.compile("projects/([^/]+)/datasets/([^/]+)/tables/([^/]+)")
 _CODECS = {"LZ4_FRAME": "lz4", "ZSTD": "zstd"}
 _MAX_THREADS = 32  # a stalled call holds one
@@ -55,13 +55,13 @@ class _Stream:
     rows: pyarrow.Table
 
 
-class ReadService(grpc.GenericRpcHandler):
+class ReadService:
     """Answers CreateReadSession, ReadRows and SplitReadStream."""
 
     def __init__(
         self, catalogue: Catalogue, rows_per_message: int, session_lifetime: datetime.timedelta
     ) -> None:
-        self.rows_per_message = rows_per_message
+        self._rows_per_message = rows_per_message
         self._catalogue = catalogue
         self._session_lifetime = session_lifetime
         self._sessions: list[_Session] = []
@@ -69,9 +69,26 @@ class ReadService(grpc.GenericRpcHandler):
 
     def start(self) -> tuple[grpc.Server, int]:
         """Serve on a free port of 127.0.0.1; return the server and its port."""
+        handlers: dict[str, Any] = {
+            "CreateReadSession": grpc.unary_unary_rpc_method_handler(
+                _refusing(self._create_session),
+                types.CreateReadSessionRequest.deserialize,
+                types.ReadSession.serialize,
+            ),
+            "ReadRows": grpc.unary_stream_rpc_method_handler(
+                self._answer_read,
+                types.ReadRowsRequest.deserialize,
+                types.ReadRowsResponse.serialize,
+            ),
+            "SplitReadStream": grpc.unary_unary_rpc_method_handler(
+                _refusing(self._split),
+                types.SplitReadStreamRequest.deserialize,
+                types.SplitReadStreamResponse.serialize,
+            ),
+        }
         server = grpc.server(
             futures.ThreadPoolExecutor(_MAX_THREADS, "bigquery-read"),
-            handlers=[self],
+            handlers=[grpc.method_handlers_generic_handler(_SERVICE, handlers)],
             options=[("grpc.max_send_message_length", -1)],
         )
         port = server.add_insecure_port("127.0.0.1:0")
@@ -83,45 +100,6 @@ class ReadService(grpc.GenericRpcHandler):
         with self._catalogue.lock:
             for session in self._sessions:
                 session.expires = min(session.expires, now())
-
-    def service(
-        self, handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Route a call; grpc's own method."""
-        method = str(handler_call_details.method).removeprefix(_SERVICE)
-        if method == "ReadRows":
-            return grpc.unary_stream_rpc_method_handler(
-                self._answer_read,
-                request_deserializer=types.ReadRowsRequest.deserialize,
-                response_serializer=types.ReadRowsResponse.serialize,
-            )
-        unary: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
-            "CreateReadSession": (
-                self._create_session,
-                types.CreateReadSessionRequest,
-                types.ReadSession,
-            ),
-            "SplitReadStream": (
-                self._split,
-                types.SplitReadStreamRequest,
-                types.SplitReadStreamResponse,
-            ),
-        }
-        if method not in unary:
-            return None
-        answer, request_type, response_type = unary[method]
-
-        def respond(request: Any, context: grpc.ServicerContext) -> Any:
-            try:
-                return answer(request)
-            except RefusedError as error:
-                _refuse(context, error)
-
-        return grpc.unary_unary_rpc_method_handler(
-            respond,
-            request_deserializer=request_type.deserialize,
-            response_serializer=response_type.serialize,
-        )
 
     # --- the three methods ---
 
@@ -145,8 +123,7 @@ class ReadService(grpc.GenericRpcHandler):
             sample_percentage=options.sample_percentage or None,
             compression=codec if codec in _CODECS else "",
         )
-        for fault in self._catalogue.enter(call):
-            self._catalogue.strike(fault)
+        self._catalogue.enter(call)
         self._check_permissions(name, request.parent)
         if asked.data_format != types.DataFormat.ARROW:
             raise RefusedError("notImplemented", "this server reads in the format ARROW only")
@@ -213,7 +190,7 @@ class ReadService(grpc.GenericRpcHandler):
         name, offset = request.read_stream, request.offset
         stream = self._find(name)
         call = Call("ReadRows", str(stream.session.table), stream=name, offset=offset)
-        faults = sorted(self._catalogue.enter(call), key=lambda fault: fault.after_rows)
+        faults = sorted(self._catalogue.log(call), key=lambda fault: fault.after_rows)
         if offset > stream.rows.num_rows:
             # Google's reference promises no code for this; the wording is ours as well.
             raise RefusedError(
@@ -229,7 +206,7 @@ class ReadService(grpc.GenericRpcHandler):
             self._check_readable(name, stream)
             if sent >= end:
                 return
-            stop = min(sent + self.rows_per_message, end)
+            stop = min(sent + self._rows_per_message, end)
             if faults:
                 stop = min(stop, faults[0].after_rows)
             batch = stream.rows.slice(offset + sent, stop - sent)
@@ -247,8 +224,7 @@ class ReadService(grpc.GenericRpcHandler):
         name = request.name
         stream = self._find(name)
         call = Call("SplitReadStream", str(stream.session.table), stream=name)
-        for fault in self._catalogue.enter(call):
-            self._catalogue.strike(fault)
+        self._catalogue.enter(call)
         self._check_readable(name, stream)
         num_rows = stream.rows.num_rows
         cut = int(num_rows * (request.fraction or 0.5))
@@ -305,6 +281,16 @@ class ReadService(grpc.GenericRpcHandler):
                 f"there was an error operating on '{name}': the user does not have "
                 f"'bigquery.readsessions.getData' permission for '{name}'",
             )
+
+
+def _refusing(answer: Callable[[Any], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
+    def respond(request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return answer(request)
+        except RefusedError as error:
+            _refuse(context, error)
+
+    return respond
 
 
 def _refuse(context: grpc.ServicerContext, error: RefusedError) -> NoReturn:

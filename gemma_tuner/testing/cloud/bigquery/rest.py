@@ -71,8 +71,7 @@ class RestService(ThreadingHTTPServer):
         for route_verb, pattern, method, handle in self._routes:
             match = re.fullmatch(pattern, path)
             if match and verb == route_verb:
-                for fault in self.catalogue.enter(_log(method, match, parameters, content)):
-                    self.catalogue.strike(fault)
+                self.catalogue.enter(_describe_call(method, match, parameters, content))
                 return handle(*match.groups(), parameters, content)
         raise RefusedError("notImplemented", f"this server does not know {verb} {path}")
 
@@ -241,7 +240,7 @@ class RestService(ThreadingHTTPServer):
         return answer
 
 
-def _log(
+def _describe_call(
     method: str, match: re.Match[str], parameters: Mapping[str, str], content: Answer
 ) -> Call:
     names = match.groups()

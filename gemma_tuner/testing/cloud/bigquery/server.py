@@ -25,6 +25,13 @@ from gemma_tuner.testing.cloud.bigquery.read_service import ReadService
 from gemma_tuner.testing.cloud.bigquery.rest import RestService
 from gemma_tuner.testing.cloud.bigquery.tables import BigQueryFault, Call, Catalogue, TableName
 
+_PROJECT_PERMISSIONS = tuple(
+    f"bigquery.{name}" for name in ("jobs.create", "readsessions.create", "readsessions.getData")
+)
+_TABLE_PERMISSIONS = tuple(
+    f"bigquery.tables.{name}" for name in ("getData", "get", "updateData", "update", "delete")
+)
+
 __all__ = ["BigQueryFault", "BigQueryServer", "Call"]
 
 
@@ -202,17 +209,3 @@ class BigQueryServer:
     def expire_sessions(self) -> None:
         """End every read session now, in the middle of its streams too."""
         self._read.expire_sessions()
-
-
-_PROJECT_PERMISSIONS = (
-    "bigquery.jobs.create",
-    "bigquery.readsessions.create",
-    "bigquery.readsessions.getData",
-)
-_TABLE_PERMISSIONS = (
-    "bigquery.tables.getData",
-    "bigquery.tables.get",
-    "bigquery.tables.updateData",
-    "bigquery.tables.update",
-    "bigquery.tables.delete",
-)

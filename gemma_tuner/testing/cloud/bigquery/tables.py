@@ -281,7 +281,12 @@ class Catalogue:
         with self.lock:
             self._faults.append((fault, [0]))
 
-    def enter(self, call: Call) -> Sequence[BigQueryFault]:
+    def enter(self, call: Call) -> None:
+        """Log a call, and let the faults that are due happen."""
+        for fault in self.log(call):
+            self.strike(fault)
+
+    def log(self, call: Call) -> Sequence[BigQueryFault]:
         """Log a call and return the faults that strike it."""
         with self.lock:
             self.calls.append(call)
