@@ -105,14 +105,11 @@ def _run(catalogue: Catalogue, job: Job, query: dict[str, Any]) -> None:
         raise RefusedError("notImplemented", "this server does not know legacy SQL")
     with refusing_sql_without_packages():
         from gemma_tuner.testing.cloud.bigquery.query import Query  # noqa: PLC0415
-    default = query.get("defaultDataset")
     with Query(
         catalogue,
         query["query"],
         project=job.project,
-        default_dataset=(
-            (default.get("projectId", job.project), default["datasetId"]) if default else None
-        ),
+        default_dataset=query.get("defaultDataset"),
         parameters=query.get("queryParameters", ()),
     ) as bound:
         job.estimate = bound.estimate()
@@ -140,7 +137,7 @@ def _store(
     reference = query.get("destinationTable")
     if reference is None:
         name = TableName(project, _ANONYMOUS_DATASET, f"anon_{uuid.uuid4().hex}")
-        query["destinationTable"] = describe_name(name)
+        query["destinationTable"] = name.reference
         catalogue.put(name, result)
         return
     name = TableName(reference["projectId"], reference["datasetId"], reference["tableId"])
@@ -161,8 +158,3 @@ def _store(
         if stored is None and query.get("createDisposition") == "CREATE_NEVER":
             catalogue.find(name)  # raises: there is no such table
         catalogue.put(name, result)
-
-
-def describe_name(name: TableName) -> dict[str, str]:
-    """Return the REST form, ``TableReference``."""
-    return {"projectId": name.project, "datasetId": name.dataset, "tableId": name.table}

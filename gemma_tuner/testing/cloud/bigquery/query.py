@@ -10,6 +10,7 @@ import base64
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     import datetime
 
 _MEBIBYTE = 1 << 20
-_MAX_VIEW_DEPTH = 16
+_MAX_VIEWS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Query:
         sql: str,
         *,
         project: str,  # of tables named without one
-        default_dataset: tuple[str, str] | None = None,  # its project and name
+        default_dataset: Mapping[str, str] | None = None,  # ``DatasetReference``
         parameters: Sequence[Mapping[str, Any]] = (),  # ``queryParameters`` as REST has them
     ) -> None:
         self._catalogue = catalogue
@@ -77,7 +78,7 @@ class Query:
             (parameter.get("name") or f"position_{number}").lower(): parameter
             for number, parameter in enumerate(parameters)
         }
-        self._depth = 0
+        self._num_views = 0
         self._connection = connect()
         try:
             self.sql = translate(sql, self._bind_table, self._bind_parameter)
@@ -92,12 +93,6 @@ class Query:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    @property
-    def tables(self) -> list[StoredTable]:
-        """The tables that it reads, each once."""
-        found = {str(stored.name): stored for stored, _ in self._versions.values()}
-        return list(found.values())
-
     def estimate(self) -> Estimate:
         """Return what the query would read, without running it."""
         with _refusals():
@@ -111,13 +106,9 @@ class Query:
             source, _, name = column.partition("/")
             if name and source in self._versions:
                 read.setdefault(source, set()).add(name)
-        return Estimate(
-            schema,
-            sum(
-                _count_bytes(self._versions[key][1].content, paths) for key, paths in read.items()
-            ),
-            len(self.tables),
-        )
+        sizes = [_count_bytes(self._versions[key][1].content, read[key]) for key in read]
+        tables = {stored.name for stored, _ in self._versions.values()}
+        return Estimate(schema, sum(sizes), len(tables))
 
     def run(self) -> pyarrow.Table:
         """Return the result, with BigQuery's types."""
@@ -151,21 +142,23 @@ class Query:
 
     def _complete(self, parts: list[str]) -> TableName:
         if len(parts) == 1:
-            if self._default_dataset is None:
+            default = self._default_dataset
+            if default is None:
                 raise RefusedError(
                     "invalid",
                     f'Table "{parts[0]}" must be qualified with a dataset (e.g. dataset.table).',
                 )
-            return TableName(*self._default_dataset, parts[0])
+            project = default.get("projectId", self._project)
+            return TableName(project, default["datasetId"], parts[0])
         if len(parts) == 2:
             return TableName(self._project, *parts)
         return TableName(".".join(parts[:-2]), parts[-2], parts[-1])
 
     def _make_view(self, view: StoredTable) -> str:
-        key = f"v{self._depth}"
-        self._depth += 1
-        if self._depth > _MAX_VIEW_DEPTH:
+        self._num_views += 1
+        if self._num_views > _MAX_VIEWS:  # one view may stand for another, and in the end itself
             raise RefusedError("invalidQuery", f"Too many nested views: {view.name.legacy}")
+        key = f"v{self._num_views}"
         sql = translate(view.view_sql or "", self._bind_table, self._bind_parameter)
         with _refusals():
             self._connection.execute(f"CREATE TEMP VIEW {key} AS {sql}")
@@ -254,15 +247,13 @@ def _list_used(values: dict[str, Any], sql: str) -> dict[str, Any] | None:
     return {name: value for name, value in values.items() if name in names} or None
 
 
-class _refusals:  # noqa: N801 - reads as a statement
-    """Turns DuckDB's errors into BigQuery's, without the lines that quote the query."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, duckdb.Error):
-            raise RefusedError("invalidQuery", str(error).partition("\n")[0]) from error
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn DuckDB's errors into BigQuery's, without the lines that quote the query."""
+    try:
+        yield
+    except duckdb.Error as error:
+        raise RefusedError("invalidQuery", str(error).partition("\n")[0]) from error
 
 
 def _list_scanned(plan: list[dict[str, Any]]) -> Iterator[str]:

@@ -124,7 +124,7 @@ class ReadService:
             compression=codec if codec in _CODECS else "",
         )
         self._catalogue.enter(call)
-        self._check_permissions(name, request.parent)
+        self._check_permissions(name, request.parent, asked.table)
         if asked.data_format != types.DataFormat.ARROW:
             raise RefusedError("notImplemented", "this server reads in the format ARROW only")
         if options.response_compression_codec:
@@ -251,11 +251,11 @@ class ReadService:
                 raise RefusedError("notFound", f"there is no stream '{name}'")
             return self._streams[name]
 
-    def _check_permissions(self, name: TableName, parent: str) -> None:
+    def _check_permissions(self, name: TableName, parent: str, table: str) -> None:
         project = parent.removeprefix("projects/")
         for resource, permission, path in (
             (project, "bigquery.readsessions.create", parent),
-            (name, "bigquery.tables.getData", name.path),
+            (name, "bigquery.tables.getData", table),
         ):
             if self._catalogue.is_denied(resource, permission):
                 # Source: github.com/PostHog/posthog/pull/99792, which quotes BigQuery.

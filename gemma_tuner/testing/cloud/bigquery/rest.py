@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow
 
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.testing.cloud.bigquery.jobs import Job, describe_error, describe_name, run_job
+from gemma_tuner.testing.cloud.bigquery.jobs import Job, describe_error, run_job
 from gemma_tuner.testing.cloud.bigquery.tables import (
     LOCATION,
     REASONS,
@@ -66,7 +66,10 @@ class RestService(ThreadingHTTPServer):
         """Answer one request."""
         url = urllib.parse.urlsplit(target)
         path = urllib.parse.unquote(url.path).removeprefix("/bigquery/v2/").strip("/")
-        parameters = dict(urllib.parse.parse_qsl(url.query))
+        parameters = {
+            name.removeprefix("formatOptions."): value
+            for name, value in urllib.parse.parse_qsl(url.query)
+        }
         content = json.loads(body) if body else {}
         for route_verb, pattern, method, handle in self._routes:
             match = re.fullmatch(pattern, path)
@@ -219,8 +222,7 @@ class RestService(ThreadingHTTPServer):
         )
 
     def _get_results(self, project: str, job_id: str, parameters: Answer, _: Answer) -> Answer:
-        formats = {key.removeprefix("formatOptions."): value for key, value in parameters.items()}
-        return self._describe_results(self._find_job(project, job_id), formats)
+        return self._describe_results(self._find_job(project, job_id), parameters)
 
     def _describe_results(self, job: Job, parameters: Answer) -> Answer:
         if job.error is not None:  # BigQuery turns a job's failure into that of this call
@@ -277,10 +279,8 @@ def _page(content: pyarrow.Table, parameters: Mapping[str, Any]) -> Answer:
     start = int(parameters.get("pageToken") or parameters.get("startIndex") or 0)
     asked = parameters.get("maxResults")
     size = _MAX_PAGE_ROWS if asked is None else min(int(asked), _MAX_PAGE_ROWS)
-    int64 = str(
-        parameters.get("useInt64Timestamp", parameters.get("formatOptions.useInt64Timestamp", ""))
-    )
-    rows = write_rows(content.slice(start, size), int64_timestamps=int64.lower() == "true")
+    int64 = str(parameters.get("useInt64Timestamp", "")).lower() == "true"
+    rows = write_rows(content.slice(start, size), int64_timestamps=int64)
     page: Answer = {"totalRows": str(content.num_rows), "rows": rows}
     if start + len(rows) < content.num_rows:  # so too where no rows were asked for
         page["pageToken"] = str(start + len(rows))
@@ -299,7 +299,7 @@ def _describe_table(stored: StoredTable) -> Answer:
         "kind": "bigquery#table",
         "etag": stored.etag,
         "id": name.legacy,
-        "tableReference": describe_name(name),
+        "tableReference": name.reference,
         "schema": {"fields": describe(content.schema)},
         "numRows": str(content.num_rows),
         "numBytes": str(content.nbytes),

@@ -1,9 +1,8 @@
-"""A local server that the official BigQuery clients speak to: a fixture for tests and demos.
+"""A local server for the official BigQuery clients: tables and queries, costs and faults.
 
-It answers what google-cloud-bigquery (REST) and google-cloud-bigquery-storage (gRPC) ask when they
-read tables and run queries, keeps versions of tables, counts costs, logs calls, and fails when it
-is told to. It is not BigQuery: it cannot prove GoogleSQL's dialect, permissions, quotas, prices or
-how the service lays out streams.
+Read in this order: ``tables`` and ``values`` (what is kept), ``rest`` and ``read_service`` (how it
+is asked for), ``jobs``, ``query`` and ``dialect`` (how SQL is run), and this. It is not BigQuery:
+``tests/cloud/README.md`` says what it cannot prove.
 """
 
 from __future__ import annotations

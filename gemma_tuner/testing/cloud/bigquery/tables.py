@@ -67,12 +67,6 @@ REASONS: dict[str, tuple[int, str]] = {
 }
 
 FaultCode = Literal["UNAVAILABLE", "INTERNAL", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED"]
-_REASON_OF_CODE: dict[FaultCode, str] = {
-    "UNAVAILABLE": "backendError",
-    "INTERNAL": "internalError",
-    "RESOURCE_EXHAUSTED": "rateLimitExceeded",
-    "PERMISSION_DENIED": "accessDenied",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,16 +114,6 @@ class BigQueryFault:
     retry_after_seconds: float | None = None
     message: str = "injected fault"
 
-    def error(self) -> RefusedError | None:
-        """Return what is to be raised, if anything."""
-        if self.code is None:
-            return None
-        return RefusedError(
-            _REASON_OF_CODE[self.code],
-            self.message,
-            retry_after_seconds=self.retry_after_seconds,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class TableName:
@@ -156,9 +140,9 @@ class TableName:
         return f"{self.project}:{self.dataset}.{self.table}"
 
     @property
-    def path(self) -> str:
-        """The form of the Storage interface: ``projects/p/datasets/d/tables/t``."""
-        return f"projects/{self.project}/datasets/{self.dataset}/tables/{self.table}"
+    def reference(self) -> dict[str, str]:
+        """The form of REST: ``TableReference``."""
+        return {"projectId": self.project, "datasetId": self.dataset, "tableId": self.table}
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,6 +286,7 @@ class Catalogue:
         """Let a fault happen: stall, then fail, unless the server stops meanwhile."""
         if fault.stall_seconds:
             self.stopping.wait(fault.stall_seconds)
-        error = fault.error()
-        if error is not None:
-            raise error
+        if fault.code is not None:
+            reason = next(reason for reason, (_, code) in REASONS.items() if code == fault.code)
+            wait_seconds = fault.retry_after_seconds
+            raise RefusedError(reason, fault.message, retry_after_seconds=wait_seconds)

@@ -217,14 +217,14 @@ class GcsApi:
         return self._json(call, version.resource(self.endpoint))
 
     def _stat(self, call: Call) -> Answer:
+        return self._show(call, self._find(call))
+
+    def _find(self, call: Call) -> StoredVersion:
         generation = call.number("generation")
-        return self._show(
-            call, self._buckets.get(call.bucket, call.name, generation, call.condition)
-        )
+        return self._buckets.get(call.bucket, call.name, generation, call.condition)
 
     def _read(self, call: Call) -> Answer:
-        generation = call.number("generation")
-        version = self._buckets.get(call.bucket, call.name, generation, call.condition)
+        version = self._find(call)
         hashes = f"crc32c={version.crc32c}" + (f",md5={version.md5}" if version.md5 else "")
         headers = {
             "Content-Type": version.content_type,
@@ -292,7 +292,7 @@ class GcsApi:
     def _change_bucket(self, call: Call) -> Answer:
         versioning = call.metadata.get("versioning") or {}
         if "enabled" in versioning:
-            self._buckets.set_keeps_versions(call.bucket, keeps_versions=versioning["enabled"])
+            self._buckets.find(call.bucket).keeps_versions = versioning["enabled"]
         return self._json(call, self._bucket_resource(call.bucket))
 
     def _bucket_resource(self, bucket: str) -> dict[str, Any]:
@@ -303,7 +303,7 @@ class GcsApi:
             "metageneration": "1",
             "location": "US",
             "storageClass": "STANDARD",
-            "versioning": {"enabled": self._buckets.keeps_versions(bucket)},
+            "versioning": {"enabled": self._buckets.find(bucket).keeps_versions},
         }
 
     def _upload(self, call: Call) -> Answer:
@@ -321,11 +321,11 @@ class GcsApi:
         return self._show(call, self._store_upload(call, call.body))
 
     def _store_upload(self, call: Call, data: bytes) -> StoredVersion:
-        told = call.metadata
+        metadata = call.metadata
         for key, value in (("crc32c", encode_crc32c(data)), ("md5Hash", encode_md5(data))):
-            if told.get(key) not in (None, value):
+            if metadata.get(key) not in (None, value):
                 raise ApiError(400, f"Provided {key} does not match the one that was calculated.")
-        content_type = told.get("contentType") or call.headers.get("X-Upload-Content-Type")
+        content_type = metadata.get("contentType") or call.headers.get("X-Upload-Content-Type")
         if call.action == "media":
             content_type = call.headers.get("Content-Type")
         return self._buckets.put(
@@ -333,8 +333,8 @@ class GcsApi:
             call.name,
             data,
             content_type=content_type,
-            content_encoding=told.get("contentEncoding"),
-            metadata=told.get("metadata"),
+            content_encoding=metadata.get("contentEncoding"),
+            metadata=metadata.get("metadata"),
             condition=call.condition,
         )
 
@@ -359,15 +359,17 @@ class GcsApi:
 
     def _compose(self, call: Call) -> Answer:
         sources = [
-            self._buckets.get(call.bucket, source["name"], _as_number(source.get("generation")))
+            self._buckets.get(
+                call.bucket, source["name"], int(source.get("generation") or 0) or None
+            )
             for source in call.metadata.get("sourceObjects", ())
         ]
-        told = call.metadata.get("destination") or {}
+        destination = call.metadata.get("destination") or {}
         version = self._buckets.put(
             call.bucket,
             call.name,
             b"".join(source.data for source in sources),
-            content_type=told.get("contentType"),
+            content_type=destination.get("contentType"),
             condition=call.condition,
             composed=True,
         )
@@ -414,10 +416,6 @@ def _usual_message(call: Call, status: int) -> str:
     return messages.get(status, f"A fault of the local server: {status}.")
 
 
-def _as_number(value: str | int | None) -> int | None:
-    return None if value is None else int(value)
-
-
 def _read_json(body: bytes) -> dict[str, Any]:
     try:
         return json.loads(body) if body.strip() else {}
@@ -432,11 +430,11 @@ def _split_multipart(content_type: str, body: bytes) -> tuple[dict[str, Any], by
     if len(parts) != 4:
         raise ApiError(400, "Malformed multipart body.", reason="badContent")
     (_, metadata), (header, data) = (part.split(b"\r\n\r\n", 1) for part in parts[1:3])
-    told = _read_json(metadata)
+    fields = _read_json(metadata)
     media_type = re.search(rb"content-type: *([^\r\n]+)", header, re.IGNORECASE)
     if media_type:
-        told.setdefault("contentType", media_type[1].decode())
-    return told, data.removesuffix(b"\r\n")
+        fields.setdefault("contentType", media_type[1].decode())
+    return fields, data.removesuffix(b"\r\n")
 
 
 def _read_range(header: str, num_bytes: int) -> range | None:
