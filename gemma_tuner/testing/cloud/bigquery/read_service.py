@@ -8,6 +8,7 @@ table; BigQuery promises neither across sessions.
 from __future__ import annotations
 
 import datetime
+import itertools
 import random
 import re
 import uuid
@@ -138,32 +139,27 @@ class ReadService:
             )
         rows = _choose(stored.version_at(snapshot).content, options)
         with self._catalogue.lock:
-            return self._open(asked, request, name, rows, _CODECS.get(codec))
+            return self._open(request, name, rows, _CODECS.get(codec))
 
     def _open(
         self,
-        asked: types.ReadSession,
         request: types.CreateReadSessionRequest,
-        name: TableName,
+        table: TableName,
         rows: pyarrow.Table,
         codec: str | None,
     ) -> types.ReadSession:
-        session = _Session(
-            f"{request.parent}/locations/us/sessions/{uuid.uuid4().hex}",
-            name,
-            now() + self._session_lifetime,
-            codec,
-        )
+        asked = request.read_session
+        name = f"{request.parent}/locations/us/sessions/{uuid.uuid4().hex}"
+        session = _Session(name, table, now() + self._session_lifetime, codec)
         self._sessions.append(session)
         num_streams = min(request.max_stream_count or 1, rows.num_rows)
-        streams = []
-        for index in range(num_streams):
-            start, end = (rows.num_rows * i // num_streams for i in (index, index + 1))
-            streams.append(
-                self._add_stream(f"{session.name}/streams/{index}", session, rows, start, end)
-            )
+        ends = [rows.num_rows * i // max(num_streams, 1) for i in range(num_streams + 1)]
+        streams = [
+            self._add_stream(f"{name}/streams/{index}", session, rows.slice(start, end - start))
+            for index, (start, end) in enumerate(itertools.pairwise(ends))
+        ]
         return types.ReadSession(
-            name=session.name,
+            name=name,
             expire_time=session.expires,
             data_format=types.DataFormat.ARROW,
             arrow_schema=types.ArrowSchema(serialized_schema=_serialize_schema(rows.schema)),
@@ -231,18 +227,14 @@ class ReadService:
         if not 0 < cut < num_rows:  # documented: an empty response if it cannot be split
             return types.SplitReadStreamResponse()
         with self._catalogue.lock:
-            first, second = (
-                self._add_stream(f"{name}.{part}", stream.session, stream.rows, start, end)
-                for part, start, end in ((0, 0, cut), (1, cut, num_rows))
-            )
+            first = self._add_stream(f"{name}.0", stream.session, stream.rows.slice(0, cut))
+            second = self._add_stream(f"{name}.1", stream.session, stream.rows.slice(cut))
         return types.SplitReadStreamResponse(primary_stream=first, remainder_stream=second)
 
     # --- parts of them ---
 
-    def _add_stream(
-        self, name: str, session: _Session, rows: pyarrow.Table, start: int, end: int
-    ) -> types.ReadStream:
-        self._streams[name] = _Stream(session, rows.slice(start, end - start))
+    def _add_stream(self, name: str, session: _Session, rows: pyarrow.Table) -> types.ReadStream:
+        self._streams[name] = _Stream(session, rows)
         return types.ReadStream(name=name)
 
     def _find(self, name: str) -> _Stream:

@@ -1,7 +1,7 @@
 """Arrow types and values as BigQuery has them, and as its REST interface writes them.
 
-BigQuery knows one integer, one float, one timestamp. Tables come in here with whatever Arrow
-type, and are kept with the type that a BigQuery column of that kind has when it is read as Arrow.
+BigQuery knows one integer, one float, one timestamp: a table of whatever Arrow types is kept with
+those that BigQuery's columns of that kind have when they are read as Arrow.
 Source: https://cloud.google.com/bigquery/docs/reference/storage#arrow_schema_details and the
 REST resource ``TableFieldSchema``.
 """
