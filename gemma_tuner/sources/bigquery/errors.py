@@ -46,7 +46,7 @@ def explain_errors(
             f"{table} does not exist; check its name (project.dataset.table) and, of a query's "
             "result, whether it was deleted"
         ) from None
-    except api.ClientError as error:
+    except (api.ClientError, api.MethodNotImplemented) as error:
         said = f"{quote(error)}); {remedy}" if remedy else f"{name(error)}); see its job's page"
         raise SourceError(f"{action} {table} was refused ({said}") from None
     except (api.GoogleAPIError, auth.GoogleAuthError, requests.RequestException) as error:

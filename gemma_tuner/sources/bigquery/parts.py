@@ -47,61 +47,35 @@ class Column:
 
 @dataclass(slots=True)
 class ReadSession:
-    """What is needed to go on with a session of the Storage Read API.
+    """What is needed to go on with a session of the Storage Read API."""
 
-    Args:
-        streams: Their full names; the part of each has its place in this list as its number.
-        schema: The Arrow schema as an IPC message, in base 16.
-        expires: When the session ends, ISO 8601; empty where it was not said.
-        num_rows: How many rows it gives, as BigQuery estimates.
-        num_bytes: How many bytes it reads, as BigQuery estimates.
-        whole: Rows by part, of the parts whose stream came to its end.
-    """
-
-    streams: list[str]
-    schema: str
-    expires: str
-    num_rows: int
-    num_bytes: int
-    whole: dict[str, int] = field(default_factory=dict)
+    streams: list[str]  # full names; a stream's place here is the number of its part
+    schema: str  # the Arrow schema as an IPC message, in base 16
+    expires: str  # ISO 8601; empty where BigQuery did not say
+    num_rows: int  # BigQuery's estimate
+    num_bytes: int  # BigQuery's estimate of what it reads
+    whole: dict[str, int] = field(default_factory=dict)  # rows of parts that are complete
 
 
 @dataclass(slots=True)
 class Record:
-    """How far the reading of one table came.
+    """How far the reading of one table came."""
 
-    Args:
-        identity: What was asked for, hashed.
-        snapshot_time: The time at which the table is read, ISO 8601; empty for a query's result.
-        job: Id and location of the query's job, from before it begins.
-        table: What is read, ``project.dataset.table``; empty until the query has run.
-        columns: All columns of the table.
-        num_billed_bytes: What the query cost.
-        session: The session; None where none is open.
-        num_expired: Sessions that ended before they were read.
-        num_repeats: Reads that broke off and were taken up again.
-    """
-
-    identity: str
-    snapshot_time: str = ""
-    job: list[str] = field(default_factory=list)
-    table: str = ""
-    columns: list[Column] = field(default_factory=list)
-    num_billed_bytes: int = 0
+    identity: str  # what was asked for, hashed
+    snapshot_time: str = ""  # ISO 8601; empty for a query's result
+    job: list[str] = field(default_factory=list)  # id and location, from before the query begins
+    table: str = ""  # ``project.dataset.table``; empty until the query has run
+    columns: list[Column] = field(default_factory=list)  # all of the table
+    num_billed_bytes: int = 0  # by the query
     session: ReadSession | None = None
-    num_expired: int = 0
-    num_repeats: int = 0
+    num_expired: int = 0  # sessions that ended before they were read
+    num_repeats: int = 0  # reads that broke off and were continued
 
 
 class Part:
-    """The batches of one stream, open for appending from one thread.
+    """The batches of one stream, open for appending from one thread."""
 
-    Args:
-        folder: Where.
-        number: The stream's place in its session.
-        schema: The Arrow schema as an IPC message.
-    """
-
+    # ``schema`` is the Arrow schema as an IPC message.
     def __init__(self, folder: Path, number: int, schema: bytes) -> None:
         self._schema = schema
         self._ends: list[tuple[int, int]] = []
@@ -186,13 +160,7 @@ class Part:
 class PartFolder:
     """A folder of parts and their record, used by one process at a time.
 
-    Args:
-        folder: Made where it is not there, for the user alone.
-        identity: What is asked for; anything kept for something else is deleted.
-
-    Raises:
-        SourceError: Another process uses the folder.
-        OSError: The folder cannot be used.
+    What it holds for another ``identity`` is deleted.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:

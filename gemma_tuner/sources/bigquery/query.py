@@ -66,16 +66,7 @@ def list_columns(schema: Sequence[SchemaField]) -> list[Column]:
 
 
 class BigQueryQuery:
-    """One query: estimated without cost, then run once, however often the run is started again.
-
-    Args:
-        client: The official client.
-        sql: A SELECT.
-        parameters: The client's query parameters.
-        max_bytes_billed: What it may bill; False waives the limit.
-        destination: The table that takes the result, and is never overwritten; None leaves it in
-            BigQuery's own temporary table, which lasts for a day.
-    """
+    """One query: estimated without cost, then run once, however often the run is started again."""
 
     def __init__(
         self,
@@ -84,7 +75,7 @@ class BigQueryQuery:
         *,
         parameters: Sequence[Any],
         max_bytes_billed: int | Literal[False] | None,
-        destination: TableReference | None,
+        destination: TableReference | None,  # None: BigQuery's temporary table, for a day
     ) -> None:
         self._client = client
         self._sql = sql

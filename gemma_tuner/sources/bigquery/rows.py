@@ -40,15 +40,7 @@ _PARSED = ("messages", "tools")  # whose JSON is read as what it says
 
 
 def check_kinds(available: Sequence[Column], columns: Columns) -> None:
-    """Refuse a column of a type that can never play its part, before reading it costs something.
-
-    Args:
-        available: The columns of the table.
-        columns: Which plays which part.
-
-    Raises:
-        SourceError: A column of another type.
-    """
+    """Refuse a column whose type cannot play its part, before reading it costs something."""
     kinds = {column.name: _name_kind(column) for column in available}
     for part, name in columns.names.items():
         expected = _KINDS.get(part)
@@ -113,7 +105,7 @@ def _name_kind(column: Column) -> str:
 
 
 def _slice(batch: pyarrow.RecordBatch) -> Iterator[pyarrow.RecordBatch]:
-    """Halve a batch until its pieces are small: as Python objects rows take their place anew."""
+    """Halve a batch until its pieces are small: Python objects take their room again."""
     if batch.num_rows <= 1 or batch.nbytes <= _SLICE_BYTES:
         yield batch
         return

@@ -40,31 +40,8 @@ _FORMAT_VERSION = 1
 class BigQuerySource:
     """The examples of a BigQuery table or query, spooled to a folder and read from there.
 
-    Args:
-        table: ``project.dataset.table``, or ``dataset.table`` of the client's project.
-        query: A SELECT in GoogleSQL, instead of a table.
-        query_parameters: The official client's parameters of the query.
-        project: Who pays; None takes the project of the credentials or the client.
-        row_restriction: A condition in SQL that the rows of the table meet; for a query use WHERE.
-        snapshot_time: The time, with its zone, at which the table is read; None takes the time of
-            the first start, and keeps it until the reading is complete.
-        max_bytes_billed: What a query may bill, and what a table may read by BigQuery's estimate.
-            A query needs it; False waives it.
-        destination: A table for the query's result, which must be new or empty; None leaves it in
-            BigQuery's own temporary table.
-        split: Keeps the rows whose column ``split`` has this value.
-        keywords: Column by part, as :func:`~gemma_tuner.sources.columns.recognise_columns`.
-        folder: Where the rows lie until :meth:`discard`: made for the user alone, and of no other
-            use.
-        client: ``google.cloud.bigquery.Client``; None makes both clients when they are first
-            needed, with the application-default credentials.
-        read_client: ``google.cloud.bigquery_storage.BigQueryReadClient``, given with ``client``.
-        max_streams: Streams that are read at one time.
-        attempt_timeout_seconds: How long one call may last; another takes it up.
-        total_timeout_seconds: How long a stream may bring nothing at all.
-
-    Raises:
-        ConfigError: Arguments that exclude each other or are of another type.
+    ``stream_bigquery`` documents the arguments. The folder is made for the user alone, of no other
+    use, and holds the rows until :meth:`discard`.
     """
 
     root = Path()
@@ -83,7 +60,7 @@ class BigQuerySource:
         destination: str | None = None,
         split: str | None = None,
         keywords: Keywords | None = None,
-        client: Client | None = None,
+        client: Client | None = None,  # None makes both clients when they are first needed
         read_client: BigQueryReadClient | None = None,
         max_streams: int = 4,
         attempt_timeout_seconds: float = 300.0,
@@ -133,7 +110,7 @@ class BigQuerySource:
         return self._summary
 
     def discard(self) -> None:
-        """Delete the rows that lie in the folder; the next iteration asks BigQuery anew."""
+        """Delete the rows that lie in the folder; the next iteration asks BigQuery again."""
         if self.folder.is_dir():
             with self._open_folder() as parts:
                 parts.delete()
@@ -216,7 +193,7 @@ class BigQuerySource:
         if self._query is not None:
             self._run_query(client, self._query, parts)
             return
-        table = _name_table(client, self._table or "")
+        table = str(_parse_table(client, self._table or ""))
         columns = describe_table(client, table)
         self._make_reader(columns)
         # The table as it is now, and as it was then for a run that goes on tomorrow.
@@ -292,11 +269,6 @@ class BigQuerySource:
             "notes": notes + summary["notes"],
             "num_files": 1,
         }
-
-
-def _name_table(client: Client, name: str) -> str:
-    found = _parse_table(client, name)
-    return f"{found.project}.{found.dataset_id}.{found.table_id}"
 
 
 def _parse_table(client: Client, name: str) -> TableReference:

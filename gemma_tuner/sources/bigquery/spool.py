@@ -1,7 +1,7 @@
 """The rows of a BigQuery table to parts on disk, over the official Storage Read API client.
 
 A stream is exact within its session alone, and a session lasts for six hours: no row is handed out
-before all of them are on disk, so that a session that ends too early can be begun anew.
+before all of them are on disk, so that a session that ends too early can be replaced.
 """
 
 from __future__ import annotations
@@ -42,26 +42,15 @@ _CLOSING_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """What is read of a table.
+    """What is read of a table."""
 
-    Args:
-        project: Who pays; None is the client's project.
-        fields: The columns.
-        row_restriction: A condition in SQL, or an empty text.
-        max_streams: Streams read at one time.
-        max_bytes: What BigQuery may read by its own estimate; None and False are no limit.
-        attempt_timeout_seconds: How long one call of ``ReadRows`` may last before it is continued
-            by another.
-        total_timeout_seconds: How long a stream may bring nothing.
-    """
-
-    project: str | None
+    project: str | None  # who pays; None is the client's
     fields: tuple[str, ...]
     row_restriction: str
-    max_streams: int
-    max_bytes: int | Literal[False] | None
-    attempt_timeout_seconds: float
-    total_timeout_seconds: float
+    max_streams: int  # read at one time
+    max_bytes: int | Literal[False] | None  # by BigQuery's estimate; None and False: no limit
+    attempt_timeout_seconds: float  # of one call of ``ReadRows``, which another continues
+    total_timeout_seconds: float  # for which a stream may bring nothing
 
 
 class SessionExpiredError(SourceError):
@@ -149,7 +138,7 @@ def _open_session(
             parts.reset()
             raise
     refuse_excess(record.table, session.estimated_total_bytes_scanned, request.max_bytes)
-    # Written anew, as a message of its own: some servers send the end of a stream with it.
+    # Serialized again, without what follows: some servers send the end of a stream with it.
     schema = pyarrow.ipc.read_schema(pyarrow.py_buffer(session.arrow_schema.serialized_schema))
     # proto-plus gives a datetime where its annotations say Timestamp.
     expires = cast("datetime.datetime | None", session.expire_time)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import pyarrow
 
 from gemma_tuner.testing.cloud.bigquery.server import BigQueryServer
 from gemma_tuner.testing.cloud.gcs.server import GcsServer
 from gemma_tuner.testing.samples import Modality, sample_data
-
-if TYPE_CHECKING:
-    from google.cloud import bigquery, bigquery_storage, storage
 
 PROJECT = "local-project"
 _MODALITIES: tuple[Modality, ...] = ("text", "image", "audio")
@@ -56,14 +53,11 @@ class LocalCloud:
 
     def clients(self) -> dict[str, Any]:
         """Return the keywords by which ``stream_bigquery`` speaks to these servers."""
-        clients: dict[
-            str, storage.Client | bigquery.Client | bigquery_storage.BigQueryReadClient
-        ] = {
+        return {
             "gcs_client": self.gcs.client(),
             "bigquery_client": self.bigquery.client(PROJECT),
             "bigquery_read_client": self.bigquery.read_client(),
         }
-        return clients
 
     def _upload(self, modality: Modality) -> None:
         folder = sample_data(modality)

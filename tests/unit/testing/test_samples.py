@@ -13,6 +13,7 @@ import soundfile
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.media.audio import decode_audio
 from gemma_tuner.testing.samples import sample_data
+from tests.make_samples import write_samples
 
 COUNTS = {"text": (192, 48), "image": (128, 32), "audio": (120, 40)}
 # These use the pictures and sounds of those above.
@@ -213,9 +214,6 @@ def test_clips_are_short_telephone_band_and_not_clipped():
 
 
 def test_the_script_makes_the_same_sets_again(tmp_path):
-    # Imported here: coverage of the maker is this test's alone.
-    from gemma_tuner.testing.make_samples import write_samples
-
     write_samples(tmp_path)
     for modality in COUNTS | DERIVED:
         bundled = sample_data(modality)

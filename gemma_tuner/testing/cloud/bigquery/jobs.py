@@ -5,20 +5,23 @@ from __future__ import annotations
 import datetime
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 
-from gemma_tuner.testing.cloud.bigquery.query import Estimate, Query
 from gemma_tuner.testing.cloud.bigquery.tables import (
     LOCATION,
     Catalogue,
     RefusedError,
     TableName,
     now,
+    refusing_sql_without_packages,
 )
 from gemma_tuner.testing.cloud.bigquery.values import describe
+
+if TYPE_CHECKING:
+    from gemma_tuner.testing.cloud.bigquery.query import Estimate
 
 # BigQuery hides results that got no destination in a dataset of this kind, for about a day.
 _ANONYMOUS_DATASET = "_anonymous_results"
@@ -26,27 +29,16 @@ _ANONYMOUS_DATASET = "_anonymous_results"
 
 @dataclass(slots=True)
 class Job:
-    """A finished query job.
-
-    Args:
-        project: The project that pays.
-        id: Unique within the project.
-        configuration: ``JobConfiguration`` as REST has it, completed with the destination.
-        estimate: What it read, None if it failed before that was known.
-        destination: The table that holds the result; None after a failure or a dry run.
-        result: The result itself, whatever becomes of the destination.
-        error: Why it failed.
-    """
+    """A finished query job."""
 
     project: str
     id: str
-    configuration: dict[str, Any]
+    configuration: dict[str, Any]  # ``JobConfiguration`` as REST has it, with the destination
     created: datetime.datetime
-    estimate: Estimate | None = None
-    destination: TableName | None = None
-    result: pyarrow.Table | None = None
+    estimate: Estimate | None = None  # None where it failed before that was known
+    result: pyarrow.Table | None = None  # whatever becomes of the destination
     error: RefusedError | None = None
-    bytes_billed: int = field(default=0)
+    bytes_billed: int = 0
 
     def describe(self) -> dict[str, Any]:
         """Return the REST form, ``Job``."""
@@ -111,14 +103,13 @@ def _run(catalogue: Catalogue, job: Job, query: dict[str, Any]) -> None:
         raise RefusedError("notImplemented", "this server runs query jobs, and no others")
     if query.get("useLegacySql", True):
         raise RefusedError("notImplemented", "this server does not know legacy SQL")
-    default = query.get("defaultDataset")
+    with refusing_sql_without_packages():
+        from gemma_tuner.testing.cloud.bigquery.query import Query  # noqa: PLC0415
     with Query(
         catalogue,
         query["query"],
         project=job.project,
-        default_dataset=(
-            (default.get("projectId", job.project), default["datasetId"]) if default else None
-        ),
+        default_dataset=query.get("defaultDataset"),
         parameters=query.get("queryParameters", ()),
     ) as bound:
         job.estimate = bound.estimate()
@@ -127,7 +118,7 @@ def _run(catalogue: Catalogue, job: Job, query: dict[str, Any]) -> None:
         _check_budget(job.estimate, query.get("maximumBytesBilled"))
         job.result = bound.run()
     job.bytes_billed = job.estimate.bytes_billed
-    job.destination = _store(catalogue, job, query)
+    _store(catalogue, job.project, job.result, query)
 
 
 def _check_budget(estimate: Estimate, budget: str | None) -> None:
@@ -139,14 +130,16 @@ def _check_budget(estimate: Estimate, budget: str | None) -> None:
         )
 
 
-def _store(catalogue: Catalogue, job: Job, query: dict[str, Any]) -> TableName:
-    result = job.result if job.result is not None else pyarrow.table({})
+def _store(
+    catalogue: Catalogue, project: str, result: pyarrow.Table, query: dict[str, Any]
+) -> None:
+    """Keep the result in its destination, which is written into ``query`` if it names none."""
     reference = query.get("destinationTable")
     if reference is None:
-        name = TableName(job.project, _ANONYMOUS_DATASET, f"anon_{uuid.uuid4().hex}")
-        query["destinationTable"] = describe_name(name)
+        name = TableName(project, _ANONYMOUS_DATASET, f"anon_{uuid.uuid4().hex}")
+        query["destinationTable"] = name.reference
         catalogue.put(name, result)
-        return name
+        return
     name = TableName(reference["projectId"], reference["datasetId"], reference["tableId"])
     with catalogue.lock:
         if (name.project, name.dataset) not in catalogue.datasets:
@@ -165,9 +158,3 @@ def _store(catalogue: Catalogue, job: Job, query: dict[str, Any]) -> TableName:
         if stored is None and query.get("createDisposition") == "CREATE_NEVER":
             catalogue.find(name)  # raises: there is no such table
         catalogue.put(name, result)
-    return name
-
-
-def describe_name(name: TableName) -> dict[str, str]:
-    """Return the REST form, ``TableReference``."""
-    return {"projectId": name.project, "datasetId": name.dataset, "tableId": name.table}

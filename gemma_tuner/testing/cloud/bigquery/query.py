@@ -6,15 +6,18 @@ that BigQuery would accept the query: DuckDB's functions and coercions are its o
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+import duckdb
 import pyarrow
 
-from gemma_tuner.testing.cloud.bigquery.dialect import DUCKDB_TYPES, MACROS, translate
+from gemma_tuner.testing.cloud.bigquery.dialect import translate
 from gemma_tuner.testing.cloud.bigquery.tables import (
     Catalogue,
     RefusedError,
@@ -23,6 +26,8 @@ from gemma_tuner.testing.cloud.bigquery.tables import (
     Version,
 )
 from gemma_tuner.testing.cloud.bigquery.values import (
+    ARROW_TYPES,
+    LEGACY_NAMES,
     NUMERIC,
     is_json,
     json_field,
@@ -32,24 +37,16 @@ from gemma_tuner.testing.cloud.bigquery.values import (
 if TYPE_CHECKING:
     import datetime
 
-    import duckdb
-
 _MEBIBYTE = 1 << 20
-_MAX_VIEW_DEPTH = 16
+_MAX_VIEWS = 16
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """What a query would read.
+    """What a query would read."""
 
-    Args:
-        schema: The columns of its result.
-        bytes_processed: The sizes of the columns that it reads, whole, whatever it filters.
-        num_tables: How many tables it reads.
-    """
-
-    schema: pyarrow.Schema
-    bytes_processed: int
+    schema: pyarrow.Schema  # of its result
+    bytes_processed: int  # the columns that it reads, whole, whatever it filters
     num_tables: int
 
     @property
@@ -61,39 +58,27 @@ class Estimate:
 
 
 class Query:
-    """One query, translated and bound to the versions of its tables; closes its connection.
-
-    Args:
-        catalogue: The tables.
-        sql: GoogleSQL.
-        project: Where names without a project look.
-        default_dataset: Project and dataset of names without a dataset.
-        parameters: ``queryParameters`` as REST has them.
-
-    Raises:
-        RefusedError: A table that is missing, denied or asked for before its time, or SQL that
-            DuckDB does not take.
-    """
+    """One query, translated and bound to the versions of its tables; closes its connection."""
 
     def __init__(
         self,
         catalogue: Catalogue,
         sql: str,
         *,
-        project: str,
-        default_dataset: tuple[str, str] | None = None,
-        parameters: Sequence[Mapping[str, Any]] = (),
+        project: str,  # of tables named without one
+        default_dataset: Mapping[str, str] | None = None,  # ``DatasetReference``
+        parameters: Sequence[Mapping[str, Any]] = (),  # ``queryParameters`` as REST has them
     ) -> None:
         self._catalogue = catalogue
         self._project = project
         self._default_dataset = default_dataset
         self._versions: dict[str, tuple[StoredTable, Version]] = {}
         self._values: dict[str, Any] = {}
-        self._named = {p["name"].lower(): p for p in parameters if p.get("name")}
-        self._positional = iter([p for p in parameters if not p.get("name")])
-        self._depth = 0
-        if not re.match(r"(?i)(\s|--[^\n]*\n|\(|/\*.*?\*/)*(SELECT|WITH)\b", sql):
-            raise RefusedError("notImplemented", "this server runs one SELECT query, nothing else")
+        self._parameters = {
+            (parameter.get("name") or f"position_{number}").lower(): parameter
+            for number, parameter in enumerate(parameters)
+        }
+        self._num_views = 0
         self._connection = connect()
         try:
             self.sql = translate(sql, self._bind_table, self._bind_parameter)
@@ -108,12 +93,6 @@ class Query:
     def __exit__(self, *_: object) -> None:
         self._connection.close()
 
-    @property
-    def tables(self) -> list[StoredTable]:
-        """The tables that it reads, each once."""
-        found = {str(stored.name): stored for stored, _ in self._versions.values()}
-        return list(found.values())
-
     def estimate(self) -> Estimate:
         """Return what the query would read, without running it."""
         with _refusals():
@@ -127,13 +106,9 @@ class Query:
             source, _, name = column.partition("/")
             if name and source in self._versions:
                 read.setdefault(source, set()).add(name)
-        return Estimate(
-            schema,
-            sum(
-                _count_bytes(self._versions[key][1].content, paths) for key, paths in read.items()
-            ),
-            len(self.tables),
-        )
+        sizes = [_count_bytes(self._versions[key][1].content, read[key]) for key in read]
+        tables = {stored.name for stored, _ in self._versions.values()}
+        return Estimate(schema, sum(sizes), len(tables))
 
     def run(self) -> pyarrow.Table:
         """Return the result, with BigQuery's types."""
@@ -155,7 +130,7 @@ class Query:
                 "bigquery.tables.getData.",
             )
         if stored.view_sql is not None:
-            return self._expand_view(stored)
+            return self._make_view(stored)
         version = stored.version_at(self._evaluate(snapshot) if snapshot else None)
         for key, bound in self._versions.items():
             if bound == (stored, version):
@@ -165,47 +140,47 @@ class Query:
         bind(self._connection, key, version.content)
         return key
 
-    def _expand_view(self, view: StoredTable) -> str:
-        if self._depth >= _MAX_VIEW_DEPTH:
-            raise RefusedError("invalidQuery", f"Too many nested views: {view.name.legacy}")
-        self._depth += 1
-        sql = translate(view.view_sql or "", self._bind_table, self._bind_parameter)
-        self._depth -= 1
-        return f"({sql})"
-
     def _complete(self, parts: list[str]) -> TableName:
         if len(parts) == 1:
-            if self._default_dataset is None:
+            default = self._default_dataset
+            if default is None:
                 raise RefusedError(
                     "invalid",
                     f'Table "{parts[0]}" must be qualified with a dataset (e.g. dataset.table).',
                 )
-            return TableName(*self._default_dataset, parts[0])
+            project = default.get("projectId", self._project)
+            return TableName(project, default["datasetId"], parts[0])
         if len(parts) == 2:
             return TableName(self._project, *parts)
         return TableName(".".join(parts[:-2]), parts[-2], parts[-1])
 
-    def _bind_parameter(self, name: str | None) -> str:
-        parameter = self._named.get(name) if name else next(self._positional, None)
-        if parameter is None:
-            what = f"Query parameter '{name}'" if name else "Positional query parameter"
-            raise RefusedError("invalidQuery", f"{what} not found")
-        key = f"p_{name or len(self._values)}"
-        kind, value = parameter["parameterType"], parameter.get("parameterValue", {})
-        if kind["type"] == "ARRAY":
-            element, suffix = kind["arrayType"]["type"], "[]"
-            self._values[key] = [item.get("value") for item in value.get("arrayValues", [])]
-        else:
-            element, suffix = kind["type"], ""
-            self._values[key] = value.get("value")
-        if element not in DUCKDB_TYPES:
+    def _make_view(self, view: StoredTable) -> str:
+        self._num_views += 1
+        if self._num_views > _MAX_VIEWS:  # one view may stand for another, and in the end itself
+            raise RefusedError("invalidQuery", f"Too many nested views: {view.name.legacy}")
+        key = f"v{self._num_views}"
+        sql = translate(view.view_sql or "", self._bind_table, self._bind_parameter)
+        with _refusals():
+            self._connection.execute(f"CREATE TEMP VIEW {key} AS {sql}")
+        return key
+
+    def _bind_parameter(self, name: str) -> tuple[str, str]:
+        if name not in self._parameters:
+            raise RefusedError("invalidQuery", f"Query parameter '{name}' not found")
+        kind = self._parameters[name]["parameterType"]
+        value = self._parameters[name].get("parameterValue", {})
+        is_array = kind["type"] == "ARRAY"
+        element = kind["arrayType"]["type"] if is_array else kind["type"]
+        if LEGACY_NAMES.get(element, element) not in ARROW_TYPES:
             raise RefusedError(
                 "notImplemented", f"this server takes no parameters of type {element}"
             )
+        texts = value.get("arrayValues", []) if is_array else [value]
+        values = [item.get("value") for item in texts]
         if element == "BYTES":
-            decode = f"list_transform(${key}, x -> from_base64(x))"
-            return decode if suffix else f"from_base64(${key})"
-        return f"CAST(${key} AS {DUCKDB_TYPES[element]}{suffix})"
+            values = [text and base64.b64decode(text) for text in values]
+        self._values[f"p_{name}"] = values if is_array else values[0]
+        return f"p_{name}", f"ARRAY<{element}>" if is_array else element
 
     def _evaluate(self, expression: str) -> datetime.datetime:
         sql = f"SELECT CAST({expression} AS TIMESTAMPTZ) AS moment"
@@ -219,14 +194,6 @@ class Query:
 
 def connect() -> duckdb.DuckDBPyConnection:
     """Open an empty database in memory that cannot leave it."""
-    try:
-        import duckdb  # noqa: PLC0415 - optional: only queries and row restrictions need it
-    except ImportError as error:
-        raise RefusedError(
-            "notImplemented",
-            "the local BigQuery server runs SQL with the package 'duckdb', which is not "
-            "installed: pip install duckdb",
-        ) from error
     connection = duckdb.connect(
         config={
             "autoinstall_known_extensions": False,
@@ -237,9 +204,6 @@ def connect() -> duckdb.DuckDBPyConnection:
         }
     )
     connection.execute("SET TimeZone = 'UTC'")
-    connection.execute("CREATE MACRO to_timestamptz(x) AS CAST(x AS TIMESTAMPTZ)")
-    for name, parameters, body in MACROS:
-        connection.execute(f"CREATE MACRO {name}({parameters}) AS {body}")
     return connection
 
 
@@ -265,7 +229,7 @@ def select_rows(content: pyarrow.Table, restriction: str) -> pyarrow.Table:
     connection = connect()
     try:
         bind(connection, "t", numbered)
-        condition = translate(restriction, _refuse_table, _refuse_parameter)
+        condition = translate(restriction, _refuse, _refuse, is_query=False)
         with _refusals():
             kept = connection.sql(f'SELECT "{number}" FROM t WHERE {condition} ORDER BY 1')
             return content.take(kept.to_arrow_table()[number])
@@ -273,12 +237,8 @@ def select_rows(content: pyarrow.Table, restriction: str) -> pyarrow.Table:
         connection.close()
 
 
-def _refuse_table(parts: list[str], snapshot: str | None) -> str:
-    raise RefusedError("invalidQuery", f"a row restriction cannot read table {'.'.join(parts)}")
-
-
-def _refuse_parameter(name: str | None) -> str:
-    raise RefusedError("invalidQuery", f"a row restriction has no parameters, such as @{name}")
+def _refuse(*_: object) -> NoReturn:
+    raise RefusedError("invalidQuery", "a row restriction has no other tables and no parameters")
 
 
 def _list_used(values: dict[str, Any], sql: str) -> dict[str, Any] | None:
@@ -287,16 +247,13 @@ def _list_used(values: dict[str, Any], sql: str) -> dict[str, Any] | None:
     return {name: value for name, value in values.items() if name in names} or None
 
 
-class _refusals:  # noqa: N801 - reads as a statement
-    """Turns DuckDB's errors into BigQuery's, without the lines that quote the query."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        # duckdb is imported by now, but its name is only known where it is used.
-        if error is not None and type(error).__module__ in ("_duckdb", "duckdb"):
-            raise RefusedError("invalidQuery", str(error).partition("\n")[0]) from error
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Turn DuckDB's errors into BigQuery's, without the lines that quote the query."""
+    try:
+        yield
+    except duckdb.Error as error:
+        raise RefusedError("invalidQuery", str(error).partition("\n")[0]) from error
 
 
 def _list_scanned(plan: list[dict[str, Any]]) -> Iterator[str]:

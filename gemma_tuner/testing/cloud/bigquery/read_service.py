@@ -1,4 +1,4 @@
-"""The Storage half of the local BigQuery server: ``BigQueryRead`` over gRPC.
+"""The local BigQuery server's Storage interface: ``BigQueryRead`` over gRPC.
 
 google-cloud-bigquery-storage ships no servicer stubs, so a generic handler routes its published
 message types. Rows keep their order within a stream, and streams are consecutive parts of the
@@ -8,6 +8,7 @@ table; BigQuery promises neither across sessions.
 from __future__ import annotations
 
 import datetime
+import itertools
 import random
 import re
 import uuid
@@ -25,7 +26,6 @@ from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from grpc_status import rpc_status
 
-from gemma_tuner.testing.cloud.bigquery.query import select_rows
 from gemma_tuner.testing.cloud.bigquery.tables import (
     REASONS,
     Call,
@@ -33,9 +33,10 @@ from gemma_tuner.testing.cloud.bigquery.tables import (
     RefusedError,
     TableName,
     now,
+    refusing_sql_without_packages,
 )
 
-_SERVICE = "/google.cloud.bigquery.storage.v1.BigQueryRead/"
+_SERVICE = "google.cloud.bigquery.storage.v1.BigQueryRead"
 _TABLE_PATH = re.compile("projects/([^/]+)/datasets/([^/]+)/tables/([^/]+)")
 _CODECS = {"LZ4_FRAME": "lz4", "ZSTD": "zstd"}
 _MAX_THREADS = 32  # a stalled call holds one
@@ -55,19 +56,13 @@ class _Stream:
     rows: pyarrow.Table
 
 
-class ReadService(grpc.GenericRpcHandler):
-    """Answers CreateReadSession, ReadRows and SplitReadStream.
-
-    Args:
-        catalogue: The tables.
-        rows_per_message: At most so many rows in a response.
-        session_lifetime: How long a session lives; BigQuery's is six hours.
-    """
+class ReadService:
+    """Answers CreateReadSession, ReadRows and SplitReadStream."""
 
     def __init__(
         self, catalogue: Catalogue, rows_per_message: int, session_lifetime: datetime.timedelta
     ) -> None:
-        self.rows_per_message = rows_per_message
+        self._rows_per_message = rows_per_message
         self._catalogue = catalogue
         self._session_lifetime = session_lifetime
         self._sessions: list[_Session] = []
@@ -75,9 +70,26 @@ class ReadService(grpc.GenericRpcHandler):
 
     def start(self) -> tuple[grpc.Server, int]:
         """Serve on a free port of 127.0.0.1; return the server and its port."""
+        handlers: dict[str, Any] = {
+            "CreateReadSession": grpc.unary_unary_rpc_method_handler(
+                _refusing(self._create_session),
+                types.CreateReadSessionRequest.deserialize,
+                types.ReadSession.serialize,
+            ),
+            "ReadRows": grpc.unary_stream_rpc_method_handler(
+                self._answer_read,
+                types.ReadRowsRequest.deserialize,
+                types.ReadRowsResponse.serialize,
+            ),
+            "SplitReadStream": grpc.unary_unary_rpc_method_handler(
+                _refusing(self._split),
+                types.SplitReadStreamRequest.deserialize,
+                types.SplitReadStreamResponse.serialize,
+            ),
+        }
         server = grpc.server(
             futures.ThreadPoolExecutor(_MAX_THREADS, "bigquery-read"),
-            handlers=[self],
+            handlers=[grpc.method_handlers_generic_handler(_SERVICE, handlers)],
             options=[("grpc.max_send_message_length", -1)],
         )
         port = server.add_insecure_port("127.0.0.1:0")
@@ -89,45 +101,6 @@ class ReadService(grpc.GenericRpcHandler):
         with self._catalogue.lock:
             for session in self._sessions:
                 session.expires = min(session.expires, now())
-
-    def service(
-        self, handler_call_details: grpc.HandlerCallDetails
-    ) -> grpc.RpcMethodHandler[Any, Any] | None:
-        """Route a call; grpc's own method."""
-        method = str(handler_call_details.method).removeprefix(_SERVICE)
-        if method == "ReadRows":
-            return grpc.unary_stream_rpc_method_handler(
-                self._answer_read,
-                request_deserializer=types.ReadRowsRequest.deserialize,
-                response_serializer=types.ReadRowsResponse.serialize,
-            )
-        unary: dict[str, tuple[Callable[[Any], Any], Any, Any]] = {
-            "CreateReadSession": (
-                self._create_session,
-                types.CreateReadSessionRequest,
-                types.ReadSession,
-            ),
-            "SplitReadStream": (
-                self._split,
-                types.SplitReadStreamRequest,
-                types.SplitReadStreamResponse,
-            ),
-        }
-        if method not in unary:
-            return None
-        answer, request_type, response_type = unary[method]
-
-        def respond(request: Any, context: grpc.ServicerContext) -> Any:
-            try:
-                return answer(request)
-            except RefusedError as error:
-                _refuse(context, error)
-
-        return grpc.unary_unary_rpc_method_handler(
-            respond,
-            request_deserializer=request_type.deserialize,
-            response_serializer=response_type.serialize,
-        )
 
     # --- the three methods ---
 
@@ -151,9 +124,8 @@ class ReadService(grpc.GenericRpcHandler):
             sample_percentage=options.sample_percentage or None,
             compression=codec if codec in _CODECS else "",
         )
-        for fault in self._catalogue.enter(call):
-            self._catalogue.strike(fault)
-        self._check_permissions(name, request.parent)
+        self._catalogue.enter(call)
+        self._check_permissions(name, request.parent, asked.table)
         if asked.data_format != types.DataFormat.ARROW:
             raise RefusedError("notImplemented", "this server reads in the format ARROW only")
         if options.response_compression_codec:
@@ -167,32 +139,27 @@ class ReadService(grpc.GenericRpcHandler):
             )
         rows = _choose(stored.version_at(snapshot).content, options)
         with self._catalogue.lock:
-            return self._open(asked, request, name, rows, _CODECS.get(codec))
+            return self._open(request, name, rows, _CODECS.get(codec))
 
     def _open(
         self,
-        asked: types.ReadSession,
         request: types.CreateReadSessionRequest,
-        name: TableName,
+        table: TableName,
         rows: pyarrow.Table,
         codec: str | None,
     ) -> types.ReadSession:
-        session = _Session(
-            f"{request.parent}/locations/us/sessions/{uuid.uuid4().hex}",
-            name,
-            now() + self._session_lifetime,
-            codec,
-        )
+        asked = request.read_session
+        name = f"{request.parent}/locations/us/sessions/{uuid.uuid4().hex}"
+        session = _Session(name, table, now() + self._session_lifetime, codec)
         self._sessions.append(session)
         num_streams = min(request.max_stream_count or 1, rows.num_rows)
-        streams = []
-        for index in range(num_streams):
-            start, end = (rows.num_rows * i // num_streams for i in (index, index + 1))
-            streams.append(
-                self._add_stream(f"{session.name}/streams/{index}", session, rows, start, end)
-            )
+        ends = [rows.num_rows * i // max(num_streams, 1) for i in range(num_streams + 1)]
+        streams = [
+            self._add_stream(f"{name}/streams/{index}", session, rows.slice(start, end - start))
+            for index, (start, end) in enumerate(itertools.pairwise(ends))
+        ]
         return types.ReadSession(
-            name=session.name,
+            name=name,
             expire_time=session.expires,
             data_format=types.DataFormat.ARROW,
             arrow_schema=types.ArrowSchema(serialized_schema=_serialize_schema(rows.schema)),
@@ -219,7 +186,7 @@ class ReadService(grpc.GenericRpcHandler):
         name, offset = request.read_stream, request.offset
         stream = self._find(name)
         call = Call("ReadRows", str(stream.session.table), stream=name, offset=offset)
-        faults = sorted(self._catalogue.enter(call), key=lambda fault: fault.after_rows)
+        faults = sorted(self._catalogue.log(call), key=lambda fault: fault.after_rows)
         if offset > stream.rows.num_rows:
             # Google's reference promises no code for this; the wording is ours as well.
             raise RefusedError(
@@ -235,7 +202,7 @@ class ReadService(grpc.GenericRpcHandler):
             self._check_readable(name, stream)
             if sent >= end:
                 return
-            stop = min(sent + self.rows_per_message, end)
+            stop = min(sent + self._rows_per_message, end)
             if faults:
                 stop = min(stop, faults[0].after_rows)
             batch = stream.rows.slice(offset + sent, stop - sent)
@@ -253,26 +220,21 @@ class ReadService(grpc.GenericRpcHandler):
         name = request.name
         stream = self._find(name)
         call = Call("SplitReadStream", str(stream.session.table), stream=name)
-        for fault in self._catalogue.enter(call):
-            self._catalogue.strike(fault)
+        self._catalogue.enter(call)
         self._check_readable(name, stream)
         num_rows = stream.rows.num_rows
         cut = int(num_rows * (request.fraction or 0.5))
         if not 0 < cut < num_rows:  # documented: an empty response if it cannot be split
             return types.SplitReadStreamResponse()
         with self._catalogue.lock:
-            first, second = (
-                self._add_stream(f"{name}.{part}", stream.session, stream.rows, start, end)
-                for part, start, end in ((0, 0, cut), (1, cut, num_rows))
-            )
+            first = self._add_stream(f"{name}.0", stream.session, stream.rows.slice(0, cut))
+            second = self._add_stream(f"{name}.1", stream.session, stream.rows.slice(cut))
         return types.SplitReadStreamResponse(primary_stream=first, remainder_stream=second)
 
     # --- parts of them ---
 
-    def _add_stream(
-        self, name: str, session: _Session, rows: pyarrow.Table, start: int, end: int
-    ) -> types.ReadStream:
-        self._streams[name] = _Stream(session, rows.slice(start, end - start))
+    def _add_stream(self, name: str, session: _Session, rows: pyarrow.Table) -> types.ReadStream:
+        self._streams[name] = _Stream(session, rows)
         return types.ReadStream(name=name)
 
     def _find(self, name: str) -> _Stream:
@@ -281,11 +243,11 @@ class ReadService(grpc.GenericRpcHandler):
                 raise RefusedError("notFound", f"there is no stream '{name}'")
             return self._streams[name]
 
-    def _check_permissions(self, name: TableName, parent: str) -> None:
+    def _check_permissions(self, name: TableName, parent: str, table: str) -> None:
         project = parent.removeprefix("projects/")
         for resource, permission, path in (
             (project, "bigquery.readsessions.create", parent),
-            (name, "bigquery.tables.getData", name.path),
+            (name, "bigquery.tables.getData", table),
         ):
             if self._catalogue.is_denied(resource, permission):
                 # Source: github.com/PostHog/posthog/pull/99792, which quotes BigQuery.
@@ -313,6 +275,16 @@ class ReadService(grpc.GenericRpcHandler):
             )
 
 
+def _refusing(answer: Callable[[Any], Any]) -> Callable[[Any, grpc.ServicerContext], Any]:
+    def respond(request: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return answer(request)
+        except RefusedError as error:
+            _refuse(context, error)
+
+    return respond
+
+
 def _refuse(context: grpc.ServicerContext, error: RefusedError) -> NoReturn:
     """End the call with the gRPC status of a refusal."""
     code: grpc.StatusCode = getattr(grpc.StatusCode, REASONS[error.reason][1])
@@ -329,6 +301,8 @@ def _refuse(context: grpc.ServicerContext, error: RefusedError) -> NoReturn:
 def _choose(content: pyarrow.Table, options: types.ReadSession.TableReadOptions) -> pyarrow.Table:
     """Return the rows and columns that a session reads, columns in the table's order."""
     if options.row_restriction:
+        with refusing_sql_without_packages():
+            from gemma_tuner.testing.cloud.bigquery.query import select_rows  # noqa: PLC0415
         content = select_rows(content, options.row_restriction)
     if options.sample_percentage:
         # BigQuery samples blocks, ours rows; the same ones each time, so that tests can count.

@@ -1,4 +1,4 @@
-"""The REST half of the local BigQuery server: datasets, tables, rows and query jobs over HTTP."""
+"""The local BigQuery server's REST interface: datasets, tables, rows and query jobs over HTTP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow
 
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.testing.cloud.bigquery.jobs import Job, describe_error, describe_name, run_job
+from gemma_tuner.testing.cloud.bigquery.jobs import Job, describe_error, run_job
 from gemma_tuner.testing.cloud.bigquery.tables import (
     LOCATION,
     REASONS,
@@ -28,30 +28,17 @@ from gemma_tuner.testing.cloud.bigquery.values import arrow_schema, describe, re
 
 Answer = dict[str, Any]
 
-_ROUTES = (
-    ("POST", r"projects/([^/]+)/datasets", "datasets.insert"),
-    ("GET", r"projects/([^/]+)/datasets/([^/]+)", "datasets.get"),
-    ("POST", r"projects/([^/]+)/datasets/([^/]+)/tables", "tables.insert"),
-    ("GET", r"projects/([^/]+)/datasets/([^/]+)/tables/([^/]+)", "tables.get"),
-    ("PATCH", r"projects/([^/]+)/datasets/([^/]+)/tables/([^/]+)", "tables.patch"),
-    ("DELETE", r"projects/([^/]+)/datasets/([^/]+)/tables/([^/]+)", "tables.delete"),
-    ("POST", r"projects/([^/]+)/datasets/([^/]+)/tables/([^/]+)/insertAll", "tabledata.insertAll"),
-    ("GET", r"projects/([^/]+)/datasets/([^/]+)/tables/([^/]+)/data", "tabledata.list"),
-    ("POST", r"projects/([^/]+)/jobs", "jobs.insert"),
-    ("GET", r"projects/([^/]+)/jobs/([^/]+)", "jobs.get"),
-    ("POST", r"projects/([^/]+)/queries", "jobs.query"),
-    ("GET", r"projects/([^/]+)/queries/([^/]+)", "jobs.getQueryResults"),
-)
+_NAME = "([^/]+)"
+_DATASETS = f"projects/{_NAME}/datasets"
+_TABLES = f"{_DATASETS}/{_NAME}/tables"
+_JOBS = f"projects/{_NAME}/jobs"
+_QUERIES = f"projects/{_NAME}/queries"
 # BigQuery ends a page at 10 MB; so many rows do the same for tests.
 _MAX_PAGE_ROWS = 10_000
 
 
 class RestService(ThreadingHTTPServer):
-    """Serves on a free port of 127.0.0.1.
-
-    Args:
-        catalogue: The tables.
-    """
+    """Serves on a free port of 127.0.0.1."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -60,33 +47,35 @@ class RestService(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.catalogue = catalogue
         self.jobs: dict[tuple[str, str], Job] = {}
-        self._methods: dict[str, Callable[..., Answer]] = {
-            "datasets.insert": self._insert_dataset,
-            "datasets.get": self._get_dataset,
-            "tables.insert": self._insert_table,
-            "tables.get": self._get_table,
-            "tables.patch": self._patch_table,
-            "tables.delete": self._delete_table,
-            "tabledata.insertAll": self._insert_rows,
-            "tabledata.list": self._list_rows,
-            "jobs.insert": self._insert_job,
-            "jobs.get": self._get_job,
-            "jobs.query": self._query,
-            "jobs.getQueryResults": self._get_results,
-        }
+        self._routes: tuple[tuple[str, str, str, Callable[..., Answer]], ...] = (
+            ("POST", _DATASETS, "datasets.insert", self._insert_dataset),
+            ("GET", f"{_DATASETS}/{_NAME}", "datasets.get", self._get_dataset),
+            ("POST", _TABLES, "tables.insert", self._insert_table),
+            ("GET", f"{_TABLES}/{_NAME}", "tables.get", self._get_table),
+            ("PATCH", f"{_TABLES}/{_NAME}", "tables.patch", self._patch_table),
+            ("DELETE", f"{_TABLES}/{_NAME}", "tables.delete", self._delete_table),
+            ("POST", f"{_TABLES}/{_NAME}/insertAll", "tabledata.insertAll", self._insert_rows),
+            ("GET", f"{_TABLES}/{_NAME}/data", "tabledata.list", self._list_rows),
+            ("POST", _JOBS, "jobs.insert", self._insert_job),
+            ("GET", f"{_JOBS}/{_NAME}", "jobs.get", self._get_job),
+            ("POST", _QUERIES, "jobs.query", self._query),
+            ("GET", f"{_QUERIES}/{_NAME}", "jobs.getQueryResults", self._get_results),
+        )
 
     def answer(self, verb: str, target: str, body: bytes) -> Answer:
         """Answer one request."""
         url = urllib.parse.urlsplit(target)
         path = urllib.parse.unquote(url.path).removeprefix("/bigquery/v2/").strip("/")
-        parameters = dict(urllib.parse.parse_qsl(url.query))
+        parameters = {
+            name.removeprefix("formatOptions."): value
+            for name, value in urllib.parse.parse_qsl(url.query)
+        }
         content = json.loads(body) if body else {}
-        for route_verb, pattern, method in _ROUTES:
+        for route_verb, pattern, method, handle in self._routes:
             match = re.fullmatch(pattern, path)
             if match and verb == route_verb:
-                for fault in self.catalogue.enter(_log(method, match, parameters, content)):
-                    self.catalogue.strike(fault)
-                return self._methods[method](*match.groups(), parameters, content)
+                self.catalogue.enter(_describe_call(method, match, parameters, content))
+                return handle(*match.groups(), parameters, content)
         raise RefusedError("notImplemented", f"this server does not know {verb} {path}")
 
     # --- datasets and tables ---
@@ -233,8 +222,7 @@ class RestService(ThreadingHTTPServer):
         )
 
     def _get_results(self, project: str, job_id: str, parameters: Answer, _: Answer) -> Answer:
-        formats = {key.removeprefix("formatOptions."): value for key, value in parameters.items()}
-        return self._describe_results(self._find_job(project, job_id), formats)
+        return self._describe_results(self._find_job(project, job_id), parameters)
 
     def _describe_results(self, job: Job, parameters: Answer) -> Answer:
         if job.error is not None:  # BigQuery turns a job's failure into that of this call
@@ -254,7 +242,7 @@ class RestService(ThreadingHTTPServer):
         return answer
 
 
-def _log(
+def _describe_call(
     method: str, match: re.Match[str], parameters: Mapping[str, str], content: Answer
 ) -> Call:
     names = match.groups()
@@ -291,10 +279,8 @@ def _page(content: pyarrow.Table, parameters: Mapping[str, Any]) -> Answer:
     start = int(parameters.get("pageToken") or parameters.get("startIndex") or 0)
     asked = parameters.get("maxResults")
     size = _MAX_PAGE_ROWS if asked is None else min(int(asked), _MAX_PAGE_ROWS)
-    int64 = str(
-        parameters.get("useInt64Timestamp", parameters.get("formatOptions.useInt64Timestamp", ""))
-    )
-    rows = write_rows(content.slice(start, size), int64_timestamps=int64.lower() == "true")
+    int64 = str(parameters.get("useInt64Timestamp", "")).lower() == "true"
+    rows = write_rows(content.slice(start, size), int64_timestamps=int64)
     page: Answer = {"totalRows": str(content.num_rows), "rows": rows}
     if start + len(rows) < content.num_rows:  # so too where no rows were asked for
         page["pageToken"] = str(start + len(rows))
@@ -313,7 +299,7 @@ def _describe_table(stored: StoredTable) -> Answer:
         "kind": "bigquery#table",
         "etag": stored.etag,
         "id": name.legacy,
-        "tableReference": describe_name(name),
+        "tableReference": name.reference,
         "schema": {"fields": describe(content.schema)},
         "numRows": str(content.num_rows),
         "numBytes": str(content.nbytes),

@@ -1,9 +1,8 @@
-"""A local server that the official BigQuery clients speak to: a fixture for tests and demos.
+"""A local server for the official BigQuery clients: tables and queries, costs and faults.
 
-It answers what google-cloud-bigquery (REST) and google-cloud-bigquery-storage (gRPC) ask when they
-read tables and run queries, keeps versions of tables, counts costs, logs calls, and fails when it
-is told to. It is not BigQuery: it cannot prove GoogleSQL's dialect, permissions, quotas, prices or
-how the service lays out streams.
+Read in this order: ``tables`` and ``values`` (what is kept), ``rest`` and ``read_service`` (how it
+is asked for), ``jobs``, ``query`` and ``dialect`` (how SQL is run), and this. It is not BigQuery:
+``tests/cloud/README.md`` says what it cannot prove.
 """
 
 from __future__ import annotations
@@ -25,6 +24,13 @@ from gemma_tuner.testing.cloud.bigquery.read_service import ReadService
 from gemma_tuner.testing.cloud.bigquery.rest import RestService
 from gemma_tuner.testing.cloud.bigquery.tables import BigQueryFault, Call, Catalogue, TableName
 
+_PROJECT_PERMISSIONS = tuple(
+    f"bigquery.{name}" for name in ("jobs.create", "readsessions.create", "readsessions.getData")
+)
+_TABLE_PERMISSIONS = tuple(
+    f"bigquery.tables.{name}" for name in ("getData", "get", "updateData", "update", "delete")
+)
+
 __all__ = ["BigQueryFault", "BigQueryServer", "Call"]
 
 
@@ -37,7 +43,7 @@ class BigQueryServer:
             server.put_table("project.dataset.table", pyarrow.table({"id": [1, 2]}))
             rows = server.client("project").query_and_wait("SELECT id FROM dataset.table")
 
-    Queries and row restrictions are run by DuckDB, which has to be installed for them.
+    Queries and row restrictions are run by DuckDB: ``pip install 'gemma_tuner[cloud]'``.
 
     Args:
         rows_per_message: At most so many rows in one response of ``ReadRows``.
@@ -202,17 +208,3 @@ class BigQueryServer:
     def expire_sessions(self) -> None:
         """End every read session now, in the middle of its streams too."""
         self._read.expire_sessions()
-
-
-_PROJECT_PERMISSIONS = (
-    "bigquery.jobs.create",
-    "bigquery.readsessions.create",
-    "bigquery.readsessions.getData",
-)
-_TABLE_PERMISSIONS = (
-    "bigquery.tables.getData",
-    "bigquery.tables.get",
-    "bigquery.tables.updateData",
-    "bigquery.tables.update",
-    "bigquery.tables.delete",
-)

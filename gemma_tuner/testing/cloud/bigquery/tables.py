@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,20 +24,28 @@ def now() -> datetime.datetime:
 
 
 class RefusedError(Exception):
-    """A call that BigQuery would refuse: both interfaces turn it into their own error.
+    """A call that BigQuery would refuse; ``reason`` is a key of ``REASONS``."""
 
-    Args:
-        reason: BigQuery's reason, a key of ``REASONS``.
-        message: What BigQuery would say.
-        retry_after_seconds: For a quota: when to try again.
-    """
-
+    # REST and gRPC turn it into errors of theirs.
     def __init__(
         self, reason: str, message: str, *, retry_after_seconds: float | None = None
     ) -> None:
         super().__init__(message)
         self.reason = reason
         self.retry_after_seconds = retry_after_seconds
+
+
+@contextlib.contextmanager
+def refusing_sql_without_packages() -> Iterator[None]:
+    """Turn an import that fails into a refusal: SQL alone needs duckdb and sqlglot."""
+    try:
+        yield
+    except ImportError as error:
+        raise RefusedError(
+            "notImplemented",
+            f"the local BigQuery server runs SQL by the package {error.name}, which is not "
+            "installed; run `pip install 'gemma_tuner[cloud]'`",
+        ) from error
 
 
 # Each reason with its HTTP status and its gRPC code.
@@ -58,42 +67,21 @@ REASONS: dict[str, tuple[int, str]] = {
 }
 
 FaultCode = Literal["UNAVAILABLE", "INTERNAL", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED"]
-_REASON_OF_CODE: dict[FaultCode, str] = {
-    "UNAVAILABLE": "backendError",
-    "INTERNAL": "internalError",
-    "RESOURCE_EXHAUSTED": "rateLimitExceeded",
-    "PERMISSION_DENIED": "accessDenied",
-}
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call that the server answered, or refused.
+    """One call that the server answered or refused: what was asked for."""
 
-    Args:
-        method: As Google's reference names it: ``tables.get``, ``tabledata.list``,
-            ``jobs.insert``, ``CreateReadSession``, ``ReadRows`` and so on.
-        table: ``project.dataset.table`` where the call is about one table.
-        selected_fields: The columns asked for; empty means all.
-        row_restriction: The filter of a read session.
-        snapshot_time: The version asked for.
-        sample_percentage: Of a read session.
-        compression: Of a read session: ``LZ4_FRAME``, ``ZSTD`` or empty.
-        stream: The stream of ``ReadRows`` or ``SplitReadStream``.
-        offset: The first row asked for, of ``ReadRows`` or ``tabledata.list``.
-        query: The SQL of a query.
-        dry_run: True where a query was only to be estimated.
-    """
-
-    method: str
-    table: str | None = None
-    selected_fields: tuple[str, ...] = ()
+    method: str  # as Google's reference names it: ``tables.get``, ``jobs.insert``, ``ReadRows``
+    table: str | None = None  # ``project.dataset.table`` where the call is about one table
+    selected_fields: tuple[str, ...] = ()  # empty for all
     row_restriction: str = ""
     snapshot_time: datetime.datetime | None = None
     sample_percentage: float | None = None
-    compression: str = ""
+    compression: str = ""  # of a read session: ``LZ4_FRAME``, ``ZSTD`` or none
     stream: str | None = None
-    offset: int | None = None
+    offset: int | None = None  # the first row, of ``ReadRows`` or ``tabledata.list``
     query: str | None = None
     dry_run: bool = False
 
@@ -126,16 +114,6 @@ class BigQueryFault:
     retry_after_seconds: float | None = None
     message: str = "injected fault"
 
-    def error(self) -> RefusedError | None:
-        """Return what is to be raised, if anything."""
-        if self.code is None:
-            return None
-        return RefusedError(
-            _REASON_OF_CODE[self.code],
-            self.message,
-            retry_after_seconds=self.retry_after_seconds,
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class TableName:
@@ -162,9 +140,9 @@ class TableName:
         return f"{self.project}:{self.dataset}.{self.table}"
 
     @property
-    def path(self) -> str:
-        """The form of the Storage interface: ``projects/p/datasets/d/tables/t``."""
-        return f"projects/{self.project}/datasets/{self.dataset}/tables/{self.table}"
+    def reference(self) -> dict[str, str]:
+        """The form of REST: ``TableReference``."""
+        return {"projectId": self.project, "datasetId": self.dataset, "tableId": self.table}
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,7 +265,12 @@ class Catalogue:
         with self.lock:
             self._faults.append((fault, [0]))
 
-    def enter(self, call: Call) -> Sequence[BigQueryFault]:
+    def enter(self, call: Call) -> None:
+        """Log a call, and let the faults that are due happen."""
+        for fault in self.log(call):
+            self.strike(fault)
+
+    def log(self, call: Call) -> Sequence[BigQueryFault]:
         """Log a call and return the faults that strike it."""
         with self.lock:
             self.calls.append(call)
@@ -303,6 +286,7 @@ class Catalogue:
         """Let a fault happen: stall, then fail, unless the server stops meanwhile."""
         if fault.stall_seconds:
             self.stopping.wait(fault.stall_seconds)
-        error = fault.error()
-        if error is not None:
-            raise error
+        if fault.code is not None:
+            reason = next(reason for reason, (_, code) in REASONS.items() if code == fault.code)
+            wait_seconds = fault.retry_after_seconds
+            raise RefusedError(reason, fault.message, retry_after_seconds=wait_seconds)

@@ -1,7 +1,7 @@
 """Arrow types and values as BigQuery has them, and as its REST interface writes them.
 
-BigQuery knows one integer, one float, one timestamp. Tables come in here with whatever Arrow
-type, and are kept with the type that a BigQuery column of that kind has when it is read as Arrow.
+BigQuery knows one integer, one float, one timestamp: a table of whatever Arrow types is kept with
+those that BigQuery's columns of that kind have when they are read as Arrow.
 Source: https://cloud.google.com/bigquery/docs/reference/storage#arrow_schema_details and the
 REST resource ``TableFieldSchema``.
 """
@@ -36,7 +36,7 @@ _JSON = {
 _DATETIME = {_EXTENSION: b"google:sqlType:datetime"}
 
 # The name in REST schemas, which still use the legacy names, and the Arrow type.
-_ARROW_TYPES: dict[str, pyarrow.DataType] = {
+ARROW_TYPES: dict[str, pyarrow.DataType] = {
     "STRING": pyarrow.string(),
     "BYTES": pyarrow.binary(),
     "INTEGER": pyarrow.int64(),
@@ -50,8 +50,8 @@ _ARROW_TYPES: dict[str, pyarrow.DataType] = {
     "BIGNUMERIC": BIGNUMERIC,
     "JSON": pyarrow.string(),
 }
-_LEGACY_NAMES = {"INT64": "INTEGER", "FLOAT64": "FLOAT", "BOOL": "BOOLEAN", "STRUCT": "RECORD"}
-_NAMES = {kind: name for name, kind in _ARROW_TYPES.items() if name != "JSON"}
+LEGACY_NAMES = {"INT64": "INTEGER", "FLOAT64": "FLOAT", "BOOL": "BOOLEAN", "STRUCT": "RECORD"}
+_NAMES = {kind: name for name, kind in ARROW_TYPES.items() if name != "JSON"}
 
 
 def json_field(name: str) -> pyarrow.Field:
@@ -151,18 +151,18 @@ def arrow_schema(fields: Iterable[dict[str, Any]]) -> pyarrow.Schema:
 
 def _arrow_field(field: dict[str, Any]) -> pyarrow.Field:
     mode = field.get("mode", "NULLABLE")
-    name = _LEGACY_NAMES.get(field["type"], field["type"])
+    name = LEGACY_NAMES.get(field["type"], field["type"])
     if mode == "REPEATED":
         item = _arrow_field({**field, "name": "item", "mode": "NULLABLE"})
         return pyarrow.field(field["name"], pyarrow.list_(item))
     if name == "RECORD":
         kind = pyarrow.struct([_arrow_field(child) for child in field["fields"]])
-    elif name in _ARROW_TYPES:
-        kind = _ARROW_TYPES[name]
+    elif name in ARROW_TYPES:
+        kind = ARROW_TYPES[name]
     else:
         raise ConfigError(
             f"column {field['name']!r} has type {name}; this server knows "
-            f"{', '.join(_ARROW_TYPES)} and RECORD"
+            f"{', '.join(ARROW_TYPES)} and RECORD"
         )
     metadata = _JSON if name == "JSON" else _DATETIME if name == "DATETIME" else None
     return pyarrow.field(field["name"], kind, mode != "REQUIRED", metadata)

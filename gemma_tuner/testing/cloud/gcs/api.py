@@ -1,7 +1,6 @@
-"""The calls of Cloud Storage's JSON API that the Python client makes, answered from a store.
+"""The calls of Cloud Storage's JSON API that the Python client makes, answered from buckets.
 
-Knows requests and answers, not sockets. What a call asks and this module cannot do is refused with
-501, never ignored.
+What a call asks and this module cannot do is refused with 501, never ignored.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from typing import Any
 
 from gemma_tuner.testing.cloud.gcs.buckets import (
     ApiError,
+    Buckets,
     Condition,
-    GcsStore,
     StoredVersion,
     encode_crc32c,
     encode_md5,
@@ -52,31 +51,18 @@ _REFUSED_PARAMETERS = {
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request, taken apart.
+    """One request, taken apart."""
 
-    Args:
-        operation: What it asks for; ``read`` is a download.
-        method: The HTTP method.
-        bucket: The bucket; empty for a call about all buckets.
-        name: The object; for a listing, its prefix.
-        action: ``compose``, ``rewriteTo``, ``copyTo``, or an upload's type.
-        target: The second bucket and object of a copy.
-        parameters: Of the query.
-        headers: Names without regard to case.
-        metadata: The JSON that came along.
-        body: An upload's bytes.
-    """
-
-    operation: Operation
+    operation: Operation  # ``read`` is a download
     method: str
-    bucket: str = ""
-    name: str = ""
-    action: str = ""
-    target: tuple[str, str] = ("", "")
+    bucket: str = ""  # empty for a call about all buckets
+    name: str = ""  # the object's; a listing's prefix
+    action: str = ""  # ``compose``, ``rewriteTo``, ``copyTo``, or an upload's type
+    target: tuple[str, str] = ("", "")  # a copy's bucket and object
     parameters: Mapping[str, str] = field(default_factory=dict)
     headers: Message[str, str] = field(default_factory=Message)
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    body: bytes = b""
+    metadata: Mapping[str, Any] = field(default_factory=dict)  # the JSON that came along
+    body: bytes = b""  # an upload's
 
     def number(self, parameter: str) -> int | None:
         """Read a parameter that is a whole number."""
@@ -95,7 +81,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response; ``chunked`` where its length is not told beforehand."""
+    """A response; ``chunked`` where its length is not sent before it."""
 
     status: int
     body: bytes = b""
@@ -113,10 +99,10 @@ class _ResumableUpload:
 class GcsApi:
     """Takes requests apart and answers them."""
 
-    def __init__(self, store: GcsStore) -> None:
+    def __init__(self, buckets: Buckets) -> None:
         self.endpoint = ""
         self.forbidden: set[str] = set()
-        self._store = store
+        self._buckets = buckets
         self._uploads: dict[str, _ResumableUpload] = {}
         self._uploads_lock = threading.Lock()
 
@@ -231,14 +217,14 @@ class GcsApi:
         return self._json(call, version.resource(self.endpoint))
 
     def _stat(self, call: Call) -> Answer:
+        return self._show(call, self._find(call))
+
+    def _find(self, call: Call) -> StoredVersion:
         generation = call.number("generation")
-        return self._show(
-            call, self._store.get(call.bucket, call.name, generation, call.condition)
-        )
+        return self._buckets.get(call.bucket, call.name, generation, call.condition)
 
     def _read(self, call: Call) -> Answer:
-        generation = call.number("generation")
-        version = self._store.get(call.bucket, call.name, generation, call.condition)
+        version = self._find(call)
         hashes = f"crc32c={version.crc32c}" + (f",md5={version.md5}" if version.md5 else "")
         headers = {
             "Content-Type": version.content_type,
@@ -268,7 +254,7 @@ class GcsApi:
     def _list(self, call: Call) -> Answer:
         parameters = call.parameters
         asked = call.number("maxResults")
-        listing = self._store.list_page(
+        listing = self._buckets.list_page(
             call.bucket,
             max_results=min(asked or _MAX_PAGE_SIZE, _MAX_PAGE_SIZE),
             page_token=parameters.get("pageToken"),
@@ -290,23 +276,23 @@ class GcsApi:
 
     def _delete(self, call: Call) -> Answer:
         generation = call.number("generation")
-        self._store.delete(call.bucket, call.name, generation, call.condition)
+        self._buckets.delete(call.bucket, call.name, generation, call.condition)
         return Answer(204)
 
     def _show_bucket(self, call: Call) -> Answer:
         if call.bucket:
             return self._json(call, self._bucket_resource(call.bucket))
-        buckets = [self._bucket_resource(name) for name in self._store.bucket_names()]
+        buckets = [self._bucket_resource(name) for name in self._buckets.bucket_names()]
         return self._json(call, {"kind": "storage#buckets", "items": buckets})
 
     def _create_bucket(self, call: Call) -> Answer:
-        self._store.create_bucket(call.bucket)
+        self._buckets.create_bucket(call.bucket)
         return self._change_bucket(call)
 
     def _change_bucket(self, call: Call) -> Answer:
         versioning = call.metadata.get("versioning") or {}
         if "enabled" in versioning:
-            self._store.set_keeps_versions(call.bucket, keeps_versions=versioning["enabled"])
+            self._buckets.find(call.bucket).keeps_versions = versioning["enabled"]
         return self._json(call, self._bucket_resource(call.bucket))
 
     def _bucket_resource(self, bucket: str) -> dict[str, Any]:
@@ -317,7 +303,7 @@ class GcsApi:
             "metageneration": "1",
             "location": "US",
             "storageClass": "STANDARD",
-            "versioning": {"enabled": self._store.keeps_versions(bucket)},
+            "versioning": {"enabled": self._buckets.find(bucket).keeps_versions},
         }
 
     def _upload(self, call: Call) -> Answer:
@@ -335,20 +321,20 @@ class GcsApi:
         return self._show(call, self._store_upload(call, call.body))
 
     def _store_upload(self, call: Call, data: bytes) -> StoredVersion:
-        told = call.metadata
+        metadata = call.metadata
         for key, value in (("crc32c", encode_crc32c(data)), ("md5Hash", encode_md5(data))):
-            if told.get(key) not in (None, value):
+            if metadata.get(key) not in (None, value):
                 raise ApiError(400, f"Provided {key} does not match the one that was calculated.")
-        content_type = told.get("contentType") or call.headers.get("X-Upload-Content-Type")
+        content_type = metadata.get("contentType") or call.headers.get("X-Upload-Content-Type")
         if call.action == "media":
             content_type = call.headers.get("Content-Type")
-        return self._store.put(
+        return self._buckets.put(
             call.bucket,
             call.name,
             data,
             content_type=content_type,
-            content_encoding=told.get("contentEncoding"),
-            metadata=told.get("metadata"),
+            content_encoding=metadata.get("contentEncoding"),
+            metadata=metadata.get("metadata"),
             condition=call.condition,
         )
 
@@ -373,24 +359,26 @@ class GcsApi:
 
     def _compose(self, call: Call) -> Answer:
         sources = [
-            self._store.get(call.bucket, source["name"], _as_number(source.get("generation")))
+            self._buckets.get(
+                call.bucket, source["name"], int(source.get("generation") or 0) or None
+            )
             for source in call.metadata.get("sourceObjects", ())
         ]
-        told = call.metadata.get("destination") or {}
-        version = self._store.put(
+        destination = call.metadata.get("destination") or {}
+        version = self._buckets.put(
             call.bucket,
             call.name,
             b"".join(source.data for source in sources),
-            content_type=told.get("contentType"),
+            content_type=destination.get("contentType"),
             condition=call.condition,
             composed=True,
         )
         return self._show(call, version)
 
     def _copy(self, call: Call) -> Answer:
-        source = self._store.get(call.bucket, call.name, call.number("sourceGeneration"))
+        source = self._buckets.get(call.bucket, call.name, call.number("sourceGeneration"))
         bucket, name = call.target
-        copied = self._store.put(
+        copied = self._buckets.put(
             bucket,
             name,
             source.data,
@@ -428,10 +416,6 @@ def _usual_message(call: Call, status: int) -> str:
     return messages.get(status, f"A fault of the local server: {status}.")
 
 
-def _as_number(value: str | int | None) -> int | None:
-    return None if value is None else int(value)
-
-
 def _read_json(body: bytes) -> dict[str, Any]:
     try:
         return json.loads(body) if body.strip() else {}
@@ -446,11 +430,11 @@ def _split_multipart(content_type: str, body: bytes) -> tuple[dict[str, Any], by
     if len(parts) != 4:
         raise ApiError(400, "Malformed multipart body.", reason="badContent")
     (_, metadata), (header, data) = (part.split(b"\r\n\r\n", 1) for part in parts[1:3])
-    told = _read_json(metadata)
+    fields = _read_json(metadata)
     media_type = re.search(rb"content-type: *([^\r\n]+)", header, re.IGNORECASE)
     if media_type:
-        told.setdefault("contentType", media_type[1].decode())
-    return told, data.removesuffix(b"\r\n")
+        fields.setdefault("contentType", media_type[1].decode())
+    return fields, data.removesuffix(b"\r\n")
 
 
 def _read_range(header: str, num_bytes: int) -> range | None:

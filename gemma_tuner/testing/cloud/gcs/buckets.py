@@ -1,4 +1,4 @@
-"""Buckets of versioned objects in memory: what :class:`gemma_tuner.testing.GcsServer` serves.
+"""Buckets of versioned objects in memory, from which ``GcsServer`` serves.
 
 The rules are those of Cloud Storage's JSON API: generations only grow, an overwritten or deleted
 version is kept only where the bucket keeps versions, and listings follow names in UTF-8 order.
@@ -26,13 +26,7 @@ _ANY_GENERATION = 2**63 - 1
 
 
 class ApiError(Exception):
-    """A request that is answered with an error.
-
-    Args:
-        status: The HTTP status.
-        message: For people.
-        reason: For programs; None takes the usual one of the status.
-    """
+    """A request that is answered with an error; ``reason`` is what programs read."""
 
     def __init__(self, status: int, message: str, *, reason: str | None = None) -> None:
         super().__init__(message)
@@ -107,8 +101,10 @@ class StoredVersion:
 
 
 @dataclass(slots=True)
-class _Bucket:
-    keeps_versions: bool = False
+class Bucket:
+    """The objects of one bucket."""
+
+    keeps_versions: bool = False  # whether overwritten and deleted versions stay readable
     names: list[str] = field(default_factory=list)  # sorted: UTF-8 order is code point order
     versions: dict[str, list[StoredVersion]] = field(default_factory=dict)
     live: dict[str, StoredVersion] = field(default_factory=dict)
@@ -142,12 +138,12 @@ class Listing:
     next_page_token: str | None
 
 
-class GcsStore:
+class Buckets:
     """Buckets and their objects; every method may be called from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[str, Bucket] = {}
         self._last_generation = 0
 
     def create_bucket(self, bucket: str, *, keeps_versions: bool = False) -> None:
@@ -155,16 +151,11 @@ class GcsStore:
         with self._lock:
             if bucket in self._buckets:
                 raise ApiError(409, f"The bucket {bucket} already exists.")
-            self._buckets[bucket] = _Bucket(keeps_versions)
+            self._buckets[bucket] = Bucket(keeps_versions)
 
     def has_bucket(self, bucket: str) -> bool:
         """Whether the bucket exists."""
         return bucket in self._buckets
-
-    def keeps_versions(self, bucket: str) -> bool:
-        """Whether overwritten and deleted versions stay readable."""
-        with self._lock:
-            return self._find_bucket(bucket).keeps_versions
 
     def put(
         self,
@@ -181,7 +172,7 @@ class GcsStore:
     ) -> StoredVersion:
         """Store a new generation of an object; one that is given has to be above the last one."""
         with self._lock:
-            into = self._find_bucket(bucket)
+            into = self.find(bucket)
             condition.check(into.live.get(name), reading=False)
             # Like those of Cloud Storage, microseconds: a restarted server repeats none.
             now = time.time_ns() // 1000
@@ -215,7 +206,7 @@ class GcsStore:
     ) -> StoredVersion:
         """Find the live version of an object, or one generation of it."""
         with self._lock:
-            within = self._find_bucket(bucket)
+            within = self.find(bucket)
             if generation is None:
                 version = within.live.get(name)
             else:
@@ -237,7 +228,7 @@ class GcsStore:
         """Remove the live version of an object, or one generation for good."""
         with self._lock:
             version = self.get(bucket, name, generation)
-            within = self._find_bucket(bucket)
+            within = self.find(bucket)
             condition.check(version, reading=False)
             if within.live.get(name) == version:
                 self._retire(within, name)
@@ -263,7 +254,7 @@ class GcsStore:
         last = _decode_page_token(page_token) if page_token else ("", -1)
         with self._lock:
             start = max(prefix, start_offset, last[0])
-            for version in self._walk(self._find_bucket(bucket), start, versions=versions):
+            for version in self._walk(self.find(bucket), start, versions=versions):
                 name = version.name
                 if not name.startswith(prefix) or (end_offset and name >= end_offset):
                     break
@@ -282,22 +273,18 @@ class GcsStore:
                     last = place
         return page
 
-    def set_keeps_versions(self, bucket: str, *, keeps_versions: bool) -> None:
-        """Decide whether versions that are overwritten or deleted from now on stay readable."""
-        with self._lock:
-            self._find_bucket(bucket).keeps_versions = keeps_versions
-
     def bucket_names(self) -> list[str]:
         """The buckets, sorted."""
         with self._lock:
             return sorted(self._buckets)
 
-    def _find_bucket(self, bucket: str) -> _Bucket:
+    def find(self, bucket: str) -> Bucket:
+        """Return a bucket."""
         if bucket not in self._buckets:
             raise ApiError(404, "The specified bucket does not exist.")
         return self._buckets[bucket]
 
-    def _walk(self, bucket: _Bucket, start: str, *, versions: bool) -> Iterator[StoredVersion]:
+    def _walk(self, bucket: Bucket, start: str, *, versions: bool) -> Iterator[StoredVersion]:
         for index in range(bisect.bisect_left(bucket.names, start), len(bucket.names)):
             name = bucket.names[index]
             if versions:
@@ -305,7 +292,7 @@ class GcsStore:
             elif name in bucket.live:
                 yield bucket.live[name]
 
-    def _retire(self, bucket: _Bucket, name: str) -> None:
+    def _retire(self, bucket: Bucket, name: str) -> None:
         """Make the live version an old one, which is gone unless the bucket keeps versions."""
         version = bucket.live.pop(name, None)
         if version and not bucket.keeps_versions:

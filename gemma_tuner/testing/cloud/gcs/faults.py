@@ -1,4 +1,4 @@
-"""What can go wrong between a client and :class:`gemma_tuner.testing.cloud.gcs.server.GcsServer`.
+"""The faults between a client and ``GcsServer``.
 
 A :class:`Fault` says what happens (one of the effects below), to which requests, and when: at the
 nth request of an object, or at random. Random means a fixed function of the server's seed, the

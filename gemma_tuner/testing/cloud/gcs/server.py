@@ -1,8 +1,7 @@
-"""A local server that the official google-cloud-storage client speaks to, for tests and demos.
+"""A local server for the official google-cloud-storage client: sockets, and faults on demand.
 
-It is a fixture of this project's, not Google's: it answers the calls of the JSON API that the
-Python client makes to find, read and write objects, over loopback, from memory, and fails on
-demand. What it cannot show is written in ``tests/cloud/README.md``.
+Read in this order: ``buckets`` (objects in memory), ``api`` (the JSON API's calls), ``faults``
+(what goes wrong, and when), and this. ``tests/cloud/README.md`` says what it cannot show.
 """
 
 from __future__ import annotations
@@ -10,19 +9,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import http.server
-import itertools
 import socket
 import socketserver
 import struct
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Self
 
 from google.auth.credentials import AnonymousCredentials
 from google.cloud import storage
 
 from gemma_tuner.testing.cloud.gcs.api import Answer, Call, GcsApi
-from gemma_tuner.testing.cloud.gcs.buckets import ApiError, GcsStore
+from gemma_tuner.testing.cloud.gcs.buckets import ApiError, Buckets
 from gemma_tuner.testing.cloud.gcs.faults import (
     Effect,
     Fault,
@@ -39,63 +37,19 @@ from gemma_tuner.testing.cloud.gcs.faults import (
 _SLICE_BYTES = 1 << 16
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LoggedRequest:
-    """One request that the server was sent.
+    """One request that the server was sent."""
 
-    Args:
-        operation: What it asked for; ``read`` is a download.
-        method: The HTTP method.
-        bucket: The bucket.
-        name: The object, or a listing's prefix.
-        generation: The generation asked for, by ``generation`` or ``ifGenerationMatch``.
-        byte_range: The ``Range`` header.
-        status: The status answered; 0 where the connection was reset before.
-        num_bytes: How many bytes of the body were sent; while it is being sent, will be.
-        effect: The fault that struck it.
-    """
-
-    operation: Operation
+    operation: Operation  # ``read`` is a download
     method: str
     bucket: str
-    name: str
-    generation: int | None
+    name: str  # the object's; a listing's prefix
+    generation: int | None  # asked for by ``generation`` or ``ifGenerationMatch``
     byte_range: str | None
-    status: int
-    num_bytes: int
-    effect: Effect | None
-
-
-class RequestLog:
-    """Requests in order of arrival."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._numbers = itertools.count()
-        self._requests: dict[int, LoggedRequest] = {}
-
-    def add(self, request: LoggedRequest) -> int:
-        """Append a request, and return the number under which it can be replaced."""
-        with self._lock:
-            number = next(self._numbers)
-            self._requests[number] = request
-            return number
-
-    def correct(self, number: int, *, num_bytes: int) -> None:
-        """Say how many bytes were sent to a client that went away."""
-        with self._lock:
-            if number in self._requests:
-                self._requests[number] = replace(self._requests[number], num_bytes=num_bytes)
-
-    def clear(self) -> None:
-        """Forget all requests."""
-        with self._lock:
-            self._requests.clear()
-
-    def snapshot(self) -> list[LoggedRequest]:
-        """The requests until now."""
-        with self._lock:
-            return list(self._requests.values())
+    status: int  # 0 where the connection was reset before
+    num_bytes: int  # how many of the body were sent; until then, how many will be
+    effect: Effect | None  # the fault that struck it
 
 
 class GcsServer:
@@ -112,10 +66,10 @@ class GcsServer:
     """
 
     def __init__(self, *, seed: int = 0) -> None:
-        self.store = GcsStore()
-        self.api = GcsApi(self.store)
+        self.buckets = Buckets()
+        self.api = GcsApi(self.buckets)
         self.faults = FaultScript(seed)
-        self.log = RequestLog()
+        self.log: list[LoggedRequest] = []
         self.latency_seconds = 0.0  # to the first byte of each download
         self.bytes_per_second: float | None = None  # of each connection; None for no limit
         self.stopped = threading.Event()
@@ -174,7 +128,7 @@ class GcsServer:
 
     def create_bucket(self, bucket: str, *, keeps_versions: bool = False) -> None:
         """Add an empty bucket; ``keeps_versions`` is Cloud Storage's object versioning."""
-        self.store.create_bucket(bucket, keeps_versions=keeps_versions)
+        self.buckets.create_bucket(bucket, keeps_versions=keeps_versions)
 
     def put(
         self,
@@ -200,9 +154,9 @@ class GcsServer:
         Returns:
             Its generation.
         """
-        if not self.store.has_bucket(bucket):
-            self.store.create_bucket(bucket)
-        return self.store.put(
+        if not self.buckets.has_bucket(bucket):
+            self.buckets.create_bucket(bucket)
+        return self.buckets.put(
             bucket,
             name,
             data,
@@ -213,7 +167,7 @@ class GcsServer:
 
     def delete(self, bucket: str, name: str) -> None:
         """Delete an object without HTTP."""
-        self.store.delete(bucket, name)
+        self.buckets.delete(bucket, name)
 
     def forbid(self, bucket: str) -> None:
         """Answer every request about a bucket with 403."""
@@ -234,7 +188,7 @@ class GcsServer:
     @property
     def requests(self) -> list[LoggedRequest]:
         """The requests so far, in order of arrival."""
-        return self.log.snapshot()
+        return list(self.log)
 
     def clear_requests(self) -> None:
         """Forget the requests so far."""
@@ -299,7 +253,8 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             effect = gcs.faults.choose(call.operation, call.bucket, call.name, byte_range)
             answer = self._answer(call, effect)
         delivery = _plan_delivery(answer.body, effect)
-        number = gcs.log.add(self._describe(call, answer, effect, delivery))
+        logged = self._describe(call, answer, effect, delivery)
+        gcs.log.append(logged)
         self._num_sent_bytes = 0
         try:
             self._pause(delivery.wait_seconds)
@@ -308,7 +263,7 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             if not delivery.is_mute:
                 self._send(answer, delivery)
         except OSError:  # The client went away, or the server stops.
-            gcs.log.correct(number, num_bytes=self._num_sent_bytes)
+            logged.num_bytes = self._num_sent_bytes
             self.close_connection = True
         if delivery.resets:
             self._reset()

@@ -21,6 +21,7 @@ from gemma_tuner.testing.cloud.bigquery.values import json_field
 
 duckdb = pytest.importorskip("duckdb", reason="NOT TESTED: SQL needs the package duckdb")
 
+BIGQUERY = "gemma_tuner.testing.cloud.bigquery"
 TABLE = "my-project.support.tickets"
 MEBIBYTE = 1 << 20
 T0 = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
@@ -351,6 +352,11 @@ def test_query_with_parameters(server, client):
     sql = "SELECT id FROM support.tickets WHERE id > ? AND id < ?"
     assert ids(client, sql, query_parameters=positional) == [4]
     assert [call.query for call in server.calls if call.method == "jobs.insert"][-1] == sql
+    in_order = "SELECT ? + id FROM support.tickets WHERE id > ? ORDER BY id LIMIT ?"
+    three = [bigquery.ScalarQueryParameter(None, "INT64", n) for n in (100, 5, 1)]
+    assert ids(client, in_order, query_parameters=three) == [106]
+    price = [bigquery.ScalarQueryParameter("price", "NUMERIC", decimal.Decimal("0.123456789"))]
+    assert ids(client, "SELECT @Price", query_parameters=price) == [price[0].value]
 
 
 @pytest.mark.parametrize(
@@ -378,6 +384,17 @@ def test_query_with_parameters(server, client):
             "SELECT [STRUCT('user' AS role, text AS content)] AS messages FROM tickets LIMIT 1",
             [([{"role": "user", "content": "question 0"}],)],
         ),
+        (
+            "SELECT ARRAY(SELECT AS STRUCT 'user' AS role, text AS content) FROM tickets LIMIT 1",
+            [([{"role": "user", "content": "question 0"}],)],
+        ),
+        # Types that DuckDB would narrow, and a time that would lose its zone.
+        (
+            "SELECT CAST('3000000000' AS INT), CAST('3000000001' AS INTEGER)",
+            [(3 * 10**9, 3 * 10**9 + 1)],
+        ),
+        ("SELECT CAST('1.123456789' AS NUMERIC)", [(decimal.Decimal("1.123456789"),)]),
+        ("SELECT TIMESTAMP_MILLIS(1767225600000)", [(T0,)]),
     ],
 )
 def test_dialect(client, sql, expected):
@@ -491,6 +508,12 @@ def test_destination_and_write_disposition(server, client):
         ("SELECT 'x", exceptions.BadRequest, "Unclosed string"),
         ("SELECT @missing", exceptions.BadRequest, "missing"),
         ("DROP TABLE support.tickets", exceptions.MethodNotImplemented, "SELECT"),
+        ("SELECT 1; SELECT 2", exceptions.MethodNotImplemented, "one SELECT"),
+        (
+            "SELECT place FROM support.tickets, UNNEST(tags) WITH OFFSET AS place",
+            exceptions.MethodNotImplemented,
+            "WITH OFFSET",
+        ),
         ("SELECT * FROM read_csv('/etc/hostname')", exceptions.BadRequest, "qualified"),
     ],
 )
@@ -854,13 +877,17 @@ def test_small_types_widen(server, client):
     )
 
 
-def test_without_duckdb_only_sql_is_missing(client, read_client, monkeypatch):
-    monkeypatch.setitem(sys.modules, "duckdb", None)  # as if it were not installed
+@pytest.mark.parametrize("package", ["duckdb", "sqlglot"])
+def test_without_its_packages_only_sql_is_missing(client, read_client, monkeypatch, package):
+    for module in ("query", "dialect"):
+        monkeypatch.delitem(sys.modules, f"{BIGQUERY}.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     assert client.get_table(TABLE).num_rows == NUM_ROWS
     assert len(read_ids(read_client, open_session(read_client).streams[0])) == NUM_ROWS
-    with pytest.raises(exceptions.MethodNotImplemented, match="pip install duckdb"):
+    remedy = rf"the package {package}, .* run `pip install 'gemma_tuner\[cloud\]'`"
+    with pytest.raises(exceptions.MethodNotImplemented, match=remedy):
         query(client, "SELECT 1").result()
-    with pytest.raises(exceptions.MethodNotImplemented, match="pip install duckdb"):
+    with pytest.raises(exceptions.MethodNotImplemented, match=remedy):
         open_session(read_client, row_restriction="id = 1")
 
 

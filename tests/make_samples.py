@@ -1,4 +1,4 @@
-"""Make the bundled sample sets: ``python -m gemma_tuner.testing.make_samples FOLDER``.
+"""Make the bundled sample sets: ``python -m tests.make_samples FOLDER``.
 
 Everything is drawn or computed here from fixed seeds, so the sets belong to this project and can
 be made again. Random numbers come from ``random.Random.random``, the one method whose sequence
