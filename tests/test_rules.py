@@ -100,7 +100,6 @@ BLOCKS_INSIDE_TODAY = {
     "models.towers.Tower.separate",
     "sources.bigquery.rows.check_kinds",
     "streaming.options.spell_out",
-    "training.cuts.cut_as_before",
 }
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef

@@ -81,16 +81,7 @@ class MicroBatchPlan:
 
 
 def restore(plan: Plan, saved: MicroBatchPlan, config: TrainConfig) -> Plan:
-    """Let a resumed run's plan cut as the run did before, if that fits and is still asked for.
-
-    Args:
-        plan: Made for the memory there is now.
-        saved: How the run cut when it was saved.
-        config: Its settings now.
-
-    Returns:
-        The plan to follow.
-    """
+    """Let a resumed run's plan cut as the run did before, if that fits and is still asked for."""
     now = MicroBatchPlan.of(plan, plan.levels, config)
     if saved.asked != now.asked or replace(saved, peak_bytes=now.peak_bytes) == now:
         return plan

@@ -116,7 +116,6 @@ ALL = 1  # the whole rest, from every stop
         (Case("pictures", {}, {"seed": 1}), 6, 16),
         (Case("gcs"), 6, 16),
         (Case("gcs", {"window_examples": 1, "io_threads": 1}, {"seed": 1}), 3, 64),
-        (Case("gcs", EVICTING), 2, 103),
     ],
     ids=str,
 )
@@ -133,6 +132,7 @@ def test_every_stop_resumes_exactly(world, case, ahead, whole_every):
         (Case("gcs", {"window_examples": 8, "io_threads": 1}, {"seed": 12345}), 6, 16),
         (Case("gcs", {"window_examples": 1}, {"shuffle": False}), 6, 16),
         (Case("gcs", {"window_bytes": 200, "decode_threads": 3}), 6, 16),
+        (Case("gcs", EVICTING), 2, 103),
         (Case("mix", {"window_examples": 4}), 2, 320),
         (Case("mix", {"window_examples": 256}, {"seed": 12345}), 6, 64),
         (Case("mix", EVICTING, {"seed": 1}), 2, 320),

@@ -186,6 +186,7 @@ def test_a_plan_for_media_is_taken_with_the_modalities_it_was_made_for(checkpoin
     assert model.model.vision_tower is not None
 
 
+@pytest.mark.slow
 def test_what_was_asked_for_and_does_not_fit_is_named(tmp_path):
     def tell(memory_gib):
         trainer = build_trainer(tmp_path, gradient_checkpointing=False, memory_gib=memory_gib)

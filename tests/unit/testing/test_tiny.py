@@ -229,7 +229,13 @@ def test_templates_mark_no_generation_as_the_released_ones_do_not(family):
     assert "generation %}" not in build(family)[1].chat_template
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=() if family in ("gemma4-e2b", "gemma3n") else pytest.mark.slow)
+        for family in FAMILIES
+    ],
+)
 def test_adapters_on_a_frozen_random_model_can_learn(family):
     model, processor = build(family)
     model = add_lora(model, LoraConfig(rank=16))

@@ -419,7 +419,7 @@ def test_a_row_that_was_too_long_can_be_remedied_and_the_run_resumed(tmp_path):
     assert resumed.fit(resume=True).step == 3
 
 
-@pytest.mark.parametrize("family", ["gemma4-e2b", "gemma3n"])
+@pytest.mark.parametrize("family", ["gemma4-e2b", pytest.param("gemma3n", marks=pytest.mark.slow)])
 def test_training_leaves_every_frozen_weight_as_it_was(tmp_path, family):
     trainer = build_trainer(tmp_path, family=family, modality="image", dropout=0.1)
     gemma = trainer.model.get_base_model()
