@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gemma_tuner.cli.settings import PANELS
 from gemma_tuner.errors import GemmaTunerError
 from gemma_tuner.settings import expand_home
 
@@ -47,12 +48,13 @@ def command(function: Callable[..., object]) -> Callable[..., None]:
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
-        if _is_group(parameter.annotation):
+        if is_dataclass(parameter.annotation):
             groups[parameter.name] = parameter.annotation
             parameters += inspect.signature(parameter.annotation).parameters.values()
         else:
             parameters.append(parameter)
 
+    parameters.sort(key=place_panel)
     options = {parameter.name for parameter in parameters}
 
     @functools.wraps(function)
@@ -74,8 +76,10 @@ def command(function: Callable[..., object]) -> Callable[..., None]:
     return run
 
 
-def _is_group(kind: object) -> bool:
-    return is_dataclass(kind)
+def place_panel(parameter: inspect.Parameter) -> int:
+    """Where the panel of an option stands in the help."""
+    about = getattr(parameter.annotation, "__metadata__", (None,))[0]
+    return PANELS.index(getattr(about, "rich_help_panel", None))
 
 
 @contextmanager

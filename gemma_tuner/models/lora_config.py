@@ -27,7 +27,8 @@ class LoraConfig:
             and ``experts`` (26B-A4B); any other entry is a regular expression that must match the
             full names of linear modules.
         layers: Decoder layers that ``language`` and ``experts`` mean: the last N, or
-            ``(first, last)``, both included and counted from 0; None means all.
+            ``(first, last)``, both included and counted from 0; None, on the command line -1,
+            means all.
         variant: ``lora``, ``dora``, ``rslora``, or ``full``: no adapters, but a float32 copy of
             each targeted layer trains, beside the frozen original (PEFT's ``modules_to_save``).
             Weight, copy and moments take 14 bytes a parameter above a bfloat16 weight's 2; rank

@@ -18,14 +18,14 @@ class FetchConfig:
 
     Args:
         io_threads: Reads under way at one time.
-        decode_threads: Images and clips decoded at one time.
+        decode_threads: Rarely needed: images and clips decoded at one time.
         window_bytes: Media fetched or decoded ahead of the consumer; one example larger than
             this is still handed out, alone.
-        window_examples: Examples ahead of the consumer.
+        window_examples: Rarely needed: examples ahead of the consumer.
         cache_bytes: Media kept on disk, least recently used out first; 0 keeps none.
-        min_free_disk_bytes: What the cache leaves free on its disk.
-        attempt_timeout_seconds: How long one attempt at a read may take.
-        total_timeout_seconds: How long all attempts at one read may take.
+        min_free_disk_bytes: Rarely needed: what the cache leaves free on its disk.
+        attempt_timeout_seconds: Rarely needed: how long one attempt at a read may take.
+        total_timeout_seconds: Rarely needed: how long all attempts at one read may take.
         hedged_fraction: Reads that last three times the running median are begun a second time,
             and the first answer counts; at most this fraction of all reads. 0 never does.
 

@@ -60,18 +60,18 @@ class StreamOptions:
         response: What the model shall learn to answer.
         text: Plain documents, trained on as a whole.
         system: System turns.
-        image: A picture, or a list of them: a path relative to the data file, a ``gs://`` URI,
+        image: An image, or a list of them: a path relative to the data file, a ``gs://`` URI,
             or bytes.
-        audio: A sound, or a list of them.
+        audio: A clip, or a list of them.
         id: Keys; False numbers the rows (``train.jsonl:7``).
         seed: Decides the order, with the epoch.
-        shuffle: False hands out the rows as they stand.
+        shuffle: Whether the order is another in each epoch, or that of the rows.
         locality: "shard" shuffles whole files, and the rows within each, instead of all rows.
-        max_bad_fraction: How much of an epoch's rows may be unusable: they are passed over, noted
-            in the quarantine and counted. 0 raises the first as DataError.
+        max_bad_fraction: How much of an epoch's rows may be unusable: they are skipped, noted in
+            the quarantine and counted. 0 raises the first as DataError.
         max_consecutive_bad: How many unusable rows may follow each other.
-        cache_dir: Where manifests, media and quarantines are kept, for this user alone; None is
-            ``~/.cache/gemma_tuner``.
+        cache_dir: Where manifests, media and quarantines are kept, for this user alone; by
+            default ``~/.cache/gemma_tuner``.
         fetch: How media are fetched and kept.
         gcs_client: A ``google.cloud.storage.Client``; None makes one with the application-default
             credentials when the first ``gs://`` is met.

@@ -49,39 +49,39 @@ class TrainConfig:
         gradient_accumulation: Micro-batches in an optimizer step. ``batch_size *
             gradient_accumulation`` examples make one step; how they are cut does not change it.
         learning_rate: The peak, reached at the end of the warm-up.
-        schedule: How the rate goes on after the warm-up: "cosine" or "linear" down to 0, or
-            "constant".
+        schedule: How the rate goes on after the warm-up: ``cosine`` or ``linear`` down to 0, or
+            ``constant``.
         warmup_steps: Optimizer steps over which the rate rises linearly to its peak.
         weight_decay: AdamW's decoupled decay, as a fraction of the learning rate.
         betas: AdamW's decay rates of the first and second moment.
-        epsilon: AdamW's term in the denominator.
+        epsilon: Rarely needed: AdamW's term in the denominator.
         max_grad_norm: Gradients longer than this (L2, all parameters together) are scaled
             down to it.
-        seed: Seeds dropout and the order of nothing else: streams carry their own seed.
+        seed: Seeds dropout and nothing else: streams have their own seed for the order.
         gradient_checkpointing: Whether each layer keeps only its input and computes the rest
-            again in the backward pass: much less memory, about a third more time. None chooses
-            for each micro-batch what fits, see ``Trainer.plan``.
-        loss_chunk_tokens: Target tokens whose logits exist at one time; None lets the plan
-            choose.
-        memory_gib: What the run may hold on its device, in GiB; None asks the device.
-        feature_cache_gib: What frozen towers make of pictures and sounds is kept in the machine's
+            again in the backward pass: much less memory, about a third more time. By default
+            what fits is chosen for each micro-batch, see ``Trainer.plan``.
+        loss_chunk_tokens: Target tokens whose logits exist at one time; by default the plan
+            chooses.
+        memory_gib: What the run may hold on its device, in GiB; by default what the device has.
+        feature_cache_gib: What frozen towers make of images and audio is kept in the machine's
             memory up to so many GiB and used again in later epochs. A resumed run computes it
-            anew, and is then equal within float rounding, not bit for bit.
+            again, and is then equal within float rounding, not bit for bit.
         log_every_steps: Optimizer steps between two log records; each costs one device sync. The
             first step and the last are logged in any case.
         eval_every_steps: Optimizer steps between two measurements of the held-out loss. It is
-            measured before the first step and after the last in any case; None measures it then
-            only.
+            measured before the first step and after the last in any case, and by default only
+            then.
         save_every_steps: Optimizer steps between two checkpoints. The last step, one that a
             signal ended, and the last before an error are saved in any case; None saves those
             only.
         keep_checkpoints: The newest so many checkpoints are kept.
-        max_nonfinite_steps: Consecutive steps with an infinite or undefined gradient, each of
-            which is skipped, before the run stops.
+        max_nonfinite_steps: Rarely needed: consecutive steps with an infinite or undefined
+            gradient, each of which is skipped, before the run stops.
         output_dir: Folder of this run's checkpoints and log; one run, one folder.
         progress: Whether to show progress on stderr.
-        trackers: Experiment trackers that get the run's numbers, such as ``("tensorboard",)``
-            (files in ``output_dir``) or ``("wandb",)``; each has to be installed.
+        trackers: Experiment trackers that get the run's numbers, such as tensorboard (files in
+            ``output_dir``) or wandb. Each has to be installed.
         watch: Whether to open a page that shows the run, on this machine alone, until the process
             ends; ``gemma-tuner watch RUN`` opens it again.
 
