@@ -17,7 +17,7 @@ T = TypeVar("T")
 IS = "{name} is {value!r}; it must be {allowed}"
 MUST_BE = "{name} must be {allowed}; got {value!r} ({kind})"
 
-FREE_ON_RESUME: Mapping[str, Any] = {"free_on_resume": True}
+FREE_ON_RESUME: dict[str, Any] = {"free_on_resume": True}
 """Metadata of a field that a resumed run may have otherwise."""
 
 

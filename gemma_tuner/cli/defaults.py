@@ -1,6 +1,7 @@
 """Settings from files: what they give, no flag needs to."""
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,18 +30,17 @@ from gemma_tuner.settings import (
 GROUPS = (ModelSettings, DataSettings, RowSettings, AdapterSettings, RunSettings)
 
 
-def config_option(callback: Callable[[typer.Context, Path | None], Path | None]) -> Any:
-    """Make the option ``--config``."""
+def config_option(groups: Iterable[type[Any]], *, is_explained: bool = True) -> Any:
+    """Make the option ``--config``: a settings file that gives what no flag gives."""
+
+    def read_config(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            with errors_explained(debug=False) if is_explained else nullcontext():
+                use_as_defaults(context, path, groups)
+        return path
+
     text = "Settings as YAML or JSON, by these names; flags win over it."
-    return typer.Option(is_eager=True, callback=callback, metavar="FILE", help=text)
-
-
-def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Let a settings file give what no flag gives; the callback of ``--config``."""
-    if path is not None:
-        with errors_explained(debug=False):
-            use_as_defaults(context, path)
-    return path
+    return typer.Option(is_eager=True, callback=read_config, metavar="FILE", help=text)
 
 
 def from_run(*groups: type[Any]) -> Callable[[typer.Context, Path | None], Path | None]:
@@ -56,7 +56,7 @@ def from_run(*groups: type[Any]) -> Callable[[typer.Context, Path | None], Path 
     return read_run
 
 
-Config = Annotated[Path | None, config_option(read_config)]
+Config = Annotated[Path | None, config_option(GROUPS)]
 Run = Annotated[
     Path | None,
     typer.Argument(

@@ -84,7 +84,7 @@ def open_stream(data: DataSettings, modality: Modality, split: str | None) -> Ex
     from gemma_tuner.testing.samples import sample_data
 
     options = {**_pick(data, StreamOptions), **({"split": split} if split else {})}
-    stream = _open_places(data.data or [str(sample_data(modality))], options)
+    stream = _open_places(list(data.data or ()) or [str(sample_data(modality))], options)
     _check_media(stream, modality)
     return stream
 

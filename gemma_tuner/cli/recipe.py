@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import os
 import sys
@@ -17,7 +16,7 @@ import typer
 
 from gemma_tuner.cli import opening
 from gemma_tuner.cli.commands import place_panel
-from gemma_tuner.cli.defaults import GROUPS, config_option, list_settings, use_as_defaults
+from gemma_tuner.cli.defaults import GROUPS, config_option, list_settings
 from gemma_tuner.cli.opening import show_losses as show_losses
 from gemma_tuner.cli.settings import (
     PANELS,
@@ -73,14 +72,12 @@ def read_arguments(
     out = Path("runs") / Path(script).stem.removeprefix("stream_")
     defaults = {"max_tokens": 1024, "warmup_steps": None, "out": out}
     parameters = _list_parameters(names, defaults, data)
-    collect.__signature__ = inspect.Signature(parameters)  # pyright: ignore[reportFunctionMemberAccess]
+    collect.__signature__ = inspect.Signature(parameters)
     collect.__annotations__ = {}
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    summary = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8"))) or ""
-    app.command(
-        help=summary.partition("\n\n")[0],
-        context_settings={"token_normalize_func": normalize_flag},
-    )(collect)
+    summary, *_ = Path(script).read_text(encoding="utf-8").removeprefix('"""').split("\n\n")
+    aliases = {"token_normalize_func": normalize_flag}
+    app.command(help=summary, context_settings=aliases)(collect)
     try:
         app(given, prog_name=f"python {os.path.relpath(script)}")
     except SystemExit:
@@ -96,7 +93,10 @@ def _list_parameters(
 ) -> list[inspect.Parameter]:
     keyword = inspect.Parameter.KEYWORD_ONLY
     known = {field.name: field for group in _GROUPS for field in fields(group)}
-    hints = {"context": typer.Context, "config": _Config}
+    hints = {
+        "context": typer.Context,
+        "config": Annotated[Path | None, config_option(_GROUPS, is_explained=False)],
+    }
     hints |= {name: known[name].type for name in names}
     if data:
         text = f"Files or folders: {data}; by default bundled samples."
@@ -118,15 +118,6 @@ def _fill_run(run: RunSettings) -> RunSettings:
     steps = run.max_steps or _STEPS
     chosen = {"warmup_steps": min(10, steps // 10), "eval_every_steps": max(1, steps // 4)}
     return replace(run, **{k: v for k, v in chosen.items() if getattr(run, k) is None})
-
-
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    if path is not None:
-        use_as_defaults(context, path, _GROUPS)
-    return path
-
-
-_Config = Annotated[Path | None, config_option(_read_config)]
 
 
 def open_splits(
