@@ -134,9 +134,8 @@ def stream_bigquery(
         row_restriction: Of a table, a condition as after WHERE.
         snapshot_time: Of a table, the time whose rows are read; None is now.
         max_bytes_billed: The most that the query may bill; False waives the limit.
-        destination: Rarely needed: ``project.dataset.table`` for the query's result, which must not
-            exist; None
-            is a temporary table of BigQuery's.
+        destination: Rarely needed: ``project.dataset.table`` for the query's result, which must
+            not exist; None is a temporary table of BigQuery's.
         split: Keeps the rows whose column ``split`` has this value.
         refresh: Read the table again, even if there is a manifest of it.
         bigquery_client: A ``google.cloud.bigquery.Client``; None makes one with the
