@@ -6,7 +6,6 @@ used (PEP 562), so ``import gemma_tuner`` needs neither torch nor a second.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +40,8 @@ if TYPE_CHECKING:
     from gemma_tuner.export.mlx import import_mlx as import_mlx
     from gemma_tuner.export.mlx_checkpoint import from_mlx as from_mlx
     from gemma_tuner.models.loading import load_model as load_model
-    from gemma_tuner.models.lora import LoraConfig as LoraConfig
     from gemma_tuner.models.lora import add_lora as add_lora
+    from gemma_tuner.models.lora_config import LoraConfig as LoraConfig
     from gemma_tuner.planning.plan import Plan as Plan
     from gemma_tuner.planning.plan import plan as plan
     from gemma_tuner.records import Audio as Audio
@@ -77,7 +76,7 @@ _HOME = {
     "Generation": "evaluation.answers",
     "Image": "records",
     "ImageCollator": "collators.image",
-    "LoraConfig": "models.lora",
+    "LoraConfig": "models.lora_config",
     "MemoryPlanError": "errors",
     "MultimodalCollator": "collators.multimodal",
     "Plan": "planning.plan",
@@ -119,8 +118,8 @@ def __getattr__(name: str) -> Any:
     if name == "testing":
         return importlib.import_module("gemma_tuner.testing")
     if name not in _HOME:
-        near = difflib.get_close_matches(name, __all__, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        suggest = importlib.import_module("gemma_tuner.checks").suggest
+        hint = suggest(name, __all__, "; did you mean {!r}?")
         raise AttributeError(f"module 'gemma_tuner' has no attribute {name!r}{hint}")
     return getattr(importlib.import_module(f"gemma_tuner.{_HOME[name]}"), name)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from gemma_tuner.checks import suggest
 from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import ConfigError
 
@@ -147,8 +147,7 @@ def _pin_text(name: str, value: str) -> str:
 
 
 def _unknown(name: str, known: Collection[str], file_name: str) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"it can have {', '.join(sorted(known))}"
+    hint = suggest(name, known, "did you mean {!r}?") or f"it can have {', '.join(sorted(known))}"
     return f"the settings file {file_name!r} has an unknown setting {name!r}; {hint}"
 
 

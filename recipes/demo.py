@@ -1,4 +1,4 @@
-"""The main job from end to end: train on text, pictures and speech, and check what was saved.
+"""The main job from end to end: train on text, images and speech, and check what was saved.
 
     make demo
 
@@ -26,7 +26,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
 import gemma_tuner as gt
-from gemma_tuner.training import script
+from gemma_tuner.cli import recipe
 
 LOGIT_TOLERANCE = 1e-5
 FLAGS = ("--learning-rate", "5e-3", "--steps", "160")
@@ -118,4 +118,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     logging.disable_progress_bar()  # of loading what is so small
-    script.run_script(main)
+    recipe.run(main)

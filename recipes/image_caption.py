@@ -1,4 +1,4 @@
-"""Fine-tune Gemma to describe pictures: captions, or what is written on receipts and forms.
+"""Fine-tune Gemma to describe images: captions, or what is written on receipts and forms.
 
     python recipes/image_caption.py
     python recipes/image_caption.py --model google/gemma-4-E2B-it --data photos/ --steps 500
@@ -8,48 +8,43 @@ language part, ``--image-tokens`` says how closely the model looks, and afterwar
 adapter and base are scored side by side: equal to the data's, and how nearly (ANLS).
 """
 
-import argparse
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import gemma_tuner as gt
-from gemma_tuner.training import script
+from gemma_tuner.cli import recipe
 
 
 def main(argv: Sequence[str] | None = None) -> gt.Trainer:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="file or folder: image and caption")
-    parser.add_argument("--image-tokens", type=int, help="70, 140, 280, 560 or 1120 a picture")
-    script.add_answer_flags(parser)
-    args = script.parse_arguments(parser, argv, out="runs/image_caption")
+    args = recipe.read_arguments(
+        __file__, argv, "image_tokens", *recipe.ANSWERS, data="image and caption"
+    )
 
     # 1. The model: the language part and the vision tower are built and read.
-    if args.model:
-        model, processor = gt.load_model(args.model, modalities=("text", "image"))
-    else:
+    if args.model == "tiny":
         model, processor = gt.testing.tiny_model("gemma4-e2b")
+    else:
+        model, processor = gt.load_model(args.model, modalities=("text", "image"))
     model = gt.add_lora(model, gt.LoraConfig(rank=16, alpha=32, targets=("language", "vision")))
 
     # 2. The data: the samples have a split to hold out; of yours it is --held-out, or a tenth.
     data = args.data or gt.testing.sample_data("image")
-    split = args.held_out or (None if args.data else "test")
-    train, held_out = script.open_splits(partial(gt.stream_local, data), split)
+    train, held_out = recipe.open_splits(partial(gt.stream_local, data), args.held_out)
     print(train.report())
 
     # 3. The trainer.
     collator = gt.ImageCollator(
         processor, max_tokens=args.max_tokens, image_tokens=args.image_tokens
     )
-    trainer = gt.Trainer(model, train, collator, script.make_config(args), eval_stream=held_out)
+    trainer = gt.Trainer(model, train, collator, args.config, eval_stream=held_out)
     print(trainer.preview())
 
     # 4. Train; the held-out loss is measured before, in between and after.
-    result = script.fit(trainer, args, __file__, argv)
-    adapter = trainer.save(Path(args.out) / "adapter")
-    print(f"{script.show_losses(result)}\nadapter: {adapter}")
+    result = recipe.fit(trainer, args)
+    adapter = trainer.save(args.out / "adapter")
+    print(f"{recipe.show_losses(result)}\nadapter: {adapter}")
 
-    # 5. Score the captions of held-out pictures, the adapter's beside the base's.
+    # 5. Score the captions of held-out images, the adapter's beside the base's.
     if args.answers:
         report = gt.evaluate(
             trainer.model,
@@ -61,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> gt.Trainer:
         )
         print(report)
     if not args.data:
-        share = script.rate_guessing(train, held_out)
+        share = recipe.rate_guessing(train, held_out)
         print(f"guessing without a look is right in {share:.1%}")
     return trainer
 
 
 if __name__ == "__main__":
-    script.run_script(main)
+    recipe.run(main)

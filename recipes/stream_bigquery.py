@@ -1,4 +1,4 @@
-"""Fine-tune Gemma on rows in BigQuery whose pictures and speech lie in Cloud Storage.
+"""Fine-tune Gemma on rows in BigQuery whose images and speech lie in Cloud Storage.
 
     python recipes/stream_bigquery.py
     python recipes/stream_bigquery.py --table project.dataset.table --model google/gemma-4-E2B-it
@@ -11,14 +11,12 @@ needed. With --table it reads your table with your application-default credentia
 downloaded as they are needed and kept in ~/.cache/gemma_tuner.
 """
 
-import argparse
 import contextlib
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 import gemma_tuner as gt
-from gemma_tuner.training import script
+from gemma_tuner.cli import recipe
 
 
 def open_samples(
@@ -41,16 +39,13 @@ def open_samples(
 
 
 def main(argv: Sequence[str] | None = None) -> gt.Trainer:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--table", help="project.dataset.table (default: samples, local servers)")
-    parser.add_argument("--cache-dir", help="default: ~/.cache/gemma_tuner; samples: --out/cache")
-    args = script.parse_arguments(parser, argv, out="runs/bigquery")
+    args = recipe.read_arguments(__file__, argv, "table", "held_out", "cache_dir")
 
-    # 1. The model, with everything that rows may hold: text, pictures and speech.
-    if args.model:
-        model, processor = gt.load_model(args.model, modalities=("text", "image", "audio"))
-    else:
+    # 1. The model, with everything that rows may hold: text, images and speech.
+    if args.model == "tiny":
         model, processor = gt.testing.tiny_model("gemma4-e2b")
+    else:
+        model, processor = gt.load_model(args.model, modalities=("text", "image", "audio"))
     targets = ("language", "vision", "audio")
     model = gt.add_lora(model, gt.LoraConfig(rank=16, alpha=32, targets=targets))
 
@@ -58,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> gt.Trainer:
         # 2. The data: a table of yours, or the samples.
         if args.table:
             open_stream = partial(gt.stream_bigquery, args.table, cache_dir=args.cache_dir)
-            train, held_out = script.open_splits(open_stream, args.held_out)
+            train, held_out = recipe.open_splits(open_stream, args.held_out)
         else:
             cloud = stack.enter_context(gt.testing.LocalCloud())
             train, held_out = open_samples(cloud, args.cache_dir or f"{args.out}/cache")
@@ -66,18 +61,16 @@ def main(argv: Sequence[str] | None = None) -> gt.Trainer:
 
         # 3. The trainer.
         collator = gt.MultimodalCollator(processor, max_tokens=args.max_tokens)
-        trainer = gt.Trainer(
-            model, train, collator, script.make_config(args), eval_stream=held_out
-        )
+        trainer = gt.Trainer(model, train, collator, args.config, eval_stream=held_out)
         print(trainer.preview())
 
         # 4. Train, and tell what was fetched, repeated and passed over.
-        result = script.fit(trainer, args, __file__, argv)
+        result = recipe.fit(trainer, args)
         print(train.report().progress)
-    adapter = trainer.save(Path(args.out) / "adapter")
-    print(f"{script.show_losses(result)}\nadapter: {adapter}")
+    adapter = trainer.save(args.out / "adapter")
+    print(f"{recipe.show_losses(result)}\nadapter: {adapter}")
     return trainer
 
 
 if __name__ == "__main__":
-    script.run_script(main)
+    recipe.run(main)

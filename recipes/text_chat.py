@@ -8,43 +8,38 @@ turn and no question. Without flags it trains a tiny random model on the bundled
 that everything works; the second answer of each chat there follows from the first.
 """
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import gemma_tuner as gt
-from gemma_tuner.training import script
+from gemma_tuner.cli import recipe
 
 
 def main(argv: Sequence[str] | None = None) -> gt.Trainer:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", help="file or folder: messages, or prompt and response")
-    args = script.parse_arguments(parser, argv, out="runs/text_chat")
+    args = recipe.read_arguments(__file__, argv, data="messages, or prompt and response")
 
     # 1. The model: only the language part is built and read.
-    if args.model:
-        model, processor = gt.load_model(args.model, modalities=("text",))
-    else:
+    if args.model == "tiny":
         model, processor = gt.testing.tiny_model("gemma4-e2b")
+    else:
+        model, processor = gt.load_model(args.model, modalities=("text",))
     model = gt.add_lora(model, gt.LoraConfig(rank=16, alpha=32))
 
     # 2. The data: the samples have a split to hold out; of yours it is --held-out, or a tenth.
     data = args.data or gt.testing.sample_data("chat")
-    split = args.held_out or (None if args.data else "test")
-    train, held_out = script.open_splits(partial(gt.stream_local, data), split)
+    train, held_out = recipe.open_splits(partial(gt.stream_local, data), args.held_out)
     print(train.report())
 
     # 3. The trainer.
     collator = gt.TextCollator(processor, max_tokens=args.max_tokens)
-    trainer = gt.Trainer(model, train, collator, script.make_config(args), eval_stream=held_out)
+    trainer = gt.Trainer(model, train, collator, args.config, eval_stream=held_out)
     print(trainer.preview())
 
     # 4. Train; the held-out loss is measured before, in between and after.
-    result = script.fit(trainer, args, __file__, argv)
-    adapter = trainer.save(Path(args.out) / "adapter")
-    print(f"{script.show_losses(result)}\nadapter: {adapter}")
+    result = recipe.fit(trainer, args)
+    adapter = trainer.save(args.out / "adapter")
+    print(f"{recipe.show_losses(result)}\nadapter: {adapter}")
 
     # 5. Let it go on with one held-out conversation.
     chat = held_out[0]
@@ -57,4 +52,4 @@ def main(argv: Sequence[str] | None = None) -> gt.Trainer:
 
 
 if __name__ == "__main__":
-    script.run_script(main)
+    recipe.run(main)

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from gemma_tuner.cli.settings import PANELS, make_option, read_help
 from gemma_tuner.errors import GemmaTunerError
 from gemma_tuner.settings import expand_home
 
@@ -43,16 +44,23 @@ _DEBUG = inspect.Parameter(
 
 
 def command(function: Callable[..., object]) -> Callable[..., None]:
-    """Make a function a command: its groups of settings become options, its errors a paragraph."""
+    """Make a function a command: its settings become options, its errors a paragraph."""
+    texts = read_help(function.__doc__)
     groups: dict[str, Any] = {}
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
-        if _is_group(parameter.annotation):
+        if isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation):
             groups[parameter.name] = parameter.annotation
             parameters += inspect.signature(parameter.annotation).parameters.values()
+        elif parameter.name in texts:
+            hint, default = make_option(
+                parameter.name, parameter.annotation, parameter.default, texts[parameter.name]
+            )
+            parameters.append(parameter.replace(annotation=hint, default=default))
         else:
             parameters.append(parameter)
 
+    parameters.sort(key=place_panel)
     options = {parameter.name for parameter in parameters}
 
     @functools.wraps(function)
@@ -71,11 +79,14 @@ def command(function: Callable[..., object]) -> Callable[..., None]:
     # Typer asks for the hints of what is wrapped, which are not those of the signature.
     run.__annotations__ = {}
     del run.__wrapped__
+    run.__doc__ = inspect.cleandoc(function.__doc__ or "").partition("\n\nArgs:\n")[0]
     return run
 
 
-def _is_group(kind: object) -> bool:
-    return is_dataclass(kind)
+def place_panel(parameter: inspect.Parameter) -> int:
+    """Where the panel of an option stands in the help."""
+    about = getattr(parameter.annotation, "__metadata__", (None,))[0]
+    return PANELS.index(getattr(about, "rich_help_panel", None))
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Settings from files: what they give, no flag needs to."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,15 +27,20 @@ from gemma_tuner.settings import (
     read_settings,
 )
 
-_GROUPS = (ModelSettings, DataSettings, RowSettings, AdapterSettings, RunSettings)
+GROUPS = (ModelSettings, DataSettings, RowSettings, AdapterSettings, RunSettings)
 
 
-def read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Let a settings file give what no flag gives; the callback of ``--config``."""
-    if path is not None:
-        with errors_explained(debug=False):
-            _use_as_defaults(context, path)
-    return path
+def config_option(groups: Iterable[type[Any]], *, is_explained: bool = True) -> Any:
+    """Make the option ``--config``: a settings file that gives what no flag gives."""
+
+    def read_config(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            with errors_explained(debug=False) if is_explained else nullcontext():
+                use_as_defaults(context, path, groups)
+        return path
+
+    text = "Settings as YAML or JSON, by these names; flags win over it."
+    return typer.Option(is_eager=True, callback=read_config, metavar="FILE", help=text)
 
 
 def from_run(*groups: type[Any]) -> Callable[[typer.Context, Path | None], Path | None]:
@@ -43,21 +50,13 @@ def from_run(*groups: type[Any]) -> Callable[[typer.Context, Path | None], Path 
         if path is not None:
             with errors_explained(debug=False):
                 if file := find_settings(path):
-                    _use_as_defaults(context, file, groups)
+                    use_as_defaults(context, file, groups)
         return path
 
     return read_run
 
 
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        is_eager=True,
-        callback=read_config,
-        metavar="FILE",
-        help="Settings as YAML or JSON, by these names; flags win over it.",
-    ),
-]
+Config = Annotated[Path | None, config_option(GROUPS)]
 Run = Annotated[
     Path | None,
     typer.Argument(
@@ -82,10 +81,11 @@ def find_settings(run: Path) -> Path | None:
     return None if not file.is_file() or is_of_recipe(file) else file
 
 
-def list_settings(context: typer.Context) -> dict[str, Setting]:
+def list_settings(
+    context: typer.Context, groups: Iterable[type[Any]] = GROUPS
+) -> dict[str, Setting]:
     """List what a command runs with, as its settings file has it."""
-    names = [name for group in _GROUPS for name in group.__annotations__ if name != "resume"]
-    values = {name: context.params[name] for name in names if name in context.params}
+    values = {name: context.params.get(name) for name in _read_hints(groups) if name != "resume"}
     values = {name: value for name, value in values.items() if value not in (None, ())}
     return pin_paths({name: _as_setting(value) for name, value in values.items()})
 
@@ -94,12 +94,11 @@ def list_forgotten(
     context: typer.Context, file: Path, settings: Mapping[str, Setting]
 ) -> list[str]:
     """List the settings that a file has otherwise, and that no flag has asked to be so."""
-    names = [name for group in _GROUPS for name in group.__annotations__]
-    saved = read_settings(file, names)
+    names = _read_hints(GROUPS)
     return [
         name
-        for name in names
-        if not was_given(context, name) and saved.get(name) != settings.get(name)
+        for name, saved in read_settings(file, names).items()
+        if not was_given(context, name) and saved != settings.get(name)
     ]
 
 
@@ -109,13 +108,13 @@ def _as_setting(value: Any) -> Setting:
     return str(value) if isinstance(value, Path) else value
 
 
-def _use_as_defaults(
-    context: typer.Context, file: Path, groups: tuple[type[Any], ...] = _GROUPS
+def use_as_defaults(
+    context: typer.Context, file: Path, groups: Iterable[type[Any]] = GROUPS
 ) -> None:
     """Make a settings file the defaults of a command, or of some groups of its options."""
-    names = _list_names()
+    wanted = _read_hints(groups)
+    names = _list_names(_read_hints(GROUPS) | wanted)
     options = {option.name: option for option in context.command.params if option.name in names}
-    wanted = {name for group in groups for name in group.__annotations__}
     defaults: dict[str, Any] = {}
     for given, value in read_settings(file, names).items():
         name = names[given]
@@ -131,9 +130,12 @@ def _use_as_defaults(
     context.default_map = {name: value for name, value in defaults.items() if name in wanted}
 
 
-def _list_names() -> dict[str, str]:
+def _read_hints(groups: Iterable[type[Any]]) -> dict[str, Any]:
+    return {field.name: field.type for group in groups for field in fields(group)}
+
+
+def _list_names(hints: Mapping[str, Any]) -> dict[str, str]:
     """Every name that a settings file may use, those of options that a command lacks too."""
-    hints = {name: hint for group in _GROUPS for name, hint in group.__annotations__.items()}
     names = {name: name for name in hints}
     for name, hint in hints.items():
         for flag in hint.__metadata__[0].param_decls:  # --grad-checkpoint/--no-grad-checkpoint
@@ -144,10 +146,12 @@ def _list_names() -> dict[str, str]:
 
 def _check(context: typer.Context, option: Any, name: str, value: object, file: Path) -> None:
     """Convert a value as Typer will, so that what is said of a wrong one names the file."""
+    about = f"the setting {name!r} in {file.name!r} is {value!r}"
+    is_list = isinstance(value, list) and not option.multiple and option.nargs == 1
+    if is_list or (isinstance(value, bool) and not option.is_flag):
+        raise ConfigError(f"{about}; it takes one number or text")
     try:
         option.process_value(context, value)
     except typer.BadParameter as error:
-        raise ConfigError(
-            f"the setting {name!r} in {file.name!r} is {value!r}: "
-            f"{error.message.removeprefix('Value error, ').rstrip('.')}"
-        ) from None
+        said = error.message.removeprefix("Value error, ").rstrip(".")
+        raise ConfigError(f"{about}: {said}") from None

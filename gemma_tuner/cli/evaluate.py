@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -29,41 +28,28 @@ def evaluate(
     data: DataSettings,
     rows: RowSettings,
     run: Run = None,
-    score: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME",
-            help="exact_match, wer, cer, anls or vqa_accuracy; by default exact_match. May be "
-            "given several times.",
-        ),
-    ] = None,
-    language: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Of the texts, such as en; for wer and cer."),
-    ] = None,
-    compare_base: Annotated[
-        bool, typer.Option(help="Measure the model without its adapter as well.")
-    ] = True,
-    max_examples: Annotated[
-        int | None,
-        typer.Option(metavar="N", help="So many at most, spread evenly; by default all."),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(metavar="N", help="Examples computed at a time.")] = 8,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", help="The most tokens of an answer.")
-    ] = 256,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER", help="For the report, with every answer and the worst to read."
-        ),
-    ] = None,
+    score: list[str] | None = None,
+    language: str | None = None,
+    compare_base: bool = True,
+    max_examples: int | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 256,
+    output: Path | None = None,
 ) -> None:
     """Measure loss and answers on held-out data, adapter beside base.
 
     RUN is the folder of a run or of an adapter. A run's settings say which
     model and which data: its held-out part, or with --data all of that.
     Without RUN the model is measured by itself.
+
+    Args:
+        score: exact_match, wer, cer, anls or vqa_accuracy; by default exact_match.
+        language: Of the texts, such as en; for wer and cer.
+        compare_base: Measure the model without its adapter as well.
+        max_examples: So many at most, spread evenly; by default all.
+        batch_size: Examples computed at a time.
+        max_new_tokens: The most tokens of an answer.
+        output: For the report, with every answer and the worst to read.
     """
     from gemma_tuner.evaluation.evaluate import evaluate as measure
 

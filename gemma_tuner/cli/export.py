@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -30,15 +32,6 @@ _Run = Annotated[
 _Target = Annotated[
     Path, typer.Argument(metavar="TARGET", help="What is written.", show_default=False)
 ]
-_Model = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME",
-        help="The base model: a folder, or a name on the Hub that is in the local cache; by "
-        "default the run's.",
-    ),
-]
-_Revision = Annotated[str | None, typer.Option(metavar="NAME", help="Of the base on the Hub.")]
 
 
 @app.command()
@@ -64,12 +57,18 @@ def adapter(run: _Run, target: _Target, model: ModelSettings) -> None:
 
 @app.command()
 @command
-def merged(run: _Run, target: _Target, model: _Model = None, revision: _Revision = None) -> None:
-    """Write the whole model with the adapter merged in, for any program."""
+def merged(
+    run: _Run, target: _Target, model: str | None = None, revision: str | None = None
+) -> None:
+    """Write the whole model with the adapter merged in, for any program.
+
+    Args:
+        model: The base: a folder, or a name on the Hub in the local cache; by default the run's.
+        revision: Of the base on the Hub.
+    """
     from gemma_tuner.export.merged import export_merged
 
-    folder = _adapter_of(run)
-    with open_base(_base_of(folder, model)) as base:
+    with _open(run, model) as (folder, base):
         _say_merged(export_merged(folder, target, base=base, revision=revision))
 
 
@@ -79,18 +78,20 @@ def mlx(
     *,
     run: _Run,
     target: _Target,
-    model: _Model = None,
-    revision: _Revision = None,
-    program: Annotated[
-        Literal["mlx-lm", "mlx-vlm"],
-        typer.Option(metavar="NAME", help="mlx-lm, for text alone, or mlx-vlm."),
-    ] = "mlx-lm",
+    model: str | None = None,
+    revision: str | None = None,
+    program: Literal["mlx-lm", "mlx-vlm"] = "mlx-lm",
 ) -> None:
-    """Write an adapter for MLX: mlx_lm.generate --adapter-path TARGET."""
+    """Write an adapter for MLX: mlx_lm.generate --adapter-path TARGET.
+
+    Args:
+        model: The base: a folder, or a name on the Hub in the local cache; by default the run's.
+        revision: Of the base on the Hub.
+        program: mlx-lm, for text alone, or mlx-vlm.
+    """
     from gemma_tuner.export.mlx import export_mlx
 
-    folder = _adapter_of(run)
-    with open_base(_base_of(folder, model)) as base:
+    with _open(run, model) as (folder, base):
         say(export_mlx(folder, target, program=program, base=base, revision=revision))
 
 
@@ -100,27 +101,24 @@ def gguf(
     *,
     run: _Run,
     target: _Target,
-    model: _Model = None,
-    revision: _Revision = None,
-    file_type: Annotated[
-        Literal["f32", "f16", "bf16", "q8_0"],
-        typer.Option(metavar="KIND", help="How weights are kept: f32, f16, bf16 or q8_0."),
-    ] = "bf16",
-    adapter_only: Annotated[
-        bool,
-        typer.Option(
-            "--adapter-only", metavar="", help="Only the adapter, for llama.cpp's --lora."
-        ),
-    ] = False,
+    model: str | None = None,
+    revision: str | None = None,
+    file_type: Literal["f32", "f16", "bf16", "q8_0"] = "bf16",
+    adapter_only: bool = False,
 ) -> None:
     """Write the decoder with the adapter merged in as a GGUF file, for llama.cpp.
 
     TARGET is a file, NAME.gguf. Towers are not in it.
+
+    Args:
+        model: The base: a folder, or a name on the Hub in the local cache; by default the run's.
+        revision: Of the base on the Hub.
+        file_type: How weights are kept: f32, f16, bf16 or q8_0.
+        adapter_only: Only the adapter, for llama.cpp's --lora.
     """
     from gemma_tuner.export.gguf import export_gguf, export_gguf_adapter
 
-    folder = _adapter_of(run)
-    with open_base(_base_of(folder, model)) as base:
+    with _open(run, model) as (folder, base):
         source = {"base": base, "revision": revision}
         if adapter_only:
             say(export_gguf_adapter(folder, target, **source))
@@ -138,14 +136,11 @@ def _say_merged(report: MergeReport) -> None:
     )
 
 
-def _adapter_of(run: Path) -> Path:
-    from gemma_tuner.training.adapters import find_adapter
+@contextmanager
+def _open(run: Path, model: str | None) -> Iterator[tuple[Path, str | None]]:
+    """Find a run's adapter and its base: what was given, or what the adapter names."""
+    from gemma_tuner.training.adapters import find_adapter, read_adapter_base
 
-    return find_adapter(run)
-
-
-def _base_of(adapter: Path, model: str | None) -> str | None:
-    """The base that was given, or the run's, or what the adapter names."""
-    from gemma_tuner.training.adapters import read_adapter_base
-
-    return model or read_adapter_base(adapter)
+    adapter = find_adapter(run)
+    with open_base(model or read_adapter_base(adapter)) as base:
+        yield adapter, base

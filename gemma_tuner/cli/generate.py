@@ -22,17 +22,9 @@ def generate(
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", metavar="TEXT", help="What is asked; - reads stdin.")
     ],
-    system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What the model is told beforehand.")
-    ] = None,
-    image: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="A picture. May be given several times."),
-    ] = None,
-    audio: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="FILE", help="A sound. May be given several times."),
-    ] = None,
+    system: str | None = None,
+    image: list[Path] | None = None,
+    audio: list[Path] | None = None,
     adapter: Annotated[
         Path | None,
         typer.Option(
@@ -44,26 +36,26 @@ def generate(
             help="Of a run or an adapter; a run's settings say which model.",
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(metavar="N", help="The most tokens of the answer.")
-    ] = None,
-    temperature: Annotated[
-        float | None, typer.Option(metavar="X", help="Above 0: tokens are drawn.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(metavar="X", help="Draw from the likeliest of this sum.")
-    ] = None,
-    top_k: Annotated[
-        int | None, typer.Option(metavar="N", help="Draw from the N likeliest.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(metavar="N", help="Makes drawing repeatable.")
-    ] = None,
-    thinking: Annotated[
-        bool, typer.Option("--thinking", metavar="", help="Let the model think first.")
-    ] = False,
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    seed: int | None = None,
+    thinking: bool = False,
 ) -> None:
-    """Ask a model, with an adapter or without; the answer is written as it comes."""
+    """Ask a model, with an adapter or without; the answer is written as it comes.
+
+    Args:
+        system: What the model is told beforehand.
+        image: An image to look at.
+        audio: A clip to listen to.
+        max_new_tokens: The most tokens of the answer.
+        temperature: Above 0: tokens are drawn.
+        top_p: Draw from the likeliest of this sum.
+        top_k: Draw from the N likeliest.
+        seed: Makes drawing repeatable.
+        thinking: Let the model think first.
+    """
     from gemma_tuner.evaluation.generation import generate_stream
 
     modalities = {*model.modalities, *(["image"] if image else []), *(["audio"] if audio else [])}

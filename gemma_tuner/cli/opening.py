@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shlex
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -14,22 +17,26 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from gemma_tuner.cli.settings import (
-    TINY,
     AdapterSettings,
     DataSettings,
     Modality,
     ModelSettings,
     RowSettings,
+    RunSettings,
 )
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.models.lora_config import LoraConfig
+from gemma_tuner.settings import TINY, Setting, save_settings
 from gemma_tuner.storage.stores import SCHEMES
+from gemma_tuner.streaming.options import StreamOptions
+from gemma_tuner.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
     from gemma_tuner.collators.text import TextCollator
-    from gemma_tuner.models.lora import LoraConfig
     from gemma_tuner.streaming.stream import ExampleStream
+    from gemma_tuner.training.trainer import FitResult, Trainer
 
 _FAMILY = "gemma4-e2b"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -57,12 +64,18 @@ def open_streams(
 ) -> tuple[ExampleStream, ExampleStream | None]:
     """Open what is trained on and what is held out."""
     held_out = data.held_out or (None if data.data else "test")
+    return divide(partial(open_stream, data, modality), held_out, data.split)
+
+
+def divide(
+    open_part: Callable[..., ExampleStream], held_out: str | None, whole: str | None = None
+) -> tuple[ExampleStream, ExampleStream | None]:
+    """Open what is trained on and what is held out: a split, or a fraction, by default a tenth."""
     try:
         fraction = _HELD_OUT if held_out is None else float(held_out)
     except ValueError:  # a split's name
-        train = open_stream(data, modality, data.split or "train")
-        return train, open_stream(data, modality, held_out)
-    stream = open_stream(data, modality, data.split)
+        return open_part(split=whole or "train"), open_part(split=held_out)
+    stream = open_part(split=whole)
     return stream.split(fraction) if fraction else (stream, None)
 
 
@@ -70,13 +83,16 @@ def open_stream(data: DataSettings, modality: Modality, split: str | None) -> Ex
     """Open one stream of what ``--data`` names."""
     from gemma_tuner.testing.samples import sample_data
 
-    columns = ("messages", "prompt", "response", "text", "system", "image", "audio", "id")
-    given = {name: getattr(data, name) for name in (*columns, "seed", "cache_dir")}
-    given |= {"max_bad_fraction": data.max_bad_fraction, "split": split}
-    options = {name: value for name, value in given.items() if value is not None}
-    stream = _open_places(data.data or [str(sample_data(modality))], options)
+    options = {**_pick(data, StreamOptions), **({"split": split} if split else {})}
+    stream = _open_places(list(data.data or ()) or [str(sample_data(modality))], options)
     _check_media(stream, modality)
     return stream
+
+
+def _pick(group: Any, kind: type[Any]) -> dict[str, Any]:
+    """What a group of settings has for a class; what is not given is the class's default."""
+    given = {field.name: getattr(group, field.name, None) for field in dataclasses.fields(kind)}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _open_places(places: list[str], options: dict[str, Any]) -> ExampleStream:
@@ -225,30 +241,74 @@ def make_collator(settings: ModelSettings, rows: RowSettings, processor: Any) ->
         "too_long": rows.too_long,
         "train_on": "assistant" if rows.mask_prompt else "all",
     }
-    pictures: dict[str, Any] = {"image_tokens": rows.image_tokens}
-    sounds: dict[str, Any] = {"max_seconds": rows.max_seconds}
+    images: dict[str, Any] = {"image_tokens": rows.image_tokens}
+    clips: dict[str, Any] = {"max_seconds": rows.max_seconds, "long_audio": rows.long_audio}
     match settings.modality:
         case "text":
             return TextCollator(processor, **options)
         case "image":
-            return ImageCollator(processor, **options, **pictures)
+            return ImageCollator(processor, **options, **images)
         case "audio":
-            return AudioCollator(processor, **options, **sounds)
+            return AudioCollator(processor, **options, **clips)
         case _:
-            return MultimodalCollator(processor, **options, **pictures, **sounds)
+            return MultimodalCollator(processor, **options, **images, **clips)
 
 
 def make_lora(adapter: AdapterSettings, model: ModelSettings, seed: int = 0) -> LoraConfig:
     """Say what of a model is trained."""
-    from gemma_tuner.models.lora import LoraConfig
-
     towers = {"image": ["vision"], "audio": ["audio"], "multimodal": ["vision", "audio"]}
-    return LoraConfig(
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        dropout=adapter.dropout,
-        targets=adapter.targets or ["language", *towers.get(model.modality, [])],
-        layers=None if adapter.layers == -1 else adapter.layers,
-        variant=adapter.variant,
-        seed=seed,
-    )
+    targets = ["language", *towers.get(model.modality, [])]
+    layers = None if adapter.layers == -1 else adapter.layers
+    given = {"targets": targets, **_pick(adapter, LoraConfig), "layers": layers, "seed": seed}
+    return LoraConfig(**given)
+
+
+# --- runs ------------------------------------------------------------------------------------
+
+
+def choose_length(
+    context: typer.Context, run: RunSettings, settings: dict[str, Setting]
+) -> RunSettings:
+    """Let a flag win over a file that says the run's length in the other way."""
+    for name, other in (("max_steps", "epochs"), ("epochs", "max_steps")):
+        if was_given(context, name) and not was_given(context, other):
+            settings.pop(other, None)
+            return dataclasses.replace(run, **{other: None})
+    return run
+
+
+def make_config(run: RunSettings, *, seed: int, is_tiny: bool) -> TrainConfig:
+    """Say how a run trains."""
+    given = {"learning_rate": 5e-3 if is_tiny else 2e-4, **_pick(run, TrainConfig)}
+    if run.max_steps is None and run.epochs is None:
+        given["epochs"] = 1
+    return TrainConfig.from_dict(given | {"seed": seed, "output_dir": run.out})
+
+
+def fit(
+    trainer: Trainer, settings: Mapping[str, Setting], *, resume: bool, go_on: list[str]
+) -> FitResult:
+    """Train, keep the settings in the run's folder, and end where a signal has stopped the run."""
+    from gemma_tuner.training.checkpoint import latest_checkpoint
+
+    out = trainer.config.output_dir
+    is_main = trainer.processes.is_main
+    # A run that is there already may refuse these settings, and keeps its own until it has not.
+    if is_main and latest_checkpoint(out) is None:
+        save_settings(out, settings)
+    result = trainer.fit(resume=resume)
+    if is_main:
+        save_settings(out, settings)
+    if result.stopped_by is not None:
+        sys.stderr.write(
+            f"stopped after step {result.step}, which is saved; go on with: {shlex.join(go_on)}\n"
+        )
+        number = signal.SIGINT if result.stopped_by == "SIGINT" else signal.SIGTERM
+        raise SystemExit(128 + number)
+    return result
+
+
+def show_losses(result: FitResult) -> str:
+    """Write a run's held-out losses as one line."""
+    losses = " → ".join(f"{record.loss:.4f} (step {record.step})" for record in result.held_out)
+    return f"held-out loss: {losses}"

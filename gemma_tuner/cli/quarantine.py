@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated
-
-import typer
 
 from gemma_tuner.cli.commands import command
 from gemma_tuner.cli.defaults import Run
@@ -19,17 +16,15 @@ def quarantine(
     data: DataSettings,
     model: ModelSettings,
     run: Run = None,
-    retry: Annotated[
-        bool,
-        typer.Option(
-            "--retry", metavar="", help="Try each again, and release those that can be used now."
-        ),
-    ] = False,
+    retry: bool = False,
 ) -> None:
     """List the examples that could not be used, and why.
 
     RUN is the folder of a run, whose settings say which data; or give
     --data, as for train.
+
+    Args:
+        retry: Try each again, and release those that can be used now.
     """
     from gemma_tuner.streaming.view import list_bad, retry_bad
 

@@ -1,16 +1,34 @@
 """The settings of commands, in groups that commands share; each field is an option.
 
-A settings file has the same names, with underscores. No annotations as strings here: Typer reads
-the options out of them.
+Name, type, default and help of most are those of ``TrainConfig``, ``LoraConfig`` and
+``StreamOptions``; the others stand here, their help in the docstring too. A settings file has the
+same names, with underscores. No annotations as strings here: Typer reads options out of them.
 """
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import Field, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import typer
+from docstring_parser import google
 
+from gemma_tuner.checks import split_union
+from gemma_tuner.models.lora_config import LoraConfig
 from gemma_tuner.settings import TINY
+from gemma_tuner.sources.columns import KEYWORDS
+from gemma_tuner.streaming.options import StreamOptions
+from gemma_tuner.training.config import TrainConfig
 
 ALIASES = {
     "fine-tune-type": "variant",
@@ -20,6 +38,7 @@ ALIASES = {
     "lr": "learning-rate",
     "max-seq-length": "max-tokens",
     "num-layers": "layers",
+    "output-dir": "out",
     "report-to": "trackers",
     "save-every": "save-every-steps",
     "steps": "max-steps",
@@ -28,10 +47,17 @@ ALIASES = {
 }
 """What else options may be called: as mlx-lm, transformers, the recipes or ``TrainConfig`` do."""
 
-_MODEL, _DATA, _COLUMNS, _ROWS = "Model", "Data", "Columns, where names do not tell", "Rows"
-_ADAPTER, _TRAINING, _MEMORY, _RUN = "What is trained", "How it is trained", "Memory", "The run"
+PANELS = (
+    *(None, "Model", "Data", "Columns, where names do not tell", "How data is read", "Rows"),
+    *("What is trained", "How it is trained", "Memory", "The run", "The recipe"),
+)
+_, _MODEL, _DATA, _COLUMNS, _READING, _ROWS, _ADAPTER, _TRAINING, _MEMORY, _RUN, _RECIPE = PANELS
+_METAVARS = {int: "N", float: "X", bool: "", Path: "FOLDER", tuple: "X X", Literal: "KIND"}
+_MEMORY_FIELDS = ("gradient_checkpointing", "loss_chunk_tokens", "memory_gib", "feature_cache_gib")
 
 Modality = Literal["text", "image", "audio", "multimodal"]
+_Settings: Any = object  # a base, so that type checkers allow for the fields that are read
+_T = TypeVar("_T")
 
 
 def normalize_flag(name: str) -> str:
@@ -39,52 +65,103 @@ def normalize_flag(name: str) -> str:
     return ALIASES.get(name, name)
 
 
-def _option(*flags: str, panel: str, help: str, **more: Any) -> Any:  # noqa: A002 - Typer's name
-    # Without the dots, Typer would take the first flag for a default until it reads the group.
-    return typer.Option(..., *flags, help=help, rich_help_panel=panel, **more)
+# --- options from docstrings -------------------------------------------------------------------
 
 
-def _column(help: str) -> Any:  # noqa: A002
-    return _option(metavar="NAME", help=help, panel=_COLUMNS)
+@dataclass(frozen=True)
+class _Otherwise:
+    """What a command has otherwise than the class from which it has an option."""
+
+    default: Any = None
+    flags: tuple[str, ...] = ()
+    shown: str | None = None  # what the help gives as the default, where that is no value
 
 
-@dataclass(frozen=True, kw_only=True)
+def make_option(
+    name: str, hint: Any, given: Any, text: str, panel: str | None = None
+) -> tuple[Any, Any]:
+    """Make an option's type, as Typer reads it, and its default."""
+    given = given if isinstance(given, _Otherwise) else _Otherwise(given)
+    default = None if given.default == () else given.default
+    members = split_union(hint)
+    takes = Path if Path in members else members[0]
+    takes = list[get_args(takes)] if get_origin(takes) is Sequence else takes
+    flags = given.flags or ([f"--{name.replace('_', '-')}"] if default is False else [])
+    option = typer.Option(
+        # Without the dots, Typer would take the first flag for a default until it reads a group.
+        *(..., *flags),
+        help=_shorten(text) + " May be given several times." * (get_origin(takes) is list),
+        metavar=_METAVARS.get(get_origin(takes) or takes, "NAME"),
+        rich_help_panel=panel,
+        show_default=given.shown or default is not False,
+    )
+    return Annotated[takes if default is not None else takes | None, option], default
+
+
+def _shorten(text: str) -> str:
+    """The first sentence of what a docstring says."""
+    first = re.split(r"(?<=\.)\s+(?=[A-Z])", text.replace("``", ""), maxsplit=1)[0]
+    return " ".join(first.split())
+
+
+def read_help(docstring: str | None) -> dict[str, str]:
+    """Read what a docstring says of each argument."""
+    return {p.arg_name: p.description or "" for p in google.parse(docstring or "").params}
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def options(
+    panel: str,
+    of: type[Any] | None = None,
+    *,
+    but: Collection[str] = (),
+    panels: Callable[[Field[Any]], str] | None = None,
+) -> Callable[[type[_T]], type[_T]]:
+    """Make a group of options: the fields of a public dataclass, and those that it spells out."""
+
+    def decorate(group: type[_T]) -> type[_T]:
+        hints: dict[str, Any] = {}
+
+        def add(name: str, hint: Any, given: Any, text: str, panel: str) -> None:
+            hints[name], default = make_option(name, hint, given, text, panel)
+            setattr(group, name, default)
+
+        own, own_texts = group.__annotations__, read_help(group.__doc__)
+        types, texts = (get_type_hints(of), read_help(of.__doc__)) if of else ({}, {})
+        for field in fields(of) if of else ():
+            if field.name not in (*but, *own):
+                given = vars(group).get(field.name, field.default)
+                where = panels(field) if panels else panel
+                add(field.name, types[field.name], given, texts[field.name], where)
+        for name, hint in own.items():
+            add(name, hint, vars(group)[name], own_texts[name], panel)
+        group.__annotations__ = hints
+        return dataclass(frozen=True, kw_only=True)(group)
+
+    return decorate
+
+
+# --- groups ------------------------------------------------------------------------------------
+
+
+@options(_MODEL)
 class ModelSettings:
-    """Which model, and what of it."""
+    """Which model, and what of it.
 
-    model: Annotated[
-        str,
-        _option(
-            metavar="NAME",
-            help="A name on the Hugging Face Hub, a folder, or 'tiny': a small random model to "
-            "try things out with.",
-            panel=_MODEL,
-        ),
-    ] = TINY
-    modality: Annotated[
-        Modality,
-        _option(metavar="KIND", help="text, image, audio or multimodal.", panel=_MODEL),
-    ] = "text"
-    revision: Annotated[
-        str | None,
-        _option(metavar="NAME", help="Branch, tag or commit on the Hub.", panel=_MODEL),
-    ] = None
-    device: Annotated[
-        str | None,
-        _option(
-            metavar="NAME",
-            help="mps, cuda, cuda:N or cpu; by default what is there.",
-            panel=_MODEL,
-        ),
-    ] = None
-    dtype: Annotated[
-        str | None,
-        _option(
-            metavar="NAME",
-            help="bfloat16 or float32; by default what suits the device.",
-            panel=_MODEL,
-        ),
-    ] = None
+    Args:
+        model: A name on the Hugging Face Hub, a folder, or 'tiny': a small random model to try
+            things out with.
+        modality: text, image, audio or multimodal.
+        revision: Branch, tag or commit on the Hub.
+        device: mps, cuda, cuda:N or cpu; by default what is there.
+        dtype: bfloat16 or float32; by default what suits the device.
+    """
+
+    model: str = TINY
+    modality: Modality = "text"
+    revision: str | None = None
+    device: str | None = None
+    dtype: str | None = None
 
     @property
     def modalities(self) -> tuple[Literal["text", "image", "audio"], ...]:
@@ -94,228 +171,103 @@ class ModelSettings:
         return ("text",) if self.modality == "text" else ("text", self.modality)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Which data, and what its columns mean."""
-
-    data: Annotated[
-        list[str] | None,
-        _option(
-            metavar="PLACE",
-            help="A file, folder or glob; gs://bucket/...; bq://project.dataset.table; "
-            "hf://owner/name or owner/name. By default bundled samples. May be given several "
-            "times.",
-            panel=_DATA,
-        ),
-    ] = None
-    split: Annotated[
-        str | None, _option(metavar="NAME", help="The split to train on.", panel=_DATA)
-    ] = None
-    held_out: Annotated[
-        str | None,
-        _option(
-            metavar="PART",
-            help="What is kept for evaluation: a fraction, 0 for nothing, or the name of a split, "
-            "such as valid. By default 0.1; of the samples their split test.",
-            panel=_DATA,
-        ),
-    ] = None
-    seed: Annotated[
-        int,
-        _option(metavar="N", help="Decides order, dropout and first weights.", panel=_DATA),
-    ] = 0
-    max_bad_fraction: Annotated[
-        float | None,
-        _option(
-            metavar="X",
-            help="How much of the data may be unusable and is passed over; by default 0.01, "
-            "and 0 of local files.",
-            panel=_DATA,
-        ),
-    ] = None
-    cache_dir: Annotated[
-        Path | None,
-        _option(
-            metavar="FOLDER",
-            help="Where manifests, media and quarantines are kept; by default "
-            "~/.cache/gemma_tuner.",
-            panel=_DATA,
-        ),
-    ] = None
-    messages: Annotated[str | None, _column("Whole conversations.")] = None
-    prompt: Annotated[str | None, _column("What is asked.")] = None
-    response: Annotated[str | None, _column("What shall be answered.")] = None
-    text: Annotated[str | None, _column("Plain documents.")] = None
-    system: Annotated[str | None, _column("System turns.")] = None
-    image: Annotated[str | None, _column("Pictures: paths or URIs.")] = None
-    audio: Annotated[str | None, _column("Sounds: paths or URIs.")] = None
-    id: Annotated[str | None, _column("Keys of the rows.")] = None
+def _panel_of_stream(field: Field[Any]) -> str:
+    return _COLUMNS if field.name in KEYWORDS else _READING
 
 
-@dataclass(frozen=True, kw_only=True)
+@options(_DATA, StreamOptions, but=("fetch", "gcs_client"), panels=_panel_of_stream)
+class DataSettings(_Settings):
+    """Which data, and what its columns mean.
+
+    Args:
+        data: A file, folder or glob; gs://bucket/...; bq://project.dataset.table; hf://owner/name
+            or owner/name; by default bundled samples.
+        split: The split to train on.
+        held_out: What is kept for evaluation: a fraction, 0 for nothing, or the name of a split,
+            such as valid; by default 0.1, of the samples their split test.
+        seed: Decides order, dropout and first weights.
+    """
+
+    data: Sequence[str] | None = None
+    split: str | None = None
+    held_out: str | None = None
+    seed: int = 0
+    max_bad_fraction = _Otherwise(shown="0.01; 0 of local files")
+
+
+@options(_ROWS)
 class RowSettings:
-    """How an example becomes a row of tokens."""
+    """How an example becomes a row of tokens.
 
-    max_tokens: Annotated[
-        int, _option(metavar="N", help="The longest row, in tokens.", panel=_ROWS)
-    ] = 2048
-    too_long: Annotated[
-        Literal["error", "cut"],
-        _option(
-            metavar="KIND",
-            help="What happens to a longer row: 'error', or 'cut', which takes the oldest text "
-            "out of the prompt and counts it.",
-            panel=_ROWS,
-        ),
-    ] = "error"
-    mask_prompt: Annotated[
-        bool, _option(metavar="", help="Train on answers only, or on every token.", panel=_ROWS)
-    ] = True
-    image_tokens: Annotated[
-        int | None,
-        _option(
-            metavar="N",
-            help="Of a picture: 70, 140, 280, 560 or 1120; by default as the model's processor "
-            "says.",
-            panel=_ROWS,
-        ),
-    ] = None
-    max_seconds: Annotated[float, _option(metavar="X", help="The longest clip.", panel=_ROWS)] = (
-        30.0
-    )
+    Args:
+        max_tokens: The longest row, in tokens.
+        too_long: What happens to a longer row: 'error', or 'cut', which takes the oldest text out
+            of the prompt and counts it.
+        mask_prompt: Train on answers only, or on every token.
+        image_tokens: Of an image: 70, 140, 280, 560 or 1120; by default as the model's processor
+            says.
+        max_seconds: The longest clip.
+        long_audio: What happens to a longer clip: 'error', or 'split' into several.
+    """
+
+    max_tokens: int = 2048
+    too_long: Literal["error", "cut"] = "error"
+    mask_prompt: bool = True
+    image_tokens: int | None = None
+    max_seconds: float = 30.0
+    long_audio: Literal["error", "split"] = "error"
 
 
-@dataclass(frozen=True, kw_only=True)
-class AdapterSettings:
+@options(_ADAPTER, LoraConfig, but=("seed",))
+class AdapterSettings(_Settings):
     """What of the model is trained."""
 
-    variant: Annotated[
-        Literal["lora", "dora", "rslora", "full"],
-        _option(
-            metavar="KIND",
-            help="Adapters: lora, dora or rslora; or full: the chosen layers themselves.",
-            panel=_ADAPTER,
-        ),
-    ] = "lora"
-    layers: Annotated[
-        int,
-        _option(metavar="N", help="The last N layers of the decoder; -1: all.", panel=_ADAPTER),
-    ] = -1
-    rank: Annotated[int, _option(metavar="N", help="Of the adapters.", panel=_ADAPTER)] = 16
-    alpha: Annotated[
-        float, _option(metavar="X", help="Their scale is alpha / rank.", panel=_ADAPTER)
-    ] = 32.0
-    dropout: Annotated[
-        float, _option(metavar="X", help="Before the adapters.", panel=_ADAPTER)
-    ] = 0.0
-    targets: Annotated[
-        list[str] | None,
-        _option(
-            metavar="PART",
-            help="language, vision, audio, projectors, experts or a regular expression; by "
-            "default language, and the towers of the modality. May be given several times.",
-            panel=_ADAPTER,
-        ),
-    ] = None
+    layers = _Otherwise(-1)
+    targets = _Otherwise(shown="language, and the towers of the modality")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """How long and how a run trains, and where it is kept."""
+def _panel_of_run(field: Field[Any]) -> str:
+    if field.name in _MEMORY_FIELDS:
+        return _MEMORY
+    return _RUN if field.metadata.get("free_on_resume") else _TRAINING
 
-    max_steps: Annotated[
-        int | None,
-        _option(metavar="N", help="Optimizer steps; by default one epoch.", panel=_TRAINING),
-    ] = None
-    epochs: Annotated[
-        int | None, _option(metavar="N", help="Passes over the data, instead.", panel=_TRAINING)
-    ] = None
-    batch_size: Annotated[
-        int, _option(metavar="N", help="Examples computed at a time.", panel=_TRAINING)
-    ] = 4
-    gradient_accumulation: Annotated[
-        int, _option(metavar="N", help="Such batches in a step.", panel=_TRAINING)
-    ] = 2
-    learning_rate: Annotated[
-        float | None,
-        _option(metavar="X", help="The peak; by default 2e-4, of 'tiny' 5e-3.", panel=_TRAINING),
-    ] = None
-    schedule: Annotated[
-        Literal["constant", "cosine", "linear"],
-        _option(
-            metavar="KIND",
-            help="How it goes on after the peak: constant, cosine or linear.",
-            panel=_TRAINING,
-        ),
-    ] = "cosine"
-    warmup_steps: Annotated[
-        int, _option(metavar="N", help="Steps up to the peak.", panel=_TRAINING)
-    ] = 0
-    weight_decay: Annotated[float, _option(metavar="X", help="AdamW's.", panel=_TRAINING)] = 0.0
-    gradient_checkpointing: Annotated[
-        bool | None,
-        _option(
-            # In full it would not fit into the help's first column.
-            "--grad-checkpoint/--no-grad-checkpoint",
-            metavar="",
-            help="Compute layers twice and keep less; by default where memory needs it.",
-            panel=_MEMORY,
-        ),
-    ] = None
-    memory_gib: Annotated[
-        float | None,
-        _option(
-            metavar="X",
-            help="What the run may hold; by default what the device has.",
-            panel=_MEMORY,
-        ),
-    ] = None
-    log_every_steps: Annotated[
-        int, _option(metavar="N", help="Steps between two records.", panel=_RUN)
-    ] = 10
-    eval_every_steps: Annotated[
-        int | None,
-        _option(
-            metavar="N",
-            help="Steps between two held-out losses; by default before and after.",
-            panel=_RUN,
-        ),
-    ] = None
-    sample_every_steps: Annotated[
-        int | None,
-        _option(
-            metavar="N",
-            help="Steps between two rounds of answers to four held-out examples, which are "
-            "written into the run's folder; by default none.",
-            panel=_RUN,
-        ),
-    ] = None
-    save_every_steps: Annotated[
-        int, _option(metavar="N", help="Steps between two checkpoints.", panel=_RUN)
-    ] = 100
-    trackers: Annotated[
-        list[str] | None,
-        _option(
-            metavar="NAME",
-            help="Experiment trackers: tensorboard, wandb, mlflow, ... May be given several "
-            "times.",
-            panel=_RUN,
-        ),
-    ] = None
-    watch: Annotated[
-        bool,
-        _option("--watch", metavar="", help="Open a live page of the run.", panel=_RUN),
-    ] = False
-    out: Annotated[
-        Path,
-        _option(
-            "--out",
-            "--adapter-path",
-            metavar="FOLDER",
-            help="Of the run: settings, log, checkpoints, adapter.",
-            panel=_RUN,
-        ),
-    ] = Path("runs/default")
-    resume: Annotated[
-        bool, _option("--resume", metavar="", help="Go on with the run in --out.", panel=_RUN)
-    ] = False
+
+@options(_RUN, TrainConfig, but=("seed", "output_dir"), panels=_panel_of_run)
+class RunSettings(_Settings):
+    """How long and how a run trains, and where it is kept.
+
+    Args:
+        sample_every_steps: Steps between two rounds of answers to four held-out examples, which
+            are written into the run's folder; by default none.
+        out: The folder of the run: settings, log, checkpoints, adapter.
+        resume: Go on with the run in --out.
+    """
+
+    epochs = _Otherwise(shown="1 without --max-steps")
+    batch_size = 4
+    gradient_accumulation = 2
+    learning_rate = _Otherwise(shown="2e-4; 5e-3 of 'tiny'")
+    # In full it would not fit into the help's first column.
+    gradient_checkpointing = _Otherwise(flags=("--grad-checkpoint/--no-grad-checkpoint",))
+    sample_every_steps: int | None = None
+    out: Path = _Otherwise(Path("runs/default"), ("--out", "--adapter-path"))  # pyright: ignore[reportAssignmentType]
+    resume: bool = False
+
+
+@options(_RECIPE)
+class RecipeSettings:
+    """What recipes alone take.
+
+    Args:
+        answers: Held-out examples to score; 0: none.
+        answer_tokens: The longest answer.
+        language: Of the transcripts, such as en: how scores normalise.
+        table: project.dataset.table; by default samples, from local servers.
+        recipe: The path of the recipe whose settings these are.
+    """
+
+    answers: int = 100
+    answer_tokens: int = 128
+    language: str | None = None
+    table: str | None = None
+    recipe: str | None = None

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
 from gemma_tuner.batch import Row, pad_rows
-from gemma_tuner.checks import is_number, is_whole_number, name_nearest
+from gemma_tuner.checks import SEED, bounds, check_fields, name_nearest
 from gemma_tuner.device import seeded
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.models.lora import unwrap_peft
@@ -52,51 +51,28 @@ class Decoding:
         ConfigError: A value out of its range, or settings of sampling where it is turned off.
     """
 
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None = field(default=None, metadata=bounds(at_least=1))
     do_sample: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    seed: int | None = None
+    temperature: float | None = field(default=None, metadata=bounds(above=0))
+    top_p: float | None = field(default=None, metadata=bounds(above=0, at_most=1))
+    top_k: int | None = field(default=None, metadata=bounds(at_least=1))
+    seed: int | None = field(default=None, metadata=SEED)
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens is not None:
-            check_count("max_new_tokens", self.max_new_tokens)
-        if self.do_sample not in (None, True, False):
-            raise ConfigError(f"do_sample is {self.do_sample!r}; it may be True or False")
-        given = self.sampling
-        if given and self.do_sample is False:
+        if self.temperature == 0:
+            raise ConfigError("temperature is 0; for the likeliest token, set do_sample=False")
+        check_fields(self)
+        if self.sampling and self.do_sample is False:
             raise ConfigError(
-                f"{', '.join(given)} is given with do_sample=False, which would ignore it; leave "
-                "one of the two out"
+                f"{', '.join(self.sampling)} is given with do_sample=False, which would ignore "
+                "it; leave one of the two out"
             )
-        if self.temperature is not None and not (
-            is_number(self.temperature) and 0 < self.temperature < math.inf
-        ):
-            raise ConfigError(
-                f"temperature is {self.temperature!r}; it must be a finite number above 0 "
-                "(for the likeliest token, do_sample=False)"
-            )
-        if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ConfigError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
-        if self.top_k is not None:
-            check_count("top_k", self.top_k)
-        if self.seed is not None and (
-            not is_whole_number(self.seed) or not 0 <= self.seed < 2**63
-        ):
-            raise ConfigError(f"seed is {self.seed!r}; it must be a whole number from 0 to 2^63-1")
 
     @property
     def sampling(self) -> dict[str, float]:
         """The settings of sampling that are given."""
         given = {"temperature": self.temperature, "top_p": self.top_p, "top_k": self.top_k}
         return {name: value for name, value in given.items() if value is not None}
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuse a setting that is no whole number from 1 up."""
-    if not is_whole_number(value) or value < 1:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number from 1 up")
 
 
 def build_config(gemma: Any, decoding: Decoding, stop_ids: frozenset[int]) -> GenerationConfig:

@@ -18,9 +18,10 @@ from rich.progress import Progress
 from torch import Tensor
 
 from gemma_tuner.batch import Batch
+from gemma_tuner.checks import check_value
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.evaluation.answers import Generation, Generator, check_modalities
-from gemma_tuner.evaluation.decoding import Decoding, check_count, in_eval_mode
+from gemma_tuner.evaluation.decoding import Decoding, in_eval_mode
 from gemma_tuner.evaluation.prompts import PromptRow, end_with_answer, show_prompt
 from gemma_tuner.evaluation.report import Answered, Report
 from gemma_tuner.evaluation.report_files import check_output, write_report
@@ -100,7 +101,7 @@ def evaluate(
     """
     check_collator(model, collator)  # pyright: ignore[reportArgumentType] - it unwraps
     found = find_scores(scores, language)
-    check_count("batch_size", batch_size)
+    check_value("batch_size", batch_size, int, at_least=1)
     decoding = Decoding(max_new_tokens=max_new_tokens, do_sample=False)
     subset = Subset(stream, max_examples)
     if output is not None:

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
+from gemma_tuner.checks import check_value
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.evaluation.answers import Generation, Generator, check_modalities
-from gemma_tuner.evaluation.decoding import Decoding, DecodingOptions, check_count
+from gemma_tuner.evaluation.decoding import Decoding, DecodingOptions
 from gemma_tuner.evaluation.prompts import (
     Messages,
     Prompt,
@@ -102,7 +103,7 @@ def generate(
         DataError: A prompt that cannot be rendered, media that cannot be read or are too long, or
             a prompt that is longer than the model's context.
     """
-    check_count("batch_size", batch_size)
+    check_value("batch_size", batch_size, int, at_least=1)
     generator = _make_generator(
         model, processor, Decoding(**decoding), enable_thinking=enable_thinking
     )

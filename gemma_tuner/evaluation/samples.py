@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gemma_tuner.checks import check_value
 from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError
 from gemma_tuner.evaluation.answers import Generator, check_modalities
-from gemma_tuner.evaluation.decoding import Decoding, check_count, in_eval_mode
+from gemma_tuner.evaluation.decoding import Decoding, in_eval_mode
 from gemma_tuner.evaluation.prompts import end_with_answer, show_prompt
 from gemma_tuner.evaluation.report_files import write_media
 from gemma_tuner.media.load import load_media
@@ -87,8 +88,8 @@ class SampleGenerations:
         batch_size: int = 8,
         max_new_tokens: int = 64,
     ) -> None:
-        check_count("every_steps", every_steps)
-        check_count("batch_size", batch_size)
+        for name, value in (("every_steps", every_steps), ("batch_size", batch_size)):
+            check_value(name, value, int, at_least=1)
         if not examples:
             raise ConfigError("there are no examples to answer; give at least one")
         self.every_steps = every_steps

@@ -7,7 +7,6 @@ same.
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +17,7 @@ import jiwer
 import numpy as np
 from rapidfuzz.distance import Levenshtein
 
+from gemma_tuner.checks import suggest
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.evaluation.normalizers import Normalizer, normalizer_for
 from gemma_tuner.evaluation.vqa import vqa_accuracy
@@ -198,8 +198,7 @@ def _find_score(score: Any, normalizer: Normalizer) -> Score:
     if isinstance(score, str):
         if score in SCORES:
             return SCORES[score](normalizer)
-        near = difflib.get_close_matches(score.lower(), SCORES, n=1, cutoff=0.4)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = suggest(score.lower(), SCORES, cutoff=0.4)
         raise ConfigError(
             f"there is no score {score!r}{hint}; there are {', '.join(SCORES)}, and functions of "
             "your own: (prediction, references) -> float"

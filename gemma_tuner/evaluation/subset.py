@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from gemma_tuner.checks import check_value
 from gemma_tuner.errors import ConfigError, DataError
-from gemma_tuner.evaluation.decoding import check_count
 from gemma_tuner.records import Example
 from gemma_tuner.training.feed import Stream
 
@@ -24,8 +24,7 @@ class Subset:
                 f"the stream is a {type(stream).__name__}, which has no {', '.join(missing)}; "
                 "make one such as stream_local(paths) returns"
             )
-        if max_rows is not None:
-            check_count("max_examples", max_rows)
+        check_value("max_examples", max_rows, int | None, at_least=1)
         if not len(stream):
             raise ConfigError("there is nothing to evaluate on: the stream has no examples")
         self._stream = stream

@@ -7,30 +7,27 @@ regular expression over full module names, decided from the modules that the mod
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
 import warnings
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from gemma_tuner.checks import is_number, is_whole_number, name_nearest
+from gemma_tuner.checks import suggest
 from gemma_tuner.device import seeded
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.log import announce
 from gemma_tuner.models.families import family_of
+from gemma_tuner.models.lora_config import TARGETS
+from gemma_tuner.models.lora_config import LoraConfig as LoraConfig
 from gemma_tuner.models.lora_linear import is_linear, register_layers, use_lean_adapters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Variant = Literal["lora", "dora", "rslora", "full"]
 
 _DECODER_LAYER = r"{decoder}\.layers\.{layers}\."
 _PATTERNS = {
@@ -44,96 +41,6 @@ _PATTERNS = {
 }
 # Parameters, not modules: all experts of a layer are one tensor.
 _EXPERTS = _DECODER_LAYER + r"experts\.(gate_up_proj|down_proj)"
-TARGETS = (*_PATTERNS, "experts")
-
-
-@name_nearest
-@dataclass(frozen=True)
-class LoraConfig:
-    """Where adapters go and how large they are.
-
-    Args:
-        rank: Rank of each adapter.
-        alpha: Its scale is ``alpha / rank`` (``alpha / sqrt(rank)`` for rslora).
-        dropout: Probability of dropping an adapter's input.
-        targets: Among ``language`` (attention and MLP of the decoder), ``vision``, ``audio`` (the
-            towers' attention and feed-forward), ``projectors`` (from the towers into the decoder)
-            and ``experts`` (26B-A4B); any other entry is a regular expression that must match the
-            full names of linear modules.
-        layers: Decoder layers that ``language`` and ``experts`` mean: the last N, or
-            ``(first, last)``, both included and counted from 0; None means all.
-        variant: ``lora``, ``dora``, ``rslora``, or ``full``: no adapters, but a float32 copy of
-            each targeted layer trains, beside the frozen original (PEFT's ``modules_to_save``).
-            Weight, copy and moments take 14 bytes a parameter above a bfloat16 weight's 2; rank
-            and alpha mean nothing then.
-        seed: Decides the adapters' first weights.
-
-    Raises:
-        ConfigError: An unknown setting, or a value out of its range or of another type.
-    """
-
-    _: KW_ONLY
-    rank: int = 16
-    alpha: float = 32
-    dropout: float = 0.0
-    targets: Sequence[str] = ("language",)
-    layers: int | tuple[int, int] | None = None
-    variant: Variant = "lora"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        self._check_numbers()
-        self._check_layers()
-        if isinstance(self.targets, str):
-            raise ConfigError(f"targets is the string {self.targets!r}; write ({self.targets!r},)")
-        if not isinstance(self.targets, Sequence) or not all(
-            isinstance(target, str) for target in self.targets
-        ):
-            raise ConfigError(f"targets is {self.targets!r}; it must be a tuple of strings")
-        if not self.targets:
-            raise ConfigError(f"targets is empty; it may hold {', '.join(TARGETS)} or a regex")
-        if self.variant not in get_args(Variant):
-            raise ConfigError(
-                f"variant is {self.variant!r}; it may be {', '.join(get_args(Variant))}"
-                f"{_suggest(str(self.variant), get_args(Variant))}"
-            )
-        if self.variant == "full" and (self.dropout or "experts" in self.targets):
-            raise ConfigError(
-                "variant 'full' trains linear layers themselves: it knows neither dropout nor "
-                "'experts'; leave these out, or use variant 'lora'"
-            )
-        if "experts" in self.targets and (self.variant == "dora" or self.dropout):
-            raise ConfigError(
-                "adapters on experts know neither dora nor dropout; use variant 'lora' or "
-                "'rslora' with dropout 0, or leave 'experts' out"
-            )
-
-    def _check_numbers(self) -> None:
-        if not is_whole_number(self.rank) or self.rank < 1:
-            raise ConfigError(f"rank is {self.rank!r}; it must be a whole number of at least 1")
-        if not is_number(self.alpha) or not 0 < self.alpha < math.inf:
-            raise ConfigError(f"alpha is {self.alpha!r}; it must be a finite number above 0")
-        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise ConfigError(
-                f"dropout is {self.dropout!r}; it must be a number of at least 0 and below 1"
-            )
-        if not is_whole_number(self.seed) or not 0 <= self.seed < 2**63:
-            raise ConfigError(
-                f"seed is {self.seed!r}; it must be a whole number from 0 to 2^63 - 1"
-            )
-
-    def _check_layers(self) -> None:
-        match self.layers:
-            case None:
-                return
-            case int(last) if last >= 1 and is_whole_number(last):
-                return
-            case (int(first), int(last)) if 0 <= first <= last:
-                return
-        raise ConfigError(
-            f"layers is {self.layers!r}; it may be how many of the last layers (at least 1), or "
-            "(first, last), both included and counted from 0"
-        )
 
 
 def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> peft.PeftModel:
@@ -327,7 +234,7 @@ def _describe_absent(model: Any, target: str, modules: set[str]) -> str:
     """Say why the model does not have a target, and what it has."""
     present = list_targets(model)
     if target not in TARGETS:
-        hint = _suggest(target, TARGETS)
+        hint = suggest(target, TARGETS)
         if target == "all-linear":
             hint = " (PEFT's name for what 'language' means here)"
         elif any(name.endswith(f".{target}") for name in modules):
@@ -345,11 +252,6 @@ def _describe_absent(model: Any, target: str, modules: set[str]) -> str:
             "load_model(modalities=...) if the checkpoint offers it"
         )
     return f"the target {target!r} is not in this model: {reason}. It has {', '.join(present)}"
-
-
-def _suggest(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def _announce_adapters(model: nn.Module, counts: dict[str, int]) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gemma_tuner.batch import Batch
-from gemma_tuner.checks import is_number
+from gemma_tuner.checks import check_value
 from gemma_tuner.device import (
     choose_device,
     choose_dtype,
@@ -23,7 +23,7 @@ from gemma_tuner.device import (
     memory_budget_bytes,
     parse_device,
 )
-from gemma_tuner.errors import ConfigError, MemoryPlanError
+from gemma_tuner.errors import MemoryPlanError
 from gemma_tuner.modalities import Modality
 from gemma_tuner.models.embeddings import Placement, choose_placement
 from gemma_tuner.models.families import loaded_modalities
@@ -209,8 +209,7 @@ def read_budget(device: torch.device, memory_gib: float | None) -> tuple[int, st
     """Bytes that a device may hold, and in words where the number is from."""
     if memory_gib is None:
         return memory_budget_bytes(device)
-    if not is_number(memory_gib) or not 0 < memory_gib < 2**20:
-        raise ConfigError(f"memory_gib is {memory_gib!r}; it must be a number of GiB above 0")
+    check_value("memory_gib", memory_gib, float, above=0, below=2**20)
     return int(memory_gib * 2**30), "as given"
 
 

@@ -18,11 +18,11 @@ Two columns for one part at the same rank are an error that names both and the k
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from gemma_tuner.checks import suggest
 from gemma_tuner.errors import ConfigError, SourceError
 
 Layout = Literal["chat", "prompt and response", "caption", "document"]
@@ -73,11 +73,9 @@ def recognise_columns(available: Collection[str], keywords: Keywords) -> Columns
     chosen = {part: column for part, column in keywords.items() if isinstance(column, str)}
     for part, column in chosen.items():
         if column not in available:
-            nearest = difflib.get_close_matches(column, available, n=1)
-            hint = f" (did you mean {nearest[0]!r}?)" if nearest else ""
             raise SourceError(
                 f"{part}= names the column {column!r}, which is not there; "
-                f"{_list_columns(available)}: give one of them{hint}"
+                f"{_list_columns(available)}: give one of them{suggest(column, available)}"
             )
     _check_keywords(chosen)
     recogniser = _Recogniser(available, keywords, dict(chosen))

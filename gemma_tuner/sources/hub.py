@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gemma_tuner.checks import is_whole_number
 from gemma_tuner.errors import ConfigError, DataError, SourceError
 from gemma_tuner.sources.columns import Keywords
 from gemma_tuner.sources.examples import ExampleReader, Outcome, is_in_bucket
@@ -242,9 +243,7 @@ def _check_arguments(texts: Mapping[str, Any], max_rows: Any) -> None:
         raise ConfigError(
             "a data set is named as on its page on the Hub (owner/name), or is a folder; got a URL"
         )
-    if max_rows is not None and (
-        isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < 1
-    ):
+    if max_rows is not None and (not is_whole_number(max_rows) or max_rows < 1):
         raise ConfigError(f"max_rows={max_rows!r}; give a whole number above 0, or None")
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gemma_tuner.checks import is_whole_number
 from gemma_tuner.errors import DataError
 from gemma_tuner.modalities import MediaKind
 from gemma_tuner.records import Audio, Image, Part, Role, StoredObject, Text, Turn
@@ -286,7 +287,7 @@ def _describe_forms(kind: MediaKind) -> str:
 
 def _read_samples(value: Mapping[str, Any], key: str) -> Audio:
     rate_hz = value.get("sampling_rate")
-    if isinstance(rate_hz, bool) or not isinstance(rate_hz, int) or rate_hz <= 0:
+    if not is_whole_number(rate_hz) or rate_hz <= 0:
         raise DataError(
             "its audio has an array and no sampling_rate above 0; give samples a second", key=key
         )

@@ -9,6 +9,7 @@ from itertools import combinations
 
 import numpy as np
 
+from gemma_tuner.checks import is_number
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.streaming.manifest import hash_keys
 from gemma_tuner.streaming.stream import ExampleStream
@@ -51,8 +52,7 @@ def mix(streams: Mapping[ExampleStream, float]) -> ExampleStream:
                 f"mix() was given {stream!r}; give streams from stream_local, stream_gcs, "
                 "stream_bigquery or stream_hub, and shard the mix"
             )
-        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
-        if not is_number or not 1 / _FINEST <= weight < math.inf:
+        if not is_number(weight) or not 1 / _FINEST <= weight < math.inf:
             raise ConfigError(
                 f"mix() was given the weight {weight!r}; give a number of {1 / _FINEST:g} or more"
             )

@@ -134,8 +134,8 @@ def stream_bigquery(
         row_restriction: Of a table, a condition as after WHERE.
         snapshot_time: Of a table, the time whose rows are read; None is now.
         max_bytes_billed: The most that the query may bill; False waives the limit.
-        destination: ``project.dataset.table`` for the query's result, which must not exist; None
-            is a temporary table of BigQuery's.
+        destination: Rarely needed: ``project.dataset.table`` for the query's result, which must
+            not exist; None is a temporary table of BigQuery's.
         split: Keeps the rows whose column ``split`` has this value.
         refresh: Read the table again, even if there is a manifest of it.
         bigquery_client: A ``google.cloud.bigquery.Client``; None makes one with the
@@ -199,7 +199,7 @@ def stream_hub(
         revision: A branch, tag or commit; None is the newest when the manifest is written, whose
             commit ``report()`` names.
         streaming: Read rows as they are downloaded instead of keeping the data set's files.
-        max_rows: Read no more than the first so many.
+        max_rows: Rarely needed: read no more than the first so many.
         refresh: Read the data set again, even if there is a manifest of it.
         **keywords: As :class:`StreamOptions`.
 

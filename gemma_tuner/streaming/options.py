@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
+from gemma_tuner.checks import check_fields, suggest
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.sources.columns import KEYWORDS, Keywords
 from gemma_tuner.storage.config import FetchConfig
-from gemma_tuner.streaming.view import Locality
 
 if TYPE_CHECKING:
     from gemma_tuner.storage.gcs import storage
+else:  # so that the types of fields can be read without the client
+    storage = SimpleNamespace(Client=object)
 
+Locality = Literal["shard"]
 Column = str | Literal[False] | None
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -57,18 +60,18 @@ class StreamOptions:
         response: What the model shall learn to answer.
         text: Plain documents, trained on as a whole.
         system: System turns.
-        image: A picture, or a list of them: a path relative to the data file, a ``gs://`` URI,
+        image: An image, or a list of them: a path relative to the data file, a ``gs://`` URI,
             or bytes.
-        audio: A sound, or a list of them.
+        audio: A clip, or a list of them.
         id: Keys; False numbers the rows (``train.jsonl:7``).
         seed: Decides the order, with the epoch.
-        shuffle: False hands out the rows as they stand.
+        shuffle: Whether the order is another in each epoch, or that of the rows.
         locality: "shard" shuffles whole files, and the rows within each, instead of all rows.
-        max_bad_fraction: How much of an epoch's rows may be unusable: they are passed over, noted
-            in the quarantine and counted. 0 raises the first as DataError.
+        max_bad_fraction: How much of an epoch's rows may be unusable: they are skipped, noted in
+            the quarantine and counted. 0 raises the first as DataError.
         max_consecutive_bad: How many unusable rows may follow each other.
-        cache_dir: Where manifests, media and quarantines are kept, for this user alone; None is
-            ``~/.cache/gemma_tuner``.
+        cache_dir: Where manifests, media and quarantines are kept, for this user alone; by
+            default ``~/.cache/gemma_tuner``.
         fetch: How media are fetched and kept.
         gcs_client: A ``google.cloud.storage.Client``; None makes one with the application-default
             credentials when the first ``gs://`` is met.
@@ -88,28 +91,14 @@ class StreamOptions:
     seed: int = 0
     shuffle: bool = True
     locality: Locality | None = None
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = 0.01  # how large both may be, says Budget
     max_consecutive_bad: int = 100
     cache_dir: str | Path | None = None
     fetch: FetchConfig = FetchConfig()  # noqa: RUF009 - it is frozen
     gcs_client: storage.Client | None = None
 
     def __post_init__(self) -> None:
-        for part, column in self.columns.items():
-            if column is not None and column is not False and not isinstance(column, str):
-                raise ConfigError(
-                    f"{part}={column!r}; give a column's name, False for none, or None"
-                )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError(f"seed={self.seed!r}; give a whole number")
-        if not isinstance(self.shuffle, bool):
-            raise ConfigError(f"shuffle={self.shuffle!r}; give True or False")
-        if self.locality not in (None, "shard"):
-            raise ConfigError(f"locality={self.locality!r}; give 'shard' or None")
-        if not isinstance(self.fetch, FetchConfig):
-            raise ConfigError(f"fetch={self.fetch!r}; give a FetchConfig")
-        if self.cache_dir is not None and not isinstance(self.cache_dir, str | Path):
-            raise ConfigError(f"cache_dir={self.cache_dir!r}; give a folder's path")
+        check_fields(self)
 
     @classmethod
     def read(cls, function: Callable[..., Any], keywords: Mapping[str, Any]) -> StreamOptions:
@@ -129,10 +118,8 @@ class StreamOptions:
         known = [option.name for option in fields(cls)]
         for name in keywords:
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = (
-                    f"did you mean {nearest[0]}=?" if nearest else f"it takes {', '.join(known)}"
-                )
+                hint = suggest(name, known, "did you mean {}=?", cutoff=0.5)
+                hint = hint or f"it takes {', '.join(known)}"
                 raise ConfigError(f"{function.__name__}() takes no {name}=; {hint}")
         return cls(**{name: keywords.get(name, parameters[name].default) for name in known})
 

@@ -15,11 +15,12 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Self
 
-from gemma_tuner.errors import ConfigError, DataError, SourceError
+from gemma_tuner.checks import bounds, check_fields
+from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import StoredObject
 
 Stage = Literal["row", "fetch", "decode", "collate"]
@@ -77,19 +78,12 @@ class BadExample:
 class Budget:
     """How much of the data may be bad."""
 
-    max_bad_fraction: float = 0.0  # of an epoch's rows; 0 lets the first bad row end the run
-    max_consecutive_bad: int = 100
+    # Of an epoch's rows; 0 lets the first bad row end the run.
+    max_bad_fraction: float = field(default=0.0, metadata=bounds(at_least=0, at_most=1))
+    max_consecutive_bad: int = field(default=100, metadata=bounds(at_least=1))
 
     def __post_init__(self) -> None:
-        fraction, consecutive = self.max_bad_fraction, self.max_consecutive_bad
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
-            raise ConfigError(f"max_bad_fraction={fraction!r}; give a number from 0 to 1")
-        if not 0 <= fraction <= 1:
-            raise ConfigError(f"max_bad_fraction={fraction}; give a number from 0 to 1")
-        if isinstance(consecutive, bool) or not isinstance(consecutive, int) or consecutive < 1:
-            raise ConfigError(
-                f"max_consecutive_bad={consecutive!r}; give a whole number from 1 up"
-            )
+        check_fields(self)
 
     def count_allowed(self, rows: int) -> int:
         """Return how many of so many rows may be bad."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
+from gemma_tuner.checks import is_whole_number
 from gemma_tuner.differences import list_differences, shorten_differences
 from gemma_tuner.errors import ResumeError
 
@@ -92,7 +93,7 @@ def read_state(
     num_views = len(identity.get("weights", [1]))
     is_right = isinstance(bad, list) and len(bad) == num_views
     for value in (epoch, position, *(bad if is_right else ())):
-        is_right &= isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        is_right &= is_whole_number(value) and value >= 0
     if not is_right:
         raise ResumeError(
             f"the stream's state has epoch {epoch!r}, position {position!r}, bad {bad!r}"

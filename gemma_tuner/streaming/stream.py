@@ -14,6 +14,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any
 
+from gemma_tuner.checks import is_number, is_whole_number
 from gemma_tuner.errors import ConfigError, DataError, GemmaTunerError
 from gemma_tuner.records import Example
 from gemma_tuner.storage.config import FetchConfig
@@ -225,7 +226,7 @@ class ExampleStream:
         Raises:
             ConfigError: Not a whole number above 0, or a mix.
         """
-        if isinstance(num_rows, bool) or not isinstance(num_rows, int) or num_rows < 1:
+        if not is_whole_number(num_rows) or num_rows < 1:
             raise ConfigError(f"take({num_rows!r}); give a whole number above 0")
         if not self.is_whole:
             raise ConfigError("take() of a mix or shard; take rows of the streams, then mix those")
@@ -246,10 +247,8 @@ class ExampleStream:
             ConfigError: ``fraction`` is not between 0 and 1.
             SourceError: One side would be empty.
         """
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float):
-            raise ConfigError(f"split({fraction!r}); give a number between 0 and 1")
-        if not 0 < fraction < 1:
-            raise ConfigError(f"split({fraction}); give a number between 0 and 1, both left out")
+        if not is_number(fraction) or not 0 < fraction < 1:
+            raise ConfigError(f"split({fraction!r}); give a number between 0 and 1, both left out")
         rest, held_out = zip(*(view.split(fraction) for view in self.views), strict=True)
         return self._with_views(rest), self._with_views(held_out)
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 
@@ -16,10 +16,9 @@ from gemma_tuner.records import Audio, Example, Image, StoredObject
 from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.storage.objects import CorruptReadError, ObjectChangedError, TransientReadError
 from gemma_tuner.streaming.manifest import Manifest, hash_keys, list_stored
+from gemma_tuner.streaming.options import Locality
 from gemma_tuner.streaming.order import Order, ShardOrder
 from gemma_tuner.streaming.quarantine import BadExample, Quarantine, Stage
-
-Locality = Literal["shard"]
 
 
 @dataclass(eq=False, repr=False)

@@ -1,5 +1,6 @@
 """Every file in recipes/ runs, is counted, and stays short enough to read."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -14,17 +15,17 @@ import torch
 from peft import PeftModel
 
 import gemma_tuner as gt
+from gemma_tuner.cli.defaults import GROUPS
+from gemma_tuner.cli.settings import RecipeSettings
 from gemma_tuner.settings import read_settings
 from gemma_tuner.testing import sample_data, tiny_model
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SCORED = ("audio_transcribe", "audio_translate", "image_caption", "image_vqa", "multimodal")
 TRAINING = (*SCORED, "stream_bigquery", "text_chat")
-ALL_FLAGS = {
-    "answer_tokens", "answers", "batch_size", "cache_dir", "data", "gradient_accumulation",
-    "held_out", "image_tokens", "language", "learning_rate", "long_audio", "max_tokens", "model",
-    "out", "recipe", "steps", "table",
-}  # fmt: skip
+ALL_NAMES = {
+    field.name for group in (*GROUPS, RecipeSettings) for field in dataclasses.fields(group)
+}
 
 
 def load_recipe(name):
@@ -97,8 +98,8 @@ def test_a_recipe_trains_and_its_adapter_opens_in_stock_peft(name, tmp_path, cap
         assert re.search(r"\n +adapter +base +difference +95 % interval\n", said)
         assert "\n exact_match (higher " in said
         assert "is right in " in said
-    saved = read_settings(tmp_path / "settings.yaml", ALL_FLAGS)
-    assert saved["steps"] == 1
+    saved = read_settings(tmp_path / "settings.yaml", ALL_NAMES)
+    assert saved["max_steps"] == 1
     assert saved["recipe"] == str(RECIPES / f"{name}.py")
     reloaded = PeftModel.from_pretrained(tiny_model("gemma4-e2b")[0], tmp_path / "adapter").eval()
     batch = trainer.collator([trainer.stream[0]])
@@ -126,8 +127,8 @@ def test_every_setting_of_a_recipe_has_its_help(name, capsys):
         load_recipe(name).main(["--help"])
     assert ended.value.code == 0
     said = capsys.readouterr().out
-    assert {"--config", "--learning-rate", "--out"} <= set(said.split())
-    assert f"(default: runs/{name.removeprefix('stream_')})" in said
+    assert {"--config", "--learning-rate", "--out,--adapter-path"} <= set(said.split())
+    assert f"runs/{name.removeprefix('stream_')}]" in said
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -139,7 +140,7 @@ def test_a_recipe_resumes(tmp_path):
     recipe = load_recipe("text_chat")
     recipe.main(["--steps", "1", "--out", str(tmp_path)])
     assert recipe.main(["--steps", "2", "--out", str(tmp_path), "--resume"]).step == 2
-    assert read_settings(tmp_path / "settings.yaml", ALL_FLAGS)["steps"] == 2
+    assert read_settings(tmp_path / "settings.yaml", ALL_NAMES)["max_steps"] == 2
 
 
 def start_again(name, folder, flags):
@@ -152,7 +153,7 @@ def start_again(name, folder, flags):
     assert read_losses(second) == losses
     adapters = [out / "adapter/adapter_model.safetensors" for out in (first, second)]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
-    saved = [read_settings(out / "settings.yaml", ALL_FLAGS) for out in (first, second)]
+    saved = [read_settings(out / "settings.yaml", ALL_NAMES) for out in (first, second)]
     assert saved[1] == saved[0] | {"out": str(second)}
     return losses
 

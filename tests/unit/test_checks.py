@@ -4,10 +4,21 @@ import copy
 import dataclasses
 import inspect
 import pickle
+from dataclasses import field
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
-from gemma_tuner.checks import is_number, is_whole_number
+from gemma_tuner.checks import (
+    SEED,
+    bounds,
+    check_fields,
+    check_value,
+    is_number,
+    is_whole_number,
+    suggest,
+)
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.lora import LoraConfig
 from gemma_tuner.training.config import TrainConfig
@@ -46,3 +57,56 @@ def test_true_is_no_number():
     values = (1, 1.5, True, "1", None)
     assert [is_whole_number(value) for value in values] == [True, False, False, False, False]
     assert [is_number(value) for value in values] == [True, True, False, False, False]
+
+
+@dataclasses.dataclass
+class Oven:
+    heat: float = field(default=1.0, metadata=bounds(above=0, at_most=9))
+    racks: int | None = field(default=None, metadata=bounds(at_least=1, at_most=4))
+    share: float = field(default=0.5, metadata=bounds(at_least=0, below=1))
+    fan: bool = True
+    mode: Literal["bake", "grill"] = "bake"
+    tray: Literal["glass", False] | None = None
+    place: str | Path | None = None
+    seed: int = field(default=0, metadata=SEED)
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("heat", 0, "a finite number above 0 and at most 9"),
+        ("heat", float("inf"), "a finite number above 0 and at most 9"),
+        ("heat", 10**400, "a finite number above 0 and at most 9"),
+        ("racks", 5, "a whole number from 1 to 4 or None"),
+        ("racks", True, "a whole number from 1 to 4 or None"),
+        ("racks", 1.0, "a whole number from 1 to 4 or None"),
+        ("share", 1, "a finite number from 0 up and below 1"),
+        ("fan", 1, "True or False"),
+        ("mode", "girll", "one of bake, grill (did you mean 'grill'?)"),
+        ("mode", ["bake"], "one of bake, grill"),
+        ("tray", 0, "one of glass, False or None"),
+        ("place", "", "a folder's path, str or Path or None"),
+        ("seed", -1, "a whole number from 0 up"),
+        ("seed", 2**63, "a whole number from 0 to 9223372036854775807"),
+    ],
+)
+def test_a_field_says_what_it_may_be(name, value, allowed):
+    with pytest.raises(ConfigError) as caught:
+        Oven(**{name: value})
+    assert str(caught.value) == f"{name} is {value!r}; it must be {allowed}"
+
+
+def test_what_is_within_bounds_is_taken():
+    Oven(heat=9, racks=4, share=0, fan=False, mode="grill", tray=False, place="x", seed=2**63 - 1)
+    check_value("count", None, int | None, at_least=1)
+    with pytest.raises(ConfigError, match=r"^count is 0; it must be a whole number from 1 up$"):
+        check_value("count", 0, int, at_least=1)
+
+
+def test_what_was_meant_is_suggested():
+    assert suggest("grlil", ["bake", "grill"]) == " (did you mean 'grill'?)"
+    assert suggest("grlil", ["bake", "grill"], "or {}?") == "or grill?"
+    assert suggest("zzz", ["bake", "grill"]) == ""

@@ -1,5 +1,6 @@
 """What commands share: errors as a paragraph, and settings from files under the flags."""
 
+import dataclasses
 import errno
 import json
 from pathlib import Path
@@ -20,6 +21,9 @@ from gemma_tuner.cli.settings import (
     normalize_flag,
 )
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.models.lora_config import LoraConfig
+from gemma_tuner.streaming.options import StreamOptions
+from gemma_tuner.training.config import TrainConfig
 
 # --- errors -----------------------------------------------------------------------------------
 
@@ -162,6 +166,26 @@ def test_every_alias_is_of_an_option_and_is_none_itself():
     }
     assert set(ALIASES.values()) <= flags
     assert not ALIASES.keys() & flags
+
+
+@pytest.mark.parametrize(
+    ("kind", "elsewhere"),
+    [
+        (TrainConfig, {"output_dir": "out"}),
+        (LoraConfig, {}),
+        (StreamOptions, {"fetch": None, "gcs_client": None}),
+    ],
+)
+def test_every_setting_of_a_public_class_is_an_option_of_train(kind, elsewhere):
+    train = typer.main.get_command(app).commands["train"]
+    helps = {option.name: option.help for option in train.params}
+    said = " ".join(kind.__doc__.replace("``", "").split())
+    for field in dataclasses.fields(kind):
+        name = elsewhere.get(field.name, field.name)
+        if name is not None:
+            assert name in helps
+            told = helps[name].removesuffix(" May be given several times.")
+            assert name in ("out", "seed") or told in said
 
 
 def test_settings_that_are_saved_are_those_that_were_used(write, tmp_path):
