@@ -95,9 +95,6 @@ BLOCKS_INSIDE_TODAY = {
     "disk.remove_folder",
     "export.mlx_names.mlx_name",
     "export.mlx_names.transformers_name",
-    "models.features.FeatureCache.serve",
-    "models.loss._hidden_gradient",
-    "models.towers.Tower.separate",
     "sources.bigquery.rows.check_kinds",
     "streaming.options.spell_out",
 }

@@ -68,16 +68,11 @@ class FeatureCache:
     def serve(
         self, inputs: Mapping[str, Tensor], hashes: Mapping[str, Sequence[bytes]]
     ) -> Iterator[Mapping[str, Tensor]]:
-        """Let the model use kept features, and keep new ones, in one forward within the context.
-
-        Args:
-            inputs: Keyword arguments of the model, on the CPU.
-            hashes: For ``image`` and ``audio``, one hash for each item of the media tensors.
-
-        Yields:
-            The arguments for that forward, to be moved to the model's device: media tensors hold
-            only the items whose features are not kept, and none where all are.
-        """
+        """Let one forward within the context use kept features, and keep new ones."""
+        # inputs: Keyword arguments of the model, on the CPU.
+        # hashes: For ``image`` and ``audio``, one hash for each item of the media tensors.
+        # Yields: The arguments for that forward, to be moved to the model's device: media tensors
+        # hold only the items whose features are not kept, and none where all are.
         with ExitStack() as stack:
             for tower in self._towers:
                 wanted = hashes.get(tower.spec.modality, ())

@@ -112,21 +112,14 @@ def _hidden_gradient(
     weight: Tensor,
     softcap: float | None,
 ) -> Tensor:
-    """Differentiate the summed loss by the hidden states, one block of the vocabulary at a time.
-
-    Blocks keep each matmul's reduction short and its temporaries small.
-
-    Args:
-        logits: ``[rows, V]`` float32, soft-capped.
-        normalizer: ``[rows, 1]`` float32, their log-sum-exp.
-        target_ids: ``[rows, 1]`` int64.
-        counted: ``[rows, 1]`` bool, False for rows without a target.
-        weight: ``[V, H]``.
-        softcap: As in the forward pass.
-
-    Returns:
-        ``[rows, H]`` float32.
-    """
+    """Differentiate the summed loss by the hidden states, in blocks of the vocabulary."""
+    # Blocks keep each matmul's reduction short and its temporaries small.
+    # logits: ``[rows, V]`` float32, soft-capped.
+    # normalizer: ``[rows, 1]`` float32, their log-sum-exp.
+    # target_ids: ``[rows, 1]`` int64.
+    # counted: ``[rows, 1]`` bool, False for rows without a target.
+    # weight: ``[V, H]``.
+    # Returns: ``[rows, H]`` float32.
     gradient = logits.new_zeros(len(logits), weight.shape[1])
     for first in range(0, weight.shape[0], MAX_REDUCTION):
         block = slice(first, first + MAX_REDUCTION)

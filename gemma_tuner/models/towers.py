@@ -144,16 +144,10 @@ class Tower:
     def separate(
         self, outputs: Any, given: Tensor, inputs: Mapping[str, Tensor]
     ) -> list[Tensor] | None:
-        """Take the features of a run apart, ``[T, D]`` each, or None where they are not ordered.
-
-        Args:
-            outputs: What the method returned.
-            given: What the projector was given.
-            inputs: What the run was of, on the CPU.
-
-        Returns:
-            Views of ``given``.
-        """
+        """Take a run's features apart, ``[T, D]`` each, or None where they are not ordered."""
+        # outputs: What the method returned.
+        # given: What the projector was given; the features are views of it.
+        # inputs: What the run was of, on the CPU.
         if self.spec.modality == "image":
             counts = self.family.count_tokens("image", inputs)
         else:
