@@ -26,7 +26,6 @@ def now() -> datetime.datetime:
 class RefusedError(Exception):
     """A call that BigQuery would refuse; ``reason`` is a key of ``REASONS``."""
 
-    # REST and gRPC turn it into errors of theirs.
     def __init__(
         self, reason: str, message: str, *, retry_after_seconds: float | None = None
     ) -> None:
