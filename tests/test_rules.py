@@ -95,7 +95,6 @@ BLOCKS_INSIDE_TODAY = {
     "disk.remove_folder",
     "export.mlx_names.mlx_name",
     "export.mlx_names.transformers_name",
-    "sources.bigquery.rows.check_kinds",
     "streaming.options.spell_out",
 }
 
