@@ -68,10 +68,10 @@ class Walk:
         return [name for name in self.order if name in self.carries and self._counts(name)]
 
     def _counts(self, name: str) -> bool:
-        function = name.rpartition(".")[2]
+        function = name.split()[1].rpartition(".")[2]
         if function.startswith("__"):
             return function in PASSED_DUNDERS
-        if function.startswith("check_") or is_property(name):
+        if re.match("_?(check|refuse)_", function) or is_property(name):
             return False
         return not function.startswith("_") or name in self.has_callees
 

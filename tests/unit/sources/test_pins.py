@@ -163,4 +163,6 @@ def test_rows_of_local_files_may_name_objects(server, tmp_path):
     assert [sources_of(example)[0].num_bytes for _, example in good] == [1] * 10 + [2] * 20
     assert bad[0] == "a.jsonl:31"
     assert isinstance(bad[1], DataError)
-    assert [request.operation for request in server.requests] == ["list"]
+    # Google's client looks at each bucket once by itself, for its traces.
+    asked = [each.operation for each in server.requests if each.operation != "bucket"]
+    assert asked == ["list"]
