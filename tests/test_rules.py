@@ -98,7 +98,6 @@ BLOCKS_INSIDE_TODAY = {
     "models.features.FeatureCache.serve",
     "models.loss._hidden_gradient",
     "models.towers.Tower.separate",
-    "sources.bigquery.rows.check_kinds",
     "streaming.options.spell_out",
 }
 
