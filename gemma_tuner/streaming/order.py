@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from itertools import accumulate
 
@@ -98,6 +98,22 @@ class ShardOrder:
             )
             self._latest = (index, Order(size, seed=shard_seed, epoch=0))
         return self._starts[self._shards[index]] + self._latest[1][position - self._places[index]]
+
+
+class EpochOrders:
+    """The order of every epoch, one after the other; that of the latest is kept."""
+
+    def __init__(self, num_rows: int, make_order: Callable[[int], Order | ShardOrder]) -> None:
+        self._num_rows = num_rows
+        self._make_order = make_order
+        self._latest: tuple[int, Order | ShardOrder] | None = None
+
+    def __getitem__(self, turn: int) -> int:
+        """Return the row at a place counted on over the epochs."""
+        epoch, place = divmod(turn, self._num_rows)
+        if self._latest is None or self._latest[0] != epoch:
+            self._latest = (epoch, self._make_order(epoch))
+        return self._latest[1][place]
 
 
 class Interleave:

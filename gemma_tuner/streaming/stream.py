@@ -381,9 +381,9 @@ class ExampleStream:
 
     def _locate(self, number: int) -> Slot:
         """Say which row a slot holds."""
-        index, turn = self._interleave.locate(number)
+        index, turn = self._interleave.locate(number) if len(self.views) > 1 else (0, number)
         view = self.views[index]
-        return Slot(index, view, view.find_row(turn))
+        return Slot(index, view, int(view.rows[view.orders[turn]]))
 
     def _find(self, index: int) -> Slot:
         """Find a row as it stands in the sources, which follow each other."""

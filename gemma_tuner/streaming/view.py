@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +18,7 @@ from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.storage.objects import CorruptReadError, ObjectChangedError, TransientReadError
 from gemma_tuner.streaming.manifest import Manifest, hash_keys, list_stored
 from gemma_tuner.streaming.options import Locality
-from gemma_tuner.streaming.order import Order, ShardOrder
+from gemma_tuner.streaming.order import EpochOrders, Order, ShardOrder
 from gemma_tuner.streaming.quarantine import BadExample, Quarantine, Stage
 
 
@@ -40,7 +41,8 @@ class DatasetView:
             raise SourceError(
                 f"the stream ({self.subset}) holds no rows; check paths, split and subset"
             )
-        self._latest_order: tuple[int, Order | ShardOrder] | None = None
+        self.orders = EpochOrders(len(self.rows), self._make_order)
+        self.decode = partial(load_media, root=self.manifest.root)
         # The same rows may lie in other files, which changes their order and no fingerprint.
         shards = np.asarray(self.manifest.shards, dtype="<i8").tobytes()
         digest = hashlib.sha256(shards).hexdigest()[:16]
@@ -48,14 +50,6 @@ class DatasetView:
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    def find_row(self, turn: int) -> int:
-        """Return the manifest's row that comes at a turn."""
-        epoch, place = divmod(turn, len(self))
-        latest = self._latest_order
-        if latest is None or latest[0] != epoch:
-            latest = self._latest_order = (epoch, self._make_order(epoch))
-        return int(self.rows[latest[1][place]])
 
     def _make_order(self, epoch: int) -> Order | ShardOrder:
         if self.locality is None or not self.shuffle:
@@ -120,10 +114,6 @@ class DatasetView:
                 f"a file that holds its media cannot be read ({reason}); put it back",
                 key=example.key,
             ) from None  # whose message holds the path
-
-    def decode(self, example: Example) -> Example:
-        """Decode the media of an example."""
-        return load_media(example, root=self.manifest.root)
 
     def load(self, row: int) -> Example:
         """Read, fetch and decode the example of a row of the manifest."""

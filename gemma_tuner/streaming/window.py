@@ -119,7 +119,7 @@ class Window:
                     return
                 example = slot.view.manifest.read_example(slot.row)
                 has_media = any(True for _ in example.media)
-                entry = self._next = _Entry(slot, example, measure_bytes(example), has_media)
+                entry = self._next = _Entry(slot, example, _measure_bytes(example), has_media)
             if self._entries and self._encoded_bytes + entry.num_bytes > self._half_bytes:
                 return
             self._next = None
@@ -185,7 +185,7 @@ class Window:
             error = future.exception()
             if error is None:
                 entry.outcome = future.result()
-                entry.num_bytes = measure_bytes(entry.outcome)
+                entry.num_bytes = _measure_bytes(entry.outcome)
             else:
                 entry.outcome = Failure(stage, error) if isinstance(error, DataError) else error
                 entry.num_bytes = 0
@@ -200,13 +200,18 @@ class Window:
         self.peak_bytes = max(self.peak_bytes, self._encoded_bytes + self._decoded_bytes)
 
 
-def measure_bytes(example: Example) -> int:
+def _measure_bytes(example: Example) -> int:
     """Return about how much memory an example takes, its stored objects as if they were here."""
-    num_bytes = _measure_text(example.document or "")
+
+    def measure_text(text: str) -> int:
+        # Python takes two or four bytes for each character of a text that holds a wide one.
+        return len(text) if text.isascii() else sys.getsizeof(text)
+
+    num_bytes = measure_text(example.document or "")
     for turn in example.turns:
         for part in turn.parts:
             if isinstance(part, Text):
-                num_bytes += _measure_text(part.text)
+                num_bytes += measure_text(part.text)
                 continue
             source = part.source
             if isinstance(source, StoredObject):
@@ -218,8 +223,3 @@ def measure_bytes(example: Example) -> int:
             elif isinstance(part, Image):
                 num_bytes += 4 * source.width * source.height  # Pillow keeps RGB in four bytes
     return num_bytes
-
-
-def _measure_text(text: str) -> int:
-    """Python takes two or four bytes for each character of a text that holds a wide one."""
-    return len(text) if text.isascii() else sys.getsizeof(text)

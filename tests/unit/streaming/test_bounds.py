@@ -24,7 +24,7 @@ from benchmarks.streaming_bounds import (
 )
 from gemma_tuner.records import Example
 from gemma_tuner.streaming.opening import stream_local
-from gemma_tuner.streaming.window import measure_bytes
+from gemma_tuner.streaming.window import _measure_bytes
 
 needs_proc = pytest.mark.skipif(
     sys.platform != "linux", reason="NOT TESTED: memory is measured by /proc, which is Linux's"
@@ -48,7 +48,7 @@ def test_a_slow_consumer_holds_no_more_than_the_window(kind):
 def test_wide_characters_count_as_what_they_take():
     for character, num_bytes in (("x", 1), ("\u4e00", 2), ("\U0001f600", 4)):
         document = character * 10_000
-        assert measure_bytes(Example("k", document=document)) >= 10_000 * num_bytes
+        assert _measure_bytes(Example("k", document=document)) >= 10_000 * num_bytes
 
 
 def test_the_cache_never_passes_its_budget():

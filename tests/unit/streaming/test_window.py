@@ -10,7 +10,7 @@ import pytest
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import Audio, Example, Image, StoredObject, Text, Turn
 from gemma_tuner.storage.config import FetchConfig
-from gemma_tuner.streaming.window import Failure, Window, measure_bytes
+from gemma_tuner.streaming.window import Failure, Window, _measure_bytes
 
 
 def example(key, *parts):
@@ -133,7 +133,7 @@ def test_closing_waits_for_nothing():
 
 
 def test_sizes_are_those_of_what_is_held():
-    assert measure_bytes(example("k", Text("four"), Image(b"12"))) == 4 + 2 + 1
-    assert measure_bytes(example("k", Audio(StoredObject("gs://b/x", 1, 70)))) == 71
-    assert measure_bytes(example("k", Audio(np.zeros(5, np.float32)))) == 21
-    assert measure_bytes(Example("k", document="abc")) == 3
+    assert _measure_bytes(example("k", Text("four"), Image(b"12"))) == 4 + 2 + 1
+    assert _measure_bytes(example("k", Audio(StoredObject("gs://b/x", 1, 70)))) == 71
+    assert _measure_bytes(example("k", Audio(np.zeros(5, np.float32)))) == 21
+    assert _measure_bytes(Example("k", document="abc")) == 3
