@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 
@@ -14,7 +15,9 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         console = (sys.stderr, sys.stdout)
         if not any(getattr(each, "stream", None) in console for each in logging.root.handlers):
-            sys.stderr.write(f"{logger.name}: {record.getMessage()}\n")
+            # A terminal that is gone costs the message, never the image or the run it is about.
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                sys.stderr.write(f"{logger.name}: {record.getMessage()}\n")
 
 
 if not logger.handlers:  # a program that added its own is obeyed

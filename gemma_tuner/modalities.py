@@ -79,7 +79,10 @@ MEDIA = (IMAGE, AUDIO)
 
 def kind_of(part: object) -> MediaKind:
     """Tell which kind of media a part of an example is."""
-    return next(medium.modality for medium in MEDIA if isinstance(part, medium.part))
+    for medium in MEDIA:
+        if isinstance(part, medium.part):
+            return medium.modality
+    raise TypeError(f"a part is Text, Image or Audio, and one is {type(part).__name__}")
 
 
 def kind_of_suffix(suffix: str) -> MediaKind | None:

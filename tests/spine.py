@@ -1,16 +1,18 @@
 """One example followed through the package: which functions it passes, in order.
 
 A function counts if the example, its slot or row, the batch made of it or its optimizer step goes
-in or comes out, or if it is named in the table of docs/architecture.md. Left out are what the
-table would gain nothing by: constructors, properties, validators (``check_…``), and private
-helpers that call no other function of the package.
+in or comes out. What carries only a row's number or tensors cannot be told from other functions
+by its arguments; the tables of docs/architecture.md name those as well. Left out are
+constructors, properties, validators (``check_…``, ``refuse_…``), and private helpers that call no
+other function of the package.
 """
 
+import functools
 import re
 import sys
 import threading
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import gemma_tuner
@@ -30,38 +32,56 @@ class Walk:
 
     def __init__(self) -> None:
         self.order: dict[str, None] = {}
+        self.main: dict[str, None] = {}
+        self.other_threads: dict[str, None] = {}
         self.carries: set[str] = set()
         self.has_callees: set[str] = set()
+        self._seen: set[tuple[str, CodeType]] = set()
+        self._is_waiting = True
         self._lock = threading.Lock()
 
     def __enter__(self) -> "Walk":
-        threading.setprofile(self._profile)
-        sys.setprofile(self._profile)
+        threading.setprofile(self._profile)  # some threads begin when a stream is opened
         return self
 
     def __exit__(self, *error: object) -> None:
         sys.setprofile(None)
         threading.setprofile(None)
 
+    def begin(self) -> None:
+        """Record from here on."""
+        self._is_waiting = False
+        sys.setprofile(self._profile)
+
     def _profile(self, frame: FrameType, event: str, argument: Any) -> None:
-        if event not in ("call", "return"):
+        if self._is_waiting or event not in ("call", "return"):
             return
-        name = name_of(frame)
+        name = name_of_code(frame.f_code)
         if name is None:
             return
-        with self._lock:
-            if event == "call":
-                self.order.setdefault(name)
-                caller = frame.f_back
-                while caller is not None and (name_of(caller) in (None, name)):
-                    caller = caller.f_back
-                if caller is not None:
-                    self.has_callees.add(str(name_of(caller)))
-                values = list(frame.f_locals.values())
-            else:
-                values = [argument]
-            if any(is_carried(value) for value in values):
-                self.carries.add(name)
+        if event == "call":
+            if name not in self.order:
+                with self._lock:
+                    self.order.setdefault(name)
+                    is_main = threading.current_thread() is threading.main_thread()
+                    (self.main if is_main else self.other_threads).setdefault(name)
+            self._note_caller(frame, name)
+            values = list(frame.f_locals.values())
+        else:
+            values = [argument]
+        if name not in self.carries and any(is_carried(value) for value in values):
+            self.carries.add(name)
+
+    def _note_caller(self, frame: FrameType, name: str) -> None:
+        """Note who of the package called it, with others in between."""
+        caller = frame.f_back
+        if caller is None or (name, caller.f_code) in self._seen:
+            return
+        self._seen.add((name, caller.f_code))
+        while caller is not None and name_of_code(caller.f_code) in (None, name):
+            caller = caller.f_back
+        if caller is not None:
+            self.has_callees.add(str(name_of_code(caller.f_code)))
 
     def list_passed(self) -> list[str]:
         """The functions that count, in the order of their first call."""
@@ -82,9 +102,9 @@ def is_carried(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(isinstance(item, CARRIED) for item in value)
 
 
-def name_of(frame: FrameType) -> str | None:
+@functools.cache
+def name_of_code(code: CodeType) -> str | None:
     """``room/module.py Class.function``; of what is nested, the outermost."""
-    code = frame.f_code
     if not code.co_filename.startswith(str(PACKAGE)):
         return None
     path = Path(code.co_filename).relative_to(PACKAGE)
@@ -101,9 +121,7 @@ def is_property(name: str) -> bool:
 
 
 def read_table(heading: str) -> list[str]:
-    """The functions of a table in docs/architecture.md, in its order."""
+    """The functions of a table in docs/architecture.md, in order: ``room/module.py name``."""
     section = PAGE.read_text().partition(f"### {heading}\n")[2].partition("\n#")[0]
-    return re.findall(r"^\|[^|]*\| `([^`]+)` in `([^`]+)` \|", section, re.M) and [
-        f"{path} {name}"
-        for name, path in re.findall(r"^\|[^|]*\| `([^`]+)` in `([^`]+)` \|", section, re.M)
-    ]
+    rows = re.findall(r"^\|[^|]*\| `([^`]+)` \| `([^`]+)` \|", section, re.M)
+    return [f"{path} {name}" for name, path in rows]

@@ -73,7 +73,7 @@ def decode_audio(
     else:
         with open_encoded(source, key=key, kind="audio") as stream:
             _check_whole(stream, name, key)
-            mono, rate_hz = _read_stream(declare_length(stream), name, key)
+            mono, rate_hz = _read_stream(stream, name, key)
         if sample_rate_hz not in (None, rate_hz):
             raise DataError(
                 f"{name} is recorded at {rate_hz} Hz, and {sample_rate_hz} Hz is given beside "
@@ -87,7 +87,7 @@ def decode_audio(
 def _read_stream(stream: BinaryIO, name: str, key: str) -> tuple[np.ndarray, int]:
     """Decode a stream to mono samples ``[frames]`` float32 and their rate."""
     try:
-        with soundfile.SoundFile(stream, mode="r") as file:
+        with soundfile.SoundFile(declare_length(stream), mode="r") as file:
             rate_hz = _check_rate(file.samplerate, name, key)
             num_frames = file.frames
             _check_length(num_frames, rate_hz, file.channels, name, key)
@@ -101,10 +101,10 @@ def _read_stream(stream: BinaryIO, name: str, key: str) -> tuple[np.ndarray, int
                 num_read += len(block)
     except DataError:
         raise
-    except (soundfile.SoundFileError, TypeError, ValueError) as error:
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
         # TypeError: soundfile takes a file named *.raw for samples without a header.
-        is_reason = isinstance(error, soundfile.LibsndfileError)
-        reason = error.error_string if is_reason else "no header"
+        said = (getattr(error, name, None) for name in ("error_string", "strerror"))
+        reason = next(filter(None, said), "no header")
         raise DataError(
             f"{name} cannot be decoded ({reason}); if it plays elsewhere, convert it to WAV, "
             "FLAC, MP3 or OGG, for example through: ffmpeg -i INPUT -ac 1 -ar 16000 OUTPUT.flac",

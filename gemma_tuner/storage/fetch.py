@@ -17,15 +17,15 @@ import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import google_crc32c
 
-from gemma_tuner.errors import SourceError
-from gemma_tuner.records import StoredObject
+from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.records import Audio, Example, Image, StoredObject
 from gemma_tuner.storage.cache import MediaCache
 from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.storage.hedge import Racer
@@ -126,6 +126,28 @@ class Fetcher:
         self._state = threading.Lock()  # Guards what follows.
         self._counts: Counter[str] = Counter()
         self._seconds_waited = 0.0
+
+    def fetch_media(self, example: Example, *, root: Path) -> Example:
+        """Replace each stored object of an example, or part of a file below root, by its bytes."""
+
+        def read(part: Image | Audio) -> Image | Audio:
+            stored = part.source
+            if not isinstance(stored, StoredObject):
+                return part
+            if "://" in stored.uri:
+                return replace(part, source=self.fetch(stored))
+            return replace(part, source=_read_part(root / stored.uri, stored))
+
+        try:
+            return example.replace_media(read)
+        except (CorruptReadError, ObjectChangedError, TransientReadError) as error:
+            raise DataError(str(error), key=example.key) from error
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise DataError(
+                f"a file that holds its media cannot be read ({reason}); put it back",
+                key=example.key,
+            ) from None  # whose message holds the path
 
     def fetch(self, stored: StoredObject) -> bytes:
         """Return an object, or the part of one, from the cache or the store; gzip is undone."""
@@ -310,6 +332,16 @@ class _RangeReader(io.RawIOBase):
     def readall(self) -> bytes:
         """Read to the end; what is inherited would ask for 8 KiB at a time."""
         return b"".join(iter(partial(self.read, _READ_AHEAD_BYTES), b""))
+
+
+def _read_part(path: Path, stored: StoredObject) -> bytes:
+    """Read a part of a local file, such as a member of a tar."""
+    with path.open("rb") as file:
+        file.seek(stored.start or 0)
+        content = file.read(stored.num_bytes)
+    if len(content) != (stored.num_bytes or len(content)):
+        raise ObjectChangedError(f"the file {path.name!r} is shorter than it was; put it back")
+    return content
 
 
 def _name(stored: StoredObject) -> str:

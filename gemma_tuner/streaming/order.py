@@ -111,9 +111,10 @@ class EpochOrders:
     def __getitem__(self, turn: int) -> int:
         """Return the row at a place counted on over the epochs."""
         epoch, place = divmod(turn, self._num_rows)
-        if self._latest is None or self._latest[0] != epoch:
-            self._latest = (epoch, self._make_order(epoch))
-        return self._latest[1][place]
+        latest = self._latest  # streams of one data set share it, from several threads
+        if latest is None or latest[0] != epoch:
+            latest = self._latest = (epoch, self._make_order(epoch))
+        return latest[1][place]
 
 
 class Interleave:

@@ -6,16 +6,14 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.media.load import load_media
-from gemma_tuner.records import Audio, Example, Image, StoredObject
+from gemma_tuner.records import Example
 from gemma_tuner.storage.fetch import Fetcher
-from gemma_tuner.storage.objects import CorruptReadError, ObjectChangedError, TransientReadError
 from gemma_tuner.streaming.manifest import Manifest, hash_keys, list_stored
 from gemma_tuner.streaming.options import Locality
 from gemma_tuner.streaming.order import EpochOrders, Order, ShardOrder
@@ -42,6 +40,7 @@ class DatasetView:
                 f"the stream ({self.subset}) holds no rows; check paths, split and subset"
             )
         self.orders = EpochOrders(len(self.rows), self._make_order)
+        self.fetch = partial(self.fetcher.fetch_media, root=self.manifest.root)
         self.decode = partial(load_media, root=self.manifest.root)
         # The same rows may lie in other files, which changes their order and no fingerprint.
         shards = np.asarray(self.manifest.shards, dtype="<i8").tobytes()
@@ -92,28 +91,6 @@ class DatasetView:
         return sides[0], sides[1]
 
     # --- one row ------------------------------------------------------------------------------
-
-    def fetch(self, example: Example) -> Example:
-        """Replace each stored object of an example by its bytes."""
-
-        def read(part: Image | Audio) -> Image | Audio:
-            stored = part.source
-            if not isinstance(stored, StoredObject):
-                return part
-            if "://" in stored.uri:
-                return replace(part, source=self.fetcher.fetch(stored))
-            return replace(part, source=_read_part(self.manifest.root / stored.uri, stored))
-
-        try:
-            return example.replace_media(read)
-        except (CorruptReadError, ObjectChangedError, TransientReadError) as error:
-            raise DataError(str(error), key=example.key) from error
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise DataError(
-                f"a file that holds its media cannot be read ({reason}); put it back",
-                key=example.key,
-            ) from None  # whose message holds the path
 
     def load(self, row: int) -> Example:
         """Read, fetch and decode the example of a row of the manifest."""
@@ -184,16 +161,6 @@ def retry_bad(views: Sequence[DatasetView]) -> tuple[int, int]:
 def _by_file(views: Sequence[DatasetView]) -> Iterable[DatasetView]:
     """One data set for each quarantine; streams that were opened apart may share a file."""
     return {view.quarantine.path: view for view in views}.values()
-
-
-def _read_part(path: Path, stored: StoredObject) -> bytes:
-    """Read a part of a local file, such as a member of a tar."""
-    with path.open("rb") as file:
-        file.seek(stored.start or 0)
-        content = file.read(stored.num_bytes)
-    if len(content) != (stored.num_bytes or len(content)):
-        raise ObjectChangedError(f"the file {path.name!r} is shorter than it was; put it back")
-    return content
 
 
 def _suggest_fraction(hashes: np.ndarray) -> str:

@@ -31,3 +31,12 @@ def test_it_can_be_silenced(capsys, caplog, level):
     with caplog.at_level(level, "gemma_tuner"):
         announce("nobody hears this")
     assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_that_is_gone_costs_the_message_alone(monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    announce("nobody reads this")
