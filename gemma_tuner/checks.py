@@ -125,8 +125,8 @@ def _check(name: str, value: object, hint: Any, limits: Mapping[str, float], for
 
 
 def _accepts(kind: Any, value: object, limits: Mapping[str, float]) -> bool:
-    if get_origin(kind) is Literal:  # False is no 0
-        return any(type(value) is type(c) and value == c for c in get_args(kind))
+    if get_origin(kind) is Literal:
+        return any(isinstance(value, type(c)) and value == c for c in get_args(kind))
     if kind is int:
         return is_whole_number(value) and _is_within(value, limits)
     if kind is float:

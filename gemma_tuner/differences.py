@@ -16,19 +16,7 @@ _NAMES = {
 
 
 def list_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Name every value in which two nested mappings differ.
-
-    Args:
-        saved: As it was kept.
-        here: As it is in this run.
-
-    Returns:
-        Lines such as ``lora.r: 16 → 8``, in the order of ``saved``; none if they are equal.
-
-    Example:
-        >>> list_differences({"lora": {"r": 16}}, {"lora": {"r": 8, "bias": "none"}})
-        ['lora.r: 16 → 8', 'lora.bias: nothing → none']
-    """
+    """Name every value in which two nested mappings differ: ``lora.r: 16 → 8``."""
     left, right = _flatten(saved), _flatten(here)
     return [
         f"{_NAMES.get(name, name)}: {_show(left, name)} → {_show(right, name)}"
@@ -38,19 +26,8 @@ def list_differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> list[
 
 
 def shorten_differences(differences: Sequence[str]) -> str:
-    """Make a readable part of a sentence out of however many differences.
-
-    Args:
-        differences: From :func:`list_differences`.
-
-    Returns:
-        The three least nested ones, which tell most: the model's type before the shape of its
-        hundredth matrix. The others are counted.
-
-    Example:
-        >>> shorten_differences(["a.b: 1 → 2", "c: 0 → 1", "d: 0 → 1", "e: 0 → 1"])
-        'c: 0 → 1; d: 0 → 1; e: 0 → 1; and 1 more'
-    """
+    """Make a part of a sentence of however many differences: three, and the number of others."""
+    # The least nested tell most: the model's type before the shape of its hundredth matrix.
     told = sorted(differences, key=lambda line: line.partition(":")[0].count("."))[:_NUM_TOLD]
     num_more = len(differences) - len(told)
     return "; ".join([*told, *([f"and {num_more} more"] if num_more else [])])

@@ -42,14 +42,7 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(folder: Path) -> None:
-    """Delete a folder so that a kill meanwhile leaves no half of it, but a hidden ``.name.old``.
-
-    Args:
-        folder: Which.
-
-    Raises:
-        OSError: It cannot be deleted.
-    """
+    """Delete a folder; a kill meanwhile leaves no half of it, but a hidden ``.name.old``."""
     _remove(_hide(folder))
 
 

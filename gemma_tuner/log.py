@@ -13,11 +13,17 @@ class _StderrHandler(logging.Handler):
     """Writes ``gemma_tuner: message``, unless the root logger writes to the console already."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        console = (sys.stderr, sys.stdout)
-        if not any(getattr(each, "stream", None) in console for each in logging.root.handlers):
+        if not any(map(_writes_to_console, logging.root.handlers)):
             # A terminal that is gone costs the message, never the image or the run it is about.
             with contextlib.suppress(AttributeError, OSError, ValueError):
                 sys.stderr.write(f"{logger.name}: {record.getMessage()}\n")
+
+
+def _writes_to_console(handler: logging.Handler) -> bool:
+    own = getattr(handler, "stream", None) or getattr(
+        getattr(handler, "console", None), "file", None
+    )
+    return own in (sys.stderr, sys.stdout)
 
 
 if not logger.handlers:  # a program that added its own is obeyed

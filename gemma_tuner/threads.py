@@ -18,12 +18,7 @@ Result = TypeVar("Result")
 
 
 class DaemonPool:
-    """Runs functions on daemon threads, which are made when needed and end when long idle.
-
-    Args:
-        name: What the threads are called.
-        num_threads: How many run at one time at most; further work waits in order.
-    """
+    """Runs functions on daemon threads, which are made when needed and end when long idle."""
 
     def __init__(self, name: str, num_threads: int) -> None:
         self._name = name

@@ -21,6 +21,7 @@ from gemma_tuner.cli.settings import (
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.settings import (
     FILE_NAME,
+    RECIPE,
     Setting,
     is_of_recipe,
     pin_paths,
@@ -36,7 +37,7 @@ def config_option(groups: Iterable[type[Any]], *, is_explained: bool = True) -> 
     def read_config(context: typer.Context, path: Path | None) -> Path | None:
         if path is not None:
             with errors_explained(debug=False) if is_explained else nullcontext():
-                use_as_defaults(context, path, groups)
+                use_as_defaults(context, path, groups, is_strict=not is_explained)
         return path
 
     text = "Settings as YAML or JSON, by these names; flags win over it."
@@ -109,15 +110,25 @@ def _as_setting(value: Any) -> Setting:
 
 
 def use_as_defaults(
-    context: typer.Context, file: Path, groups: Iterable[type[Any]] = GROUPS
+    context: typer.Context,
+    file: Path,
+    groups: Iterable[type[Any]] = GROUPS,
+    *,
+    is_strict: bool = False,
 ) -> None:
     """Make a settings file the defaults of a command, or of some groups of its options."""
+    # Strict refuses what the command has no option for, which would be passed over.
     wanted = _read_hints(groups)
     names = _list_names(_read_hints(GROUPS) | wanted)
     options = {option.name: option for option in context.command.params if option.name in names}
     defaults: dict[str, Any] = {}
     for given, value in read_settings(file, names).items():
         name = names[given]
+        if is_strict and name not in options and name != RECIPE:
+            raise ConfigError(
+                f"the settings file {file.name!r} has {given!r}, which this recipe does not take; "
+                f"it takes {', '.join(sorted(options))}"
+            )
         if name in defaults:
             raise ConfigError(
                 f"the settings file {file.name!r} has {name!r} under two names; keep one"

@@ -132,9 +132,9 @@ def options(
             if field.name not in (*but, *own):
                 given = vars(group).get(field.name, field.default)
                 where = panels(field) if panels else panel
-                add(field.name, types[field.name], given, texts[field.name], where)
+                add(field.name, types[field.name], given, texts.get(field.name, ""), where)
         for name, hint in own.items():
-            add(name, hint, vars(group)[name], own_texts[name], panel)
+            add(name, hint, vars(group)[name], own_texts.get(name, ""), panel)
         group.__annotations__ = hints
         return dataclass(frozen=True, kw_only=True)(group)
 

@@ -30,9 +30,12 @@ def doctor(
         ),
     ] = None,
 ) -> None:
-    """Check this machine: faults of kernels, steps against the CPU, speeds."""
-    # Takes minutes and no network, and changes nothing.
-    # Exit status: 0 nothing is wrong, 1 something is, 2 it could not run.
+    """Check this machine: faults of kernels, steps against the CPU, speeds.
+
+    Takes minutes and no network, and changes nothing.
+
+    Exit status: 0 nothing is wrong, 1 something is, 2 it could not run.
+    """
     from rich.console import Console  # noqa: PLC0415 - so that help is quick
 
     try:

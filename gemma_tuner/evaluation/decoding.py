@@ -59,14 +59,14 @@ class Decoding:
     seed: int | None = field(default=None, metadata=SEED)
 
     def __post_init__(self) -> None:
-        if self.temperature == 0:
-            raise ConfigError("temperature is 0; for the likeliest token, set do_sample=False")
-        check_fields(self)
         if self.sampling and self.do_sample is False:
             raise ConfigError(
                 f"{', '.join(self.sampling)} is given with do_sample=False, which would ignore "
                 "it; leave one of the two out"
             )
+        if self.temperature == 0:
+            raise ConfigError("temperature is 0; for the likeliest token, set do_sample=False")
+        check_fields(self)
 
     @property
     def sampling(self) -> dict[str, float]:

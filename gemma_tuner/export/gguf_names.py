@@ -61,10 +61,6 @@ _SPARSE_LAYERS_3N = 10
 class Names:
     """Names of the decoder's weights in llama.cpp.
 
-    Args:
-        model_type: Of the checkpoint's configuration.
-        num_layers: Of the decoder.
-
     Raises:
         CheckpointError: llama.cpp does not have such a model.
     """

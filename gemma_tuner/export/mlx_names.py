@@ -30,25 +30,9 @@ def check_program(program: str) -> None:
 
 
 def mlx_name(name: str, model_type: str, program: Program) -> str:
-    """Translate a module's name from transformers to MLX.
-
-    Args:
-        name: Such as ``model.language_model.layers.0.mlp.up_proj``.
-        model_type: Of the base's configuration.
-        program: The program that will load it.
-
-    Returns:
-        The name there.
-
-    Raises:
-        ConfigError: The program does not have that part of the model.
-
-    Example:
-        >>> mlx_name("model.language_model.layers.0.mlp.up_proj", "gemma4", "mlx-lm")
-        'language_model.model.layers.0.mlp.up_proj'
-        >>> mlx_name("model.audio_tower.layers.1.self_attn.post.linear", "gemma4", "mlx-vlm")
-        'audio_tower.layers.1.self_attn.post.linear'
-    """
+    """Translate a module's name from transformers to MLX."""
+    # model.language_model.layers.0.mlp.up_proj -> language_model.model.layers.0.mlp.up_proj
+    # model.audio_tower.layers.1.self_attn.post -> audio_tower.layers.1.self_attn.post
     family = family_of_type(model_type)
     if name.startswith(f"{family.decoder}."):
         decoder = family.mlx_decoder if program == "mlx-lm" else _MLX_VLM_DECODER
@@ -62,21 +46,7 @@ def mlx_name(name: str, model_type: str, program: Program) -> str:
 
 
 def transformers_name(name: str, model_type: str) -> str:
-    """Translate a name from MLX to transformers; the inverse of :func:`mlx_name`.
-
-    Args:
-        name: Of a module or tensor, in either program.
-        model_type: Of the base's configuration.
-
-    Returns:
-        The name in transformers.
-
-    Example:
-        >>> transformers_name("language_model.model.layers.0.mlp.up_proj", "gemma4")
-        'model.language_model.layers.0.mlp.up_proj'
-        >>> transformers_name("embed_vision.embedding_projection", "gemma4_unified")
-        'model.embed_vision.multimodal_embedder.embedding_projection'
-    """
+    """Translate a name from MLX to transformers; the inverse of :func:`mlx_name`."""
     family = family_of_type(model_type)
     if name.startswith("language_model."):
         rest = name.removeprefix("language_model.").removeprefix("model.")

@@ -37,12 +37,6 @@ class MappedEmbedding(nn.Module):
 
     It holds no parameter: neither a state dict nor a saved model has the table.
 
-    Args:
-        path: The file.
-        key: The table's name in it.
-        scale: What every row is multiplied by, in ``dtype``.
-        dtype: Of the rows that are handed out.
-
     Raises:
         CheckpointError: The file does not hold such a table.
     """

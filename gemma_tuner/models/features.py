@@ -36,7 +36,6 @@ class FeatureCache:
     that depends on how many items it was given at one time, as without a cache.
 
     Args:
-        model: A Gemma model, as loaded or wrapped by PEFT; adapters are on it already.
         max_bytes: What all features together may take, 0 for none. Half a kilobyte each for
             finding them comes on top.
 

@@ -26,13 +26,7 @@ class AttentionMask:
     padding is such a query, and nobody reads what it becomes.
 
     Args:
-        may_see: transformers' mask function: of row, head, query and key indices, padding
-            included.
-        batch_size: Rows.
         queries: ``[1 or B, Q]`` int64: the position of each query.
-        num_keys: Keys that there are.
-        first_key: The position of the first one.
-        is_whole: Whether the queries are the positions of all keys, in order.
     """
 
     def __init__(

@@ -63,9 +63,6 @@ _PROBE_TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 0.1}
 class TargetOnly:
     """How far a model's decoder can be restricted to wanted positions.
 
-    Args:
-        gemma: A Gemma model, not wrapped by PEFT (its adapters stay active).
-
     Attributes:
         reason: Why it cannot be restricted, or None where it can; then every forward is plain.
         first_layer: The first layer that runs at wanted positions only.

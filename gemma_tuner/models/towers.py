@@ -190,11 +190,7 @@ class CachedFeatures:
     """Stands in for a model's method in one forward.
 
     Args:
-        tower: Whose method it is.
         features: ``[T, D]`` on the CPU for each item of the batch, None where it is not kept.
-        inputs: The arguments of the forward, on the CPU, cut to what is missing.
-        input_length: The second axis of the uncut media tensors.
-        keep: Takes the features of what was missing.
     """
 
     def __init__(

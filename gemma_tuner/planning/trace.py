@@ -78,15 +78,7 @@ class Footprint:
 
 
 class StepTracer:
-    """One micro-batch's forward and backward pass, on a model without weights.
-
-    Args:
-        model: From ``build_meta_model``, wrapped by PEFT; its tensors become fake ones.
-        device: Where training will run.
-        accumulates: Whether gradients of an earlier micro-batch lie there already.
-        state_bytes: What the optimizer keeps for each byte that it trains.
-        loss: Sums the losses of a batch.
-    """
+    """One micro-batch's forward and backward pass, on a model without weights."""
 
     def __init__(
         self,

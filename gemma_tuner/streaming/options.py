@@ -63,7 +63,7 @@ class StreamOptions:
         image: An image, or a list of them: a path relative to the data file, a ``gs://`` URI,
             or bytes.
         audio: A clip, or a list of them.
-        id: Keys; False numbers the rows (``train.jsonl:7``).
+        id: Keys of the rows. False numbers them (``train.jsonl:7``).
         seed: Decides the order, with the epoch.
         shuffle: Whether the order is another in each epoch, or that of the rows.
         locality: "shard" shuffles whole files, and the rows within each, instead of all rows.
@@ -137,14 +137,7 @@ class StreamOptions:
 
 
 def spell_out(**defaults: Any) -> Callable[[F], F]:
-    """Show the keywords of a ``stream_`` function one by one, as help() and notebooks read them.
-
-    Args:
-        **defaults: Where the function's default is another than that of :class:`StreamOptions`.
-
-    Returns:
-        The decorator.
-    """
+    """Show the keywords of a ``stream_`` function one by one, for help() and notebooks."""
 
     def decorate(function: F) -> F:
         signature = inspect.signature(function)

@@ -102,12 +102,7 @@ class StepInput:
 
 
 class ModelCollator:
-    """Collates examples for one model, without those that cannot be used.
-
-    Args:
-        collate: Makes a batch of examples, or raises a ``DataError`` with the key of one.
-        model: From ``add_lora``.
-    """
+    """Collates examples for one model, without those that cannot be used."""
 
     def __init__(self, collate: Callable[[Sequence[Example]], Batch], model: PeftModel) -> None:
         self._collate = collate
@@ -177,9 +172,7 @@ class Prefetch(Generic[T]):
     context manager: entering it begins to read, and leaving it waits for what is being read.
 
     Args:
-        values: What to iterate over.
         note_wait: Takes the seconds that the reader has waited, after each wait.
-        depth: How many values may be read ahead.
     """
 
     def __init__(

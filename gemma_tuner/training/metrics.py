@@ -114,7 +114,6 @@ class JsonlLog:
     Use as a context manager, or call :meth:`close`.
 
     Args:
-        path: The file; its folder is made, and lines are appended.
         resume_step: Drop what was logged beyond this step, so that the log of a resumed run
             is the log of one that never stopped. None keeps every line.
 

@@ -106,10 +106,6 @@ def restore(plan: Plan, saved: MicroBatchPlan, config: TrainConfig) -> Plan:
 class MicroBatches:
     """Cuts micro-batches to what fits: to any size, until it is given levels to follow.
 
-    Args:
-        device: Where training runs.
-        collate: Makes a batch of examples that have been collated before.
-
     Attributes:
         levels: From the fastest to the most sparing, as the run has found them to be.
         num_retries: How often a step was begun again.

@@ -36,10 +36,6 @@ MANY_SHAPES = 128
 class RunMonitor:
     """Watch one run on one device, and give pooled memory back when that is due.
 
-    Args:
-        device: Where training runs.
-        budget_bytes: The device memory that the run may use.
-
     Attributes:
         shapes: The shapes of micro-batches that reached the device.
         num_emptied: How often pooled memory was given back, by reason: "length" (the padded
@@ -148,9 +144,6 @@ class PoolPolicy:
     It costs a wait for the device and the allocations of the next step, so there are steps
     between two times, and much must be idle. Near the limit it may follow at once; where a step
     needs that much every time, less and less often.
-
-    Args:
-        budget_bytes: The device memory that the run may use.
     """
 
     MIN_IDLE_SHARE = 0.25
@@ -191,11 +184,7 @@ class PoolPolicy:
 
 
 class SwapWatch:
-    """Notice that the machine swaps more than when the run began.
-
-    Args:
-        used_bytes: Swap in use at the beginning.
-    """
+    """Notice that the machine swaps more than when the run began."""
 
     FIRST_BYTES = 2 * _GIB
     FURTHER_BYTES = _GIB

@@ -17,9 +17,6 @@ class Processes:
     Adapters are small and losses are sums, so gradients are added up once a step, in one
     transfer, instead of wrapping the model: the result is that of one process with all the data.
 
-    Args:
-        device: This process's device.
-
     Attributes:
         device: This process's device.
         index: This process's number.

@@ -35,12 +35,6 @@ class Progress:
     """Show a run on stderr: a live bar on a terminal or in a notebook, else a line a record.
 
     Use as a context manager.
-
-    Args:
-        total_steps: Optimizer steps of the whole run.
-        enabled: False shows nothing.
-        done_steps: Steps that an earlier run has done, where this one resumes it.
-        console: Where to show it; stderr unless a test gives another.
     """
 
     def __init__(
@@ -139,10 +133,6 @@ class NotebookBar:
     """A run under way in a notebook: one output, drawn again and again, that stays as it was last.
 
     It needs no widgets, so that it looks the same wherever the notebook is opened.
-
-    Args:
-        total_steps: Optimizer steps of the whole run.
-        done_steps: Those of an earlier run that this one resumes.
     """
 
     def __init__(self, total_steps: int, done_steps: int) -> None:

@@ -21,12 +21,7 @@ class Reports:
     Use as a context manager. In processes other than the main one it only keeps time.
 
     Args:
-        output_dir: The run's folder.
-        total_steps: Optimizer steps of the whole run.
         step: Steps done before; lines of the log beyond it are dropped, and at 0 all of them.
-        show: Whether to show progress on stderr.
-        is_main_process: Whether this process writes.
-        trackers: Where records go besides; they are closed with it.
 
     Attributes:
         held_out: The held-out losses that were reported, in order.

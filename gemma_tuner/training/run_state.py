@@ -65,13 +65,6 @@ class Totals:
 class RunState:
     """Count what a run does, say what is due, save it, and take it up where it was saved.
 
-    Args:
-        config: The settings.
-        model: Its adapter is saved and read back.
-        optimizer: Its moments are saved and read back.
-        stream: Where examples come from; its length is an epoch's.
-        processes: The processes of the run.
-
     Attributes:
         step: Optimizer steps done.
         totals: Running sums.

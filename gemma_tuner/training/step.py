@@ -71,14 +71,6 @@ class StepOutcome:
 class Stepper:
     """Takes optimizer steps, with as much on the device at one time as fits.
 
-    Args:
-        model: From ``add_lora``.
-        optimizer: Over its trainable parameters.
-        loss: Sums the losses of a batch.
-        collator: What made the micro-batches; makes them again where they are cut.
-        config: The settings.
-        processes: The processes of the run.
-
     Attributes:
         features: What frozen towers made of media, where the settings keep it.
         monitor: What watches the device.
@@ -269,11 +261,6 @@ def guarded_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
 
 class NonfiniteGuard:
     """Count skipped steps on the device, to be read back together with the loss.
-
-    Args:
-        device: Where the counters live.
-        total: Steps skipped before, by the run that this one resumes.
-        consecutive: How many of them were its last ones.
 
     Attributes:
         total: ``[]`` float32, steps skipped in all; exact up to 2**24.

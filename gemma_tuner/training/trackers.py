@@ -28,11 +28,6 @@ _EVAL_VALUES = ("loss", "perplexity")
 class Trackers:
     """Send a run's numbers to the trackers that its settings name.
 
-    Args:
-        config: The run's; its ``trackers`` are opened, TensorBoard's files in ``output_dir``.
-        device: Where training runs.
-        step: Optimizer steps done before.
-
     Raises:
         ConfigError: A tracker that is not installed.
     """

@@ -31,8 +31,10 @@ def watch(
         typer.Option(hidden=True, help="End with this process; RUN may have no log yet."),
     ] = None,
 ) -> None:
-    """Show a run as a live page in the browser, or a finished one, or several side by side."""
-    # The page is for this machine alone. It reads the run's files; training does nothing for it.
+    """Show a run as a live page in the browser, or a finished one, or several side by side.
+
+    The page is for this machine alone. It reads the run's files; training does nothing for it.
+    """
     from gemma_tuner.watch.run import open_runs  # noqa: PLC0415 - so that help is quick
 
     opened = open_runs(runs, may_be_empty=parent_pid is not None)

@@ -144,3 +144,10 @@ def test_guessing_is_the_commonest_answer_to_the_same_question():
         rate_guessing(train, [ask("a", "y"), ask("a", "x"), ask("b", "z"), ask("b", "y")]) == 0.5
     )
     assert rate_guessing(train, [ask("new", "z")]) == 1  # the commonest of all
+
+
+def test_a_setting_that_a_recipe_lacks_is_refused(tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text("rank: 64\n")
+    with pytest.raises(ConfigError, match="'rank', which this recipe does not take"):
+        parse(["--config", str(path)])
