@@ -39,6 +39,10 @@ class LeanNorm(nn.Module):
             return normed.to(hidden_states.dtype)  # autocast widens it
         return NormKeepingInput.apply(hidden_states, weight, self.eps)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Its class was made here and has no name that pickle could import.
+        return _restore_lean, (type(self).__mro__[2], self.offset), self.__dict__
+
 
 def use_lean_norms(model: nn.Module) -> None:
     """Let a model's norms keep only their input for backward."""
@@ -63,6 +67,11 @@ def use_lean_norms(model: nn.Module) -> None:
 @cache
 def _make_lean(stock: type[nn.Module], offset: float) -> type[nn.Module]:
     return type(f"Lean{stock.__name__}", (LeanNorm, stock), {"offset": offset})
+
+
+def _restore_lean(stock: type[nn.Module], offset: float) -> nn.Module:
+    lean = _make_lean(stock, offset)
+    return lean.__new__(lean)
 
 
 def _is_known(stock: type[nn.Module], lean: type[nn.Module]) -> bool:

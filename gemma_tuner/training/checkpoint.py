@@ -181,10 +181,10 @@ def _optimizer_tensors(model: PeftModel, optimizer: Optimizer) -> dict[str, Tens
 def _expected_tensors(
     model: PeftModel, optimizer: Optimizer, saved: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """What a checkpoint must hold: all of a parameter's state, or none before its first step."""
+    """Shapes of what it must hold: all of a parameter's state, or none before its first step."""
     begun = {name.rpartition(".")[0] for name in saved}
     return {
-        f"{name}.{key}": value
+        f"{name}.{key}": value.to("meta")
         for name, parameter in _trainable(model).items()
         if name in begun
         for key, value in try_step(optimizer, parameter).items()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -255,7 +255,8 @@ class RunState:
         state = load_checkpoint(checkpoint, self._model, self._optimizer, check=check)
         self.stream_state = dict(state.stream)
         self.step = state.step
-        self.totals = totals = Totals(**state.totals)
+        saved = {"cuts": None, **state.totals}  # older checkpoints have no plan of micro-batches
+        self.totals = totals = Totals(**{each.name: saved[each.name] for each in fields(Totals)})
         totals.counts = Counter(totals.counts)
         self._saved = (self.step, totals.held_out_step)
         self.guard = NonfiniteGuard(

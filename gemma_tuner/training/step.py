@@ -243,7 +243,7 @@ def guarded_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
         new = [parameter for parameter in parameters if parameter not in optimizer.state]
         try:
             optimizer.step()
-        except RuntimeError:  # a state of which memory lacked a part would be taken as whole
+        except BaseException:  # a state of which memory lacked a part would be taken as whole
             for parameter in new:
                 optimizer.state.pop(parameter, None)
             raise

@@ -1,5 +1,7 @@
 """Norms that keep only their input: transformers' numbers, fewer bytes."""
 
+import pickle
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -7,7 +9,7 @@ from transformers.models.gemma3n.modeling_gemma3n import Gemma3nRMSNorm
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 from transformers.models.gemma4_unified.modeling_gemma4_unified import Gemma4UnifiedRMSNorm
 
-from gemma_tuner.models.norms import use_lean_norms
+from gemma_tuner.models.norms import LeanNorm, use_lean_norms
 from gemma_tuner.testing import FAMILIES, tiny_model
 from tests.stock import use_stock_norms
 
@@ -83,3 +85,14 @@ def test_another_norm_under_the_same_name_is_not_replaced(monkeypatch, capsys):
 def test_every_norm_of_a_family_is_lean(family):
     model, _ = tiny_model(family)
     assert not [name for name, module in model.named_modules() if type(module) in STOCK]
+
+
+def test_a_model_with_lean_norms_can_be_pickled():
+    model, _ = tiny_model("gemma4-e2b")
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, LeanNorm)}
+    assert norms
+    copies = pickle.loads(pickle.dumps(norms))
+    for name, module in norms.items():
+        assert type(copies[name]) is type(module)
+        values = torch.linspace(-1, 1, getattr(module, "weight", torch.ones(64)).shape[0])
+        torch.testing.assert_close(copies[name](values), module(values))
