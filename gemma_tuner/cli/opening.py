@@ -27,7 +27,6 @@ from gemma_tuner.cli.settings import (
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.lora_config import LoraConfig
 from gemma_tuner.settings import TINY, Setting, save_settings
-from gemma_tuner.storage.stores import SCHEMES
 from gemma_tuner.streaming.options import StreamOptions
 from gemma_tuner.training.config import TrainConfig
 
@@ -96,6 +95,7 @@ def _pick(group: Any, kind: type[Any]) -> dict[str, Any]:
 
 
 def _open_places(places: list[str], options: dict[str, Any]) -> ExampleStream:
+    from gemma_tuner.storage.stores import SCHEMES
     from gemma_tuner.streaming import opening
 
     kinds = {_kind_of(place) for place in places}
@@ -132,6 +132,8 @@ def _check_media(stream: ExampleStream, modality: Modality) -> None:
 
 
 def _kind_of(place: str) -> str:
+    from gemma_tuner.storage.stores import SCHEMES
+
     scheme, separator, _ = place.partition("://")
     if separator:
         if scheme not in {*SCHEMES, "hf", "bq"}:

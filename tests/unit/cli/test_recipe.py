@@ -150,4 +150,4 @@ def test_a_setting_that_a_recipe_lacks_is_refused(tmp_path):
     path = tmp_path / "settings.yaml"
     path.write_text("rank: 64\n")
     with pytest.raises(ConfigError, match="'rank', which this recipe does not take"):
-        parse(["--config", str(path)])
+        parse("--config", str(path))
