@@ -236,8 +236,11 @@ def guarded_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
     # finite, every gradient is undefined.
     # Returns: ``[]`` float32 on the device: 1 if the step was skipped, else 0.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    skipped = grad_norm.isfinite().logical_not().to(torch.float32)
     is_fused = all(group.get("fused") for group in optimizer.param_groups)
+
+    def find_skipped() -> tuple[Tensor, bool]:
+        skipped = grad_norm.isfinite().logical_not().to(torch.float32)
+        return skipped, not is_fused and bool(skipped.item())
 
     def step() -> None:
         new = [parameter for parameter in parameters if parameter not in optimizer.state]
@@ -248,9 +251,10 @@ def guarded_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
                 optimizer.state.pop(parameter, None)
             raise
 
+    skipped, host_skips = retry_once(find_skipped, device=grad_norm.device)
     if is_fused:
         optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
-    if is_fused or not skipped.item():
+    if not host_skips:
         # AdamW takes its memory before it changes anything; of others that is not known.
         if isinstance(optimizer, torch.optim.AdamW):
             retry_once(step, device=grad_norm.device)
