@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.records import StoredObject
@@ -21,9 +21,12 @@ from gemma_tuner.storage.objects import (
     TransientReadError,
     name_folder,
 )
+from gemma_tuner.threads import call_within
 
 if TYPE_CHECKING:
     from google.cloud import storage
+
+Answer = TypeVar("Answer")
 
 _FIELDS = "items(name,size,generation,crc32c),nextPageToken"
 _METADATA_TIMEOUT_SECONDS = 30.0
@@ -170,9 +173,12 @@ class GcsStore:
     def _find(self, uri: str) -> StoredObject:
         bucket, name = split_uri(uri)
         blob = self._open_blob(bucket, name)
-        with explain_errors(bucket, name):
+
+        def reload() -> StoredObject:
             blob.reload(timeout=_METADATA_TIMEOUT_SECONDS, retry=_make_retry())
-        return _describe_blob(blob)
+            return _describe_blob(blob)
+
+        return _ask(reload, bucket, name)
 
     def _pin(self, uri: str) -> StoredObject | SourceError:
         try:
@@ -214,7 +220,8 @@ class GcsStore:
     def _list_page(self, bucket: str, **how: Any) -> tuple[list[StoredObject], str | None]:
         """Return a page of a listing, and the token of the next one."""
         client: Any = self._open_client()  # whose hints know no other timeouts than whole ones
-        with explain_errors(bucket):
+
+        def read_page() -> tuple[list[StoredObject], str | None]:
             blobs = client.list_blobs(
                 bucket,
                 fields=_FIELDS,
@@ -223,7 +230,9 @@ class GcsStore:
                 **how,
             )
             page = [_describe_blob(blob) for blob in next(blobs.pages)]
-        return page, blobs.next_page_token
+            return page, blobs.next_page_token
+
+        return _ask(read_page, bucket)
 
     def _open_blob(self, bucket: str, name: str, generation: int | None = None) -> Any:
         return self._open_client().bucket(bucket).blob(name, generation=generation)
@@ -238,6 +247,20 @@ class GcsStore:
 def open_store(options: StoreOptions) -> GcsStore:
     """Open Google Cloud Storage."""
     return GcsStore(options.gcs_client, num_connections=options.num_connections)
+
+
+def _ask(request: Callable[[], Answer], bucket: str, name: str = "") -> Answer:
+    """Make a request for metadata, which no server can draw out by answering byte by byte."""
+    # The client's timeout is of each wait for bytes, and its retry looks at the clock in between.
+    seconds = _RETRY_TIMEOUT_SECONDS + _METADATA_TIMEOUT_SECONDS
+    with explain_errors(bucket, name):
+        try:
+            return call_within(seconds, request)
+        except TimeoutError:
+            raise TransientReadError(
+                f"{describe(bucket, name)} could not be looked up within {seconds:g} s; check the "
+                "network and start again"
+            ) from None
 
 
 def _make_retry() -> Any:

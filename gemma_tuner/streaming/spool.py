@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.log import logger
@@ -36,12 +35,13 @@ def open_manifest(
     name = name_source(source)
     path = folder / "manifests" / f"{name}.arrow"
     quarantine = Quarantine(folder / "quarantine" / f"{name}.jsonl", budget)
-    wanted_since = time.time() if refresh else 0.0
-    manifest = _find(path, budget, wanted_since)
+    outdated = _stamp(path) if refresh else None
+    manifest = _find(path, budget, outdated)
     if manifest is None:
         with _locked(folder, name):
-            manifest = _find(path, budget, wanted_since)
+            manifest = _find(path, budget, outdated)
             if manifest is None:
+                _sweep(folder)
                 if refresh:
                     discard()
                 _write(path, source, stores, quarantine)
@@ -56,9 +56,26 @@ def name_source(source: Source) -> str:
     return hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
-def _find(path: Path, budget: Budget, wanted_since: float) -> Manifest | None:
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file from the one that takes its place: no clock is trusted for that."""
     try:
-        if path.stat().st_mtime < wanted_since:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed writers left half written: whoever writes still holds the lock."""
+    for path in (folder / "manifests").glob(".*.arrow.tmp"):
+        name = path.name.removeprefix(".").removesuffix(".arrow.tmp")
+        with suppress(OSError, Timeout), _lock(folder, name).acquire(blocking=False):
+            path.unlink(missing_ok=True)
+
+
+def _find(path: Path, budget: Budget, outdated: tuple[int, int] | None) -> Manifest | None:
+    try:
+        if outdated is not None and _stamp(path) == outdated:
             return None
         manifest = Manifest(path)
     except (FileNotFoundError, NotADirectoryError):  # writing explains the second
@@ -138,14 +155,18 @@ class _Tally:
             )
 
 
+def _lock(folder: Path, name: str) -> FileLock:
+    # Preserved: no soft lock takes its place, which would outlive a killed process.
+    return FileLock(folder / "locks" / f"{name}.lock", mode=0o600, preserve_lock_file=True)
+
+
 @contextmanager
 def _locked(folder: Path, name: str) -> Iterator[None]:
     """Hold the lock of a manifest; it is released when its holder ends, however that is."""
     try:
         for path in (folder, folder / "locks"):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Preserved: no soft lock takes its place, which would outlive a killed process.
-        lock = FileLock(folder / "locks" / f"{name}.lock", mode=0o600, preserve_lock_file=True)
+        lock = _lock(folder, name)
         lock.acquire()
     except OSError as error:
         raise SourceError(
