@@ -25,7 +25,8 @@ class FetchConfig:
         cache_bytes: Media kept on disk, least recently used out first; 0 keeps none.
         min_free_disk_bytes: Rarely needed: what the cache leaves free on its disk.
         attempt_timeout_seconds: Rarely needed: how long one attempt at a read may take.
-        total_timeout_seconds: Rarely needed: how long all attempts at one read may take.
+        total_timeout_seconds: Rarely needed: how long all attempts at one read may take; of
+            BigQuery, for how long a stream of rows may bring nothing.
         hedged_fraction: Reads that last three times the running median are begun a second time,
             and the first answer counts; at most this fraction of all reads. 0 never does.
 

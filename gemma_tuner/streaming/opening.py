@@ -168,6 +168,7 @@ def stream_bigquery(
         keywords=options.columns,
         client=bigquery_client,
         read_client=bigquery_read_client,
+        total_timeout_seconds=options.fetch.total_timeout_seconds,
     )
     source.folder /= name_source(source)
     return _open_stream(

@@ -49,7 +49,12 @@ def explain_errors(
     except (api.ClientError, api.MethodNotImplemented) as error:
         said = f"{quote(error)}); {remedy}" if remedy else f"{name(error)}); see its job's page"
         raise SourceError(f"{action} {table} was refused ({said}") from None
-    except (api.GoogleAPIError, auth.GoogleAuthError, requests.RequestException) as error:
+    except (
+        api.GoogleAPIError,
+        auth.GoogleAuthError,
+        requests.RequestException,
+        TimeoutError,
+    ) as error:
         raise SourceError(
             f"{action} {table} failed ({name(error)}); start again: what is read already is kept"
         ) from None

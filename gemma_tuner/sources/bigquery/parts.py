@@ -66,10 +66,15 @@ class Record:
     job: list[str] = field(default_factory=list)  # id and location, from before the query begins
     table: str = ""  # ``project.dataset.table``; empty until the query has run
     columns: list[Column] = field(default_factory=list)  # all of the table
+    num_rows: int | None = None  # that it holds at least; None where BigQuery cannot know
     num_billed_bytes: int = 0  # by the query
     session: ReadSession | None = None
     num_expired: int = 0  # sessions that ended before they were read
     num_repeats: int = 0  # reads that broke off and were continued
+
+
+class DamagedBatchError(Exception):
+    """What came is no record batch of as many rows as was said."""
 
 
 class Part:
@@ -78,6 +83,7 @@ class Part:
     # ``schema`` is the Arrow schema as an IPC message.
     def __init__(self, folder: Path, number: int, schema: bytes) -> None:
         self._schema = schema
+        self._arrow_schema = pyarrow.ipc.read_schema(pyarrow.py_buffer(schema))
         self._ends: list[tuple[int, int]] = []
         self._path = folder / f"part-{number}.arrow"
         self._content = _open_private(self._path)
@@ -102,7 +108,11 @@ class Part:
         return self._ends[-1][0] if self._ends else len(self._schema)
 
     def append(self, batch: bytes, num_rows: int) -> None:
-        """Keep one record batch."""
+        """Keep one record batch, once it is known to be one."""
+        if (decoded := _decode(pyarrow.py_buffer(batch), self._arrow_schema)) is None or (
+            decoded.num_rows != num_rows
+        ):
+            raise DamagedBatchError
         self._content.write(batch)
         self._content.flush()
         self._ends.append((self._end + len(batch), self.num_rows + num_rows))
@@ -123,16 +133,14 @@ class Part:
     def read_batches(self) -> Iterator[pyarrow.RecordBatch]:
         """Read the batches from the first, decoded, one at a time."""
         start, num_rows_before = len(self._schema), 0
-        schema = pyarrow.ipc.read_schema(pyarrow.py_buffer(self._schema))
         with pyarrow.OSFile(str(self._path)) as file:
             for end, num_rows in self._ends:
                 file.seek(start)
-                batch = _decode(file.read_buffer(end - start), schema)
+                batch = _decode(file.read_buffer(end - start), self._arrow_schema)
                 if batch is None or batch.num_rows != num_rows - num_rows_before:
                     raise SourceError(
-                        f"what BigQuery sent after row {num_rows_before:,} is not as many rows of "
-                        f"Arrow as it said; update pyarrow, delete the folder "
-                        f"{self._path.parent.name!r}, and start again"
+                        f"the rows kept after row {num_rows_before:,} cannot be read any more; "
+                        f"delete the folder {self._path.parent.name!r}, and start again"
                     )
                 yield batch
                 start, num_rows_before = end, num_rows
@@ -246,9 +254,11 @@ class PartFolder:
 
 def _decode(message: pyarrow.Buffer, schema: pyarrow.Schema) -> pyarrow.RecordBatch | None:
     try:
-        return pyarrow.ipc.read_record_batch(message, schema)
-    except pyarrow.ArrowException:
+        batch = pyarrow.ipc.read_record_batch(message, schema)
+        batch.validate(full=True)  # unchecked, offsets that lead anywhere end the process
+    except (pyarrow.ArrowException, MemoryError, OSError):
         return None
+    return batch
 
 
 def _open_private(path: Path) -> BinaryIO:

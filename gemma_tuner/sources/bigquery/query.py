@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from gemma_tuner.display import show_bytes
@@ -11,12 +12,14 @@ from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.sources.bigquery.errors import LOG_IN, explain_errors, quote, read_reason
 from gemma_tuner.sources.bigquery.parts import Column
 from gemma_tuner.storage.objects import AccessDeniedError
+from gemma_tuner.threads import call_within
 
 if TYPE_CHECKING:
     from google.cloud.bigquery import Client, QueryJob, SchemaField, TableReference
     from google.cloud.bigquery_storage import BigQueryReadClient
 
-_CALL_SECONDS = 60.0
+_CALL_SECONDS = 60.0  # of each wait for bytes
+_LONGEST_CALL_SECONDS = 660.0  # with the client's own repeats, which end after 600
 _LEAST_BILLED = 10 << 20  # for each table that a query reads
 # Source: https://cloud.google.com/bigquery/pricing#on_demand_pricing
 _READABLE = ("TABLE", "SNAPSHOT")
@@ -48,16 +51,25 @@ def open_clients(project: str | None) -> tuple[Client, BigQueryReadClient]:
     )
 
 
-def describe_table(client: Client, table: str, *, is_result: bool = False) -> list[Column]:
-    """Ask for the columns of a table that the Storage Read API can read."""
+def describe_table(
+    client: Client, table: str, *, is_result: bool = False
+) -> tuple[list[Column], int | None]:
+    """Ask for the columns and rows of a table that the Storage Read API can read."""
+    # A streaming buffer's rows are not counted.
     with explain_errors("looking up", table, "bigquery.tables.get"):
-        found = client.get_table(table, timeout=_CALL_SECONDS)
+        found = _ask(client.get_table, table)
     if not is_result and found.table_type not in _READABLE:
         raise SourceError(
             f"{table} is of the type {found.table_type}, which has no snapshots and cannot be "
             f"read as a table; {_QUERY_INSTEAD.format(table)}"
         )
-    return list_columns(found.schema)
+    return list_columns(found.schema), found.num_rows
+
+
+def _ask(request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Make a request, which no server can draw out by answering byte by byte."""
+    request = partial(request, *arguments, timeout=_CALL_SECONDS, **options)
+    return call_within(_LONGEST_CALL_SECONDS, request)
 
 
 def list_columns(schema: Sequence[SchemaField]) -> list[Column]:
@@ -95,7 +107,7 @@ class BigQueryQuery:
         with explain_errors(
             "the dry run of", "the query", "bigquery.jobs.create", remedy="mend query="
         ):
-            job = self._client.query(self._sql, job_config=config, timeout=_CALL_SECONDS)
+            job = _ask(self._client.query, self._sql, job_config=config)
         if job.statement_type not in (None, "SELECT"):
             raise ConfigError(f"query= is a {job.statement_type} statement; give a SELECT")
         num_bytes = job.total_bytes_processed or 0
@@ -118,9 +130,7 @@ class BigQueryQuery:
 
         with explain_errors("running", "the query", "bigquery.jobs.create"):
             try:
-                job = self._client.get_job(
-                    job_id, location=location or None, timeout=_CALL_SECONDS
-                )
+                job = _ask(self._client.get_job, job_id, location=location or None)
             except api.NotFound:
                 job = self._begin(job_id, location)
             if not isinstance(job, QueryJob):
@@ -137,12 +147,12 @@ class BigQueryQuery:
         if self._destination is not None:
             config.destination = self._destination
             config.write_disposition = "WRITE_EMPTY"
-        return self._client.query(
+        return _ask(
+            self._client.query,
             self._sql,
             job_config=config,
             job_id=job_id,
             location=location or None,
-            timeout=_CALL_SECONDS,
             job_retry=None,  # an id is good for one job
         )
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from google.cloud.bigquery_storage import BigQueryReadClient
 
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 
 class BigQuerySource:
@@ -194,8 +194,10 @@ class BigQuerySource:
             self._run_query(client, self._query, parts)
             return
         table = str(_parse_table(client, self._table or ""))
-        columns = describe_table(client, table)
+        columns, num_rows = describe_table(client, table)
         self._make_reader(columns)
+        if not (self._row_restriction or self._snapshot_time):
+            record.num_rows = num_rows
         # The table as it is now, and as it was then for a run that goes on tomorrow.
         snapshot = self._snapshot_time or datetime.datetime.now(datetime.UTC)
         record.snapshot_time = snapshot.astimezone(datetime.UTC).isoformat()
@@ -227,8 +229,8 @@ class BigQuerySource:
         finally:
             if query.has_failed:
                 parts.reset()
-        columns = describe_table(client, table, is_result=True)
-        record.table, record.columns = table, columns
+        record.columns, record.num_rows = describe_table(client, table, is_result=True)
+        record.table = table
         parts.save_record()
 
     def _spool(self, parts: PartFolder, columns: Columns) -> list[Part]:

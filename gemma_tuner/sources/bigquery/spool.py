@@ -22,7 +22,12 @@ from gemma_tuner.display import show_bytes
 from gemma_tuner.errors import SourceError
 from gemma_tuner.log import logger
 from gemma_tuner.sources.bigquery.errors import explain_errors, quote, refuse_lasting
-from gemma_tuner.sources.bigquery.parts import Part, PartFolder, ReadSession
+from gemma_tuner.sources.bigquery.parts import (
+    DamagedBatchError,
+    Part,
+    PartFolder,
+    ReadSession,
+)
 from gemma_tuner.sources.bigquery.query import refuse_excess
 
 if TYPE_CHECKING:
@@ -34,6 +39,7 @@ OpenClients = Callable[[], "tuple[Client, BigQueryReadClient]"]
 
 
 _MAX_EXPIRED = 3
+_MAX_DAMAGED = 3
 _SESSION_SECONDS = 120.0
 _FIRST_WAIT_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 60.0
@@ -68,7 +74,7 @@ def spool_table(open_clients: OpenClients, parts: PartFolder, request: ReadReque
             for number, part in enumerate(opened)
             if session.whole.get(str(number)) != part.num_rows
         ]
-        if not missing:
+        if not missing and not _count_lacking(opened, record.num_rows):
             return opened
         try:
             _refuse_expired(session)
@@ -88,6 +94,10 @@ def spool_table(open_clients: OpenClients, parts: PartFolder, request: ReadReque
         f"{record.table} was not read before its session expired, {_MAX_EXPIRED} times in a row; "
         "read fewer columns, restrict the rows, or read it where the network is faster"
     )
+
+
+def _count_lacking(opened: Iterable[Part], num_promised: int | None) -> int:
+    return max(0, (num_promised or 0) - sum(part.num_rows for part in opened))
 
 
 def close_parts(opened: Iterable[Part]) -> None:
@@ -188,7 +198,26 @@ class _SpoolRun:
         self._outcomes: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def run(self, missing: list[int]) -> None:
-        """Read the rest of the streams of these numbers."""
+        """Read the rest of the streams of these numbers; fewer rows than promised are an error."""
+        self._read_streams(missing)
+        record = self._parts.record
+        promised = max(record.num_rows or 0, self._session.num_rows)
+        # The end of a call is not always that of its stream: each is asked for more.
+        while num_lacking := _count_lacking(self._opened, promised):
+            self._count_repeat()
+            self._read_streams(list(range(len(self._opened))))
+            if _count_lacking(self._opened, promised) == num_lacking:
+                break
+        if _count_lacking(self._opened, record.num_rows):
+            num_rows = sum(part.num_rows for part in self._opened)
+            raise SourceError(
+                f"BigQuery sent {num_rows:,} rows of {record.table}, which holds "
+                f"{record.num_rows:,}; start again, and what is read already is kept. If a row "
+                "access policy hides the others from you, give row_restriction='TRUE'"
+            )
+
+    def _read_streams(self, missing: list[int]) -> None:
+        self._stopped.clear()
         # Daemons: a thread that waits for a silent server would keep the interpreter alive.
         threads = [
             threading.Thread(target=self._work, args=(number,), daemon=True) for number in missing
@@ -226,6 +255,7 @@ class _SpoolRun:
         import google.api_core.exceptions as api
 
         part = self._opened[number]
+        num_damaged = 0
         wait_seconds = _FIRST_WAIT_SECONDS
         last_news = time.monotonic()
         while not self._stopped.is_set():
@@ -239,6 +269,19 @@ class _SpoolRun:
                     wait_seconds, last_news = _FIRST_WAIT_SECONDS, time.monotonic()
                 if time.monotonic() - last_news > self._request.total_timeout_seconds:
                     raise
+            except (api.OutOfRange, api.InvalidArgument):
+                if self._session.whole.get(str(number)) != part.num_rows:
+                    raise
+                return  # asked for more at its end
+            except DamagedBatchError:
+                num_damaged = 1 if part.num_rows > num_rows else num_damaged + 1
+                if num_damaged == _MAX_DAMAGED:
+                    raise SourceError(
+                        f"what BigQuery sends of {self._parts.record.table} after row "
+                        f"{part.num_rows:,} of a stream is damaged, {_MAX_DAMAGED} times in a "
+                        "row; look for a proxy on the way, or update pyarrow, and start again: "
+                        "what is read already is kept"
+                    ) from None
             except (api.NotFound, api.FailedPrecondition) as error:
                 # Seen as FAILED_PRECONDITION "session expired at ..." by users of other clients:
                 # Source: https://github.com/GoogleCloudDataproc/spark-bigquery-connector/issues/1316

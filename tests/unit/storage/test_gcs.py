@@ -1,8 +1,11 @@
 """Objects of Google Cloud Storage, through the official client and a local server."""
 
 import gzip
+import http.server
 import sys
 import threading
+import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from types import SimpleNamespace
@@ -12,10 +15,13 @@ import google.auth
 import google.cloud
 import google_crc32c
 import pytest
+from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import DefaultCredentialsError, RefreshError
+from google.cloud import storage
 
 from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.records import StoredObject
+from gemma_tuner.storage import gcs
 from gemma_tuner.storage.gcs import GcsStore
 from gemma_tuner.storage.gcs_errors import explain
 from gemma_tuner.storage.objects import (
@@ -232,6 +238,46 @@ def test_each_failure_is_of_its_kind_and_one_attempt(server, store, effect, expe
     retry_after = getattr(caught.value, "retry_after_seconds", None)
     assert retry_after == (7.0 if effect == Refuse(503, 7) else None)
     assert [request.operation for request in server.requests].count("read") == 1
+
+
+class Trickle(http.server.BaseHTTPRequestHandler):
+    """Answers one byte at a time, each sooner than any wait for bytes ends."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "100000")
+        self.end_headers()
+        with suppress(ConnectionError):
+            while not self.server.stopping.wait(0.05):
+                self.wfile.write(b" ")
+                self.wfile.flush()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("uri", ["gs://b/a.jpg", "gs://b/deep/", "gs://b/*.jpg"])
+def test_metadata_that_trickle_are_given_up(uri, monkeypatch):
+    monkeypatch.setattr(gcs, "_METADATA_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(gcs, "_RETRY_TIMEOUT_SECONDS", 0.3)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Trickle) as server:
+        server.stopping = threading.Event()
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        store = GcsStore(
+            storage.Client(
+                "p",
+                AnonymousCredentials(),
+                client_options={"api_endpoint": f"http://127.0.0.1:{server.server_port}"},
+            )
+        )
+        began = time.monotonic()
+        with pytest.raises(TransientReadError, match="could not be looked up within"):
+            list(store.list_objects(uri))
+        with pytest.raises(TransientReadError, match="could not be looked up within"):
+            store.pin_objects([f"gs://b/{number}" for number in range(20)])
+        assert time.monotonic() - began < 5
+        server.stopping.set()
+        server.shutdown()
 
 
 def test_an_object_that_is_gone_is_told_from_one_that_is_cut(server, store):
