@@ -47,8 +47,8 @@ class StoredObject:
         uri: ``gs://bucket/name``; for a part of a local file, its path.
         generation: The object's version in its bucket; None where none is known.
         num_bytes: How many bytes these are; None where it is not known.
-        crc32c: Castagnoli checksum of the whole object as it is stored; None where it is not
-            known, and for a part.
+        crc32c: Castagnoli checksum of the whole object as it is stored, or of a part of a local
+            file; None where it is not known.
         start: Where in the object a part begins; None for the whole object.
     """
 
@@ -60,10 +60,19 @@ class StoredObject:
 
 
 @dataclass(frozen=True, slots=True)
+class PinnedFile:
+    """A local file, and its size and Castagnoli checksum when its row was read."""
+
+    path: str
+    num_bytes: int
+    crc32c: int
+
+
+@dataclass(frozen=True, slots=True)
 class Image:
     """An image within a turn: a local path or URI, encoded bytes, or decoded RGB pixels."""
 
-    source: str | bytes | StoredObject | PIL.Image.Image
+    source: str | bytes | StoredObject | PinnedFile | PIL.Image.Image
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +80,12 @@ class Audio:
     """A clip within a turn: a local path or URI, encoded bytes, or decoded samples.
 
     Args:
-        source: A path or URI, a stored object, encoded bytes, or float samples ``[frames]`` or
-            ``[frames, channels]``.
+        source: A path or URI, a stored object or pinned file, encoded bytes, or float samples
+            ``[frames]`` or ``[frames, channels]``.
         sample_rate_hz: The rate of decoded samples; None while ``source`` is encoded.
     """
 
-    source: str | bytes | StoredObject | numpy.ndarray
+    source: str | bytes | StoredObject | PinnedFile | numpy.ndarray
     sample_rate_hz: int | None = None
 
 
@@ -170,7 +179,7 @@ def _turn_html(turn: Turn) -> str:
 def _part_html(part: Part) -> str:
     if isinstance(part, Text):
         return escape(part.text)
-    if isinstance(part.source, str | bytes | StoredObject):
+    if isinstance(part.source, str | bytes | StoredObject | PinnedFile):
         return element("span", f"[{type(part).__name__.lower()}, not decoded] ", QUIET)
     if isinstance(part, Audio):
         return make_player(part.source, part.sample_rate_hz or 1)

@@ -1,4 +1,4 @@
-"""Threads that never hold the interpreter: daemons, in a pool or for one call.
+"""Threads that never hold the interpreter: a pool whose threads are daemons.
 
 The standard pool joins its threads when Python exits, so that one read on a stalled socket would
 keep Ctrl-C waiting until the socket gives up.
@@ -15,14 +15,6 @@ from typing import Any, TypeVar
 _IDLE_SECONDS = 10.0  # A pool that was dropped without close() keeps no threads for longer.
 
 Result = TypeVar("Result")
-
-
-def call_within(seconds: float, function: Callable[..., Result], *arguments: object) -> Result:
-    """Return ``function(*arguments)``, or raise TimeoutError; a late call goes on unheard."""
-    future: Future[Result] = Future()
-    task = (future, function, arguments)
-    threading.Thread(target=_run, args=task, name="gemma-tuner-call", daemon=True).start()
-    return future.result(timeout=seconds)
 
 
 class DaemonPool:
@@ -73,16 +65,12 @@ class DaemonPool:
             if not self._tasks:
                 self._num_threads -= 1
                 return False
-            task = self._tasks.popleft()
-        _run(*task)
+            future, function, arguments = self._tasks.popleft()
+        if future.set_running_or_notify_cancel():
+            try:
+                result = function(*arguments)
+            except BaseException as error:  # noqa: BLE001 - the future carries it
+                future.set_exception(error)
+            else:
+                future.set_result(result)
         return True
-
-
-def _run(future: Future[Any], function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
-    if future.set_running_or_notify_cancel():
-        try:
-            result = function(*arguments)
-        except BaseException as error:  # noqa: BLE001 - the future carries it
-            future.set_exception(error)
-        else:
-            future.set_result(result)

@@ -62,7 +62,7 @@ def open_encoded(source: str | Path | bytes, *, key: str, kind: MediaKind) -> Bi
             ) from None  # whose message holds the path
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
             raise DataError(
-                f"{name} cannot be opened ({_name_reason(error)}); it must be a readable file",
+                f"{name} cannot be opened ({name_reason(error)}); it must be a readable file",
                 key=key,
             ) from None
     else:
@@ -78,6 +78,6 @@ def open_encoded(source: str | Path | bytes, *, key: str, kind: MediaKind) -> Bi
     return stream
 
 
-def _name_reason(error: OSError | ValueError) -> str:
+def name_reason(error: OSError | ValueError) -> str:
     """Say why without the path that the system's own message ends with."""
     return (error.strerror if isinstance(error, OSError) else None) or type(error).__name__

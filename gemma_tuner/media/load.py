@@ -8,7 +8,8 @@ from typing import Any
 from gemma_tuner.media.audio import SAMPLE_RATE_HZ, decode_audio
 from gemma_tuner.media.encoded import read_uri_scheme
 from gemma_tuner.media.image import decode_image
-from gemma_tuner.records import Audio, Example, Image
+from gemma_tuner.media.pinned import check_pinned
+from gemma_tuner.records import Audio, Example, Image, PinnedFile
 
 
 def load_media(example: Example, *, root: Path | None = None) -> Example:
@@ -17,7 +18,7 @@ def load_media(example: Example, *, root: Path | None = None) -> Example:
     # same object where there is nothing to decode, so calling it twice costs nothing.
 
     def load(part: Image | Audio) -> Image | Audio:
-        source = _resolve(part.source, root)
+        source = _resolve(part.source, root, example.key)
         if isinstance(part, Image):
             image = decode_image(source, key=example.key)
             return part if image is part.source else Image(image)
@@ -27,8 +28,14 @@ def load_media(example: Example, *, root: Path | None = None) -> Example:
     return example.replace_media(load)
 
 
-def _resolve(source: Any, root: Path | None) -> Any:
-    """Place a relative path under ``root``; leave URIs and everything else as they are."""
-    if root is None or not isinstance(source, str) or read_uri_scheme(source) is not None:
+def _resolve(source: Any, root: Path | None, key: str) -> Any:
+    """Place a path under ``root``, where a pinned file is what it was."""
+    if root is None:
+        return source
+    if isinstance(source, PinnedFile):
+        path = root / source.path
+        check_pinned(path, source, key=key)
+        return path
+    if not isinstance(source, str) or read_uri_scheme(source) is not None:
         return source
     return root / source

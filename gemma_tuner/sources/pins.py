@@ -1,11 +1,14 @@
-"""Pins the media of examples that are in a bucket, of whatever source, to what is there now."""
+"""Pins the media of examples, of whatever source, to what is there now."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.media.encoded import name_reason
+from gemma_tuner.media.pinned import pin_file, pin_part
 from gemma_tuner.modalities import kind_of
 from gemma_tuner.records import Audio, Example, Image, StoredObject
 from gemma_tuner.sources.examples import Outcome
@@ -46,6 +49,32 @@ def pin_media(
         if len(waiting) == _BATCH_EXAMPLES or len(uris) >= _BATCH_EXAMPLES:
             yield from pin_waiting()
     yield from pin_waiting()
+
+
+def pin_files(
+    outcomes: Iterable[tuple[str, Outcome]], root: Path
+) -> Iterator[tuple[str, Outcome]]:
+    """Give every image and clip on the local disk its size and checksum: each is read once."""
+
+    def pin(part: Image | Audio) -> Image | Audio:
+        source = part.source
+        if isinstance(source, str) and not is_stored(source):
+            return replace(part, source=pin_file(root / source, source))
+        if (
+            isinstance(source, StoredObject)
+            and source.start is not None
+            and not is_stored(source.uri)
+        ):
+            return replace(part, source=pin_part(root / source.uri, source))
+        return part
+
+    for origin, outcome in outcomes:
+        try:
+            yield origin, outcome.replace_media(pin) if isinstance(outcome, Example) else outcome
+        except OSError as error:
+            reason = name_reason(error)
+            unread = f"a file that holds its media cannot be read ({reason}); check it"
+            yield origin, DataError(unread, key=outcome.key)
 
 
 def _list_media(outcome: Outcome) -> Iterable[Image | Audio]:

@@ -341,6 +341,11 @@ def _read_part(path: Path, stored: StoredObject) -> bytes:
         content = file.read(stored.num_bytes)
     if len(content) != (stored.num_bytes or len(content)):
         raise ObjectChangedError(f"the file {path.name!r} is shorter than it was; put it back")
+    if stored.crc32c not in (None, google_crc32c.value(content)):
+        raise ObjectChangedError(
+            f"a part of the file {path.name!r} is not what it was when its rows were read; put "
+            "the file back, or open the stream again"
+        )
     return content
 
 

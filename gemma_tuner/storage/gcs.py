@@ -21,7 +21,7 @@ from gemma_tuner.storage.objects import (
     TransientReadError,
     name_folder,
 )
-from gemma_tuner.threads import call_within
+from gemma_tuner.threads import DaemonPool
 
 if TYPE_CHECKING:
     from google.cloud import storage
@@ -62,6 +62,8 @@ class GcsStore:
         self._client: storage.Client | None = None
         self._opening = threading.Lock()
         self._unlistable: set[str] = set()
+        # Requests that were given up hold a thread until their sockets end.
+        self._requests = DaemonPool("gemma-tuner-gcs", 4 * _PIN_THREADS)
 
     def list_objects(self, uri: str) -> Iterator[StoredObject]:
         """Find the objects that a URI, a prefix ending in ``/`` or a glob means, by name."""
@@ -178,7 +180,7 @@ class GcsStore:
             blob.reload(timeout=_METADATA_TIMEOUT_SECONDS, retry=_make_retry())
             return _describe_blob(blob)
 
-        return _ask(reload, bucket, name)
+        return self._ask(reload, bucket, name)
 
     def _pin(self, uri: str) -> StoredObject | SourceError:
         try:
@@ -232,7 +234,20 @@ class GcsStore:
             page = [_describe_blob(blob) for blob in next(blobs.pages)]
             return page, blobs.next_page_token
 
-        return _ask(read_page, bucket)
+        return self._ask(read_page, bucket)
+
+    def _ask(self, request: Callable[[], Answer], bucket: str, name: str = "") -> Answer:
+        """Ask for metadata, which no server can draw out by answering byte by byte."""
+        # The client's timeout is of a wait for bytes; its retry looks at the clock in between.
+        seconds = _RETRY_TIMEOUT_SECONDS + _METADATA_TIMEOUT_SECONDS
+        with explain_errors(bucket, name):
+            try:
+                return self._requests.submit(request).result(seconds)
+            except TimeoutError:
+                raise TransientReadError(
+                    f"{describe(bucket, name)} could not be looked up within {seconds:g} s; check "
+                    "the network and start again"
+                ) from None
 
     def _open_blob(self, bucket: str, name: str, generation: int | None = None) -> Any:
         return self._open_client().bucket(bucket).blob(name, generation=generation)
@@ -247,20 +262,6 @@ class GcsStore:
 def open_store(options: StoreOptions) -> GcsStore:
     """Open Google Cloud Storage."""
     return GcsStore(options.gcs_client, num_connections=options.num_connections)
-
-
-def _ask(request: Callable[[], Answer], bucket: str, name: str = "") -> Answer:
-    """Make a request for metadata, which no server can draw out by answering byte by byte."""
-    # The client's timeout is of each wait for bytes, and its retry looks at the clock in between.
-    seconds = _RETRY_TIMEOUT_SECONDS + _METADATA_TIMEOUT_SECONDS
-    with explain_errors(bucket, name):
-        try:
-            return call_within(seconds, request)
-        except TimeoutError:
-            raise TransientReadError(
-                f"{describe(bucket, name)} could not be looked up within {seconds:g} s; check the "
-                "network and start again"
-            ) from None
 
 
 def _make_retry() -> Any:

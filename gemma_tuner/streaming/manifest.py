@@ -11,9 +11,12 @@ rows at which shards begin, how much media there is to fetch, and the source's s
     origin   string               "train.jsonl:7", also where an id column gives the key
     payload  string               {"turns": [{"role": "user", "parts": [["image", "a/7.png"], ...
     media    list<large_binary>   what ["image", {"inline": 0}] in the payload refers to
+    pins     binary               of each path in the payload, in its order: the file's size and
+                                  checksum (8 and 4 bytes)
 
 A stored object stands in the payload as ``["image", {"stored": [uri, generation, num_bytes,
-crc32c, start]}]``.
+crc32c, start]}]``. The fingerprint leaves the pins out: whoever mends a file and reads the source
+anew (``refresh=True``) goes on with the run.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import hashlib
 import json
 import mmap
 import os
+import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import astuple
@@ -37,10 +41,10 @@ import pyarrow.ipc
 from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.modalities import kind_of
-from gemma_tuner.records import Audio, Example, Image, Part, StoredObject, Text, Turn
+from gemma_tuner.records import Audio, Example, Image, Part, PinnedFile, StoredObject, Text, Turn
 from gemma_tuner.sources.examples import Outcome
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 """Raise it when the same source would make other rows: old manifests are then written again."""
 
 _SCHEMA = pyarrow.schema(
@@ -49,10 +53,12 @@ _SCHEMA = pyarrow.schema(
         ("origin", pyarrow.string()),
         ("payload", pyarrow.string()),
         ("media", pyarrow.list_(pyarrow.large_binary())),
+        ("pins", pyarrow.binary()),
     ]
 )
 _ENTRY = b"gemma_tuner.manifest"
 _ENTRY_CHECKSUM = b"gemma_tuner.manifest.crc32"
+_PIN = struct.Struct("<QI")
 _BATCH_ROWS = 1024
 _BATCH_BYTES = 16 << 20
 _VERIFIED_AT_ONCE_BYTES = 128 << 20  # a larger manifest would make every start wait for its disk
@@ -126,12 +132,13 @@ class Manifest:
 
     def read_example(self, row: int) -> Example:
         """Return the example of a row, its media encoded, stored, or as paths below the root."""
-        key, payload, media = self._read(row, "key", "payload", "media")
+        key, payload, media, packed = self._read(row, "key", "payload", "media", "pins")
+        pins = _PIN.iter_unpack(packed)
         document = json.loads(payload)
         turns = tuple(
             Turn(
                 turn["role"],
-                tuple(_unpack_part(kind, value, media) for kind, value in turn["parts"]),
+                tuple(_unpack_part(kind, value, media, pins) for kind, value in turn["parts"]),
                 turn.get("fields", {}),
             )
             for turn in document.get("turns", ())
@@ -143,7 +150,7 @@ class Manifest:
         batch, place = self._open_batch(index), row - self._starts[index]
         values = [batch.column(column)[place].as_py() for column in columns]
         for value in values:
-            self._touch(len(value) if isinstance(value, str) else sum(map(len, value)))
+            self._touch(sum(map(len, value)) if isinstance(value, list) else len(value))
         return values
 
     def _open_batch(self, index: int) -> pyarrow.RecordBatch:
@@ -222,7 +229,7 @@ def _write(
         for origin, outcome in outcomes:
             try:
                 example = _need_example(outcome)
-                payload, media = _pack(example)
+                payload, media, pins = _pack(example)
             except DataError as error:
                 pass_over(origin, error)
                 continue
@@ -235,7 +242,8 @@ def _write(
                 object_bytes += stored.num_bytes or 0
             if shard != (shard := origin.rpartition(":")[0]):
                 shards.append(num_rows)
-            rows.append({"key": example.key, "origin": origin, "payload": payload, "media": media})
+            row = {"key": example.key, "origin": origin, "payload": payload}
+            rows.append({**row, "media": media, "pins": pins})
             num_rows += 1
             if len(rows) >= _BATCH_ROWS or num_bytes >= _BATCH_BYTES:
                 flush()
@@ -259,8 +267,8 @@ def _write(
         writer.write_batch(end, custom_metadata=metadata)
 
 
-def _pack(example: Example) -> tuple[str, list[bytes]]:
-    """Write an example as JSON, and list the bytes that it refers to."""
+def _pack(example: Example) -> tuple[str, list[bytes], bytes]:
+    """Write an example as JSON, the bytes that it refers to, and what its files were."""
     media: list[bytes] = []
     document: dict[str, Any] = {}
     if example.document is not None:
@@ -283,7 +291,8 @@ def _pack(example: Example) -> tuple[str, list[bytes]]:
             "make it text",
             key=example.key,
         ) from None
-    return payload, media
+    files = [part.source for part in example.media if isinstance(part.source, PinnedFile)]
+    return payload, media, b"".join(_PIN.pack(each.num_bytes, each.crc32c) for each in files)
 
 
 def _pack_turn(turn: Turn, media: list[bytes]) -> dict[str, Any]:
@@ -298,10 +307,10 @@ def _pack_part(part: Part, media: list[bytes]) -> list[Any]:
     if isinstance(part, Text):
         return ["text", part.text]
     kind = kind_of(part)
-    if isinstance(part.source, str):
-        return [kind, part.source]
     if isinstance(part.source, StoredObject):
         return [kind, {"stored": list(astuple(part.source))}]
+    if isinstance(part.source, PinnedFile):
+        return [kind, part.source.path]
     place: dict[str, Any] = {"inline": len(media)}
     if isinstance(part.source, bytes):
         media.append(part.source)
@@ -313,11 +322,13 @@ def _pack_part(part: Part, media: list[bytes]) -> list[Any]:
     return [kind, place]
 
 
-def _unpack_part(kind: str, value: Any, media: list[bytes]) -> Part:
+def _unpack_part(
+    kind: str, value: Any, media: list[bytes], pins: Iterator[tuple[int, int]]
+) -> Part:
     if kind == "text":
         return Text(value)
     if isinstance(value, str):
-        source = value
+        source = PinnedFile(value, *next(pins))
     elif "stored" in value:
         source = StoredObject(*value["stored"])
     else:

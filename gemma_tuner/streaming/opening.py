@@ -68,7 +68,6 @@ def stream_gcs(
     *,
     format: str | None = None,  # noqa: A002 - the name of the public contract
     split: str | None = None,
-    refresh: bool = False,
     **keywords: Unpack[StreamKeywords],
 ) -> ExampleStream:
     """Stream the examples of data files in Google Cloud Storage.
@@ -84,8 +83,6 @@ def stream_gcs(
         format: ``jsonl csv parquet webdataset captions``, for files of another name or mixed
             prefixes.
         split: Keeps the rows whose column ``split`` has this value, or the files named by it.
-        refresh: Read the bucket again, even if there is a manifest of it; a run that was begun
-            with the old one does not continue with a new one that differs.
         **keywords: As :class:`StreamOptions`.
 
     Returns:
@@ -100,7 +97,7 @@ def stream_gcs(
     options = StreamOptions.read(stream_gcs, keywords)
     fetcher = _make_fetcher(options)
     source = BucketSource(uris, fetcher, file_format=format, split=split, keywords=options.columns)
-    return _open_stream(options, source, fetcher, refresh=refresh)
+    return _open_stream(options, source, fetcher)
 
 
 @spell_out()
@@ -115,7 +112,6 @@ def stream_bigquery(
     max_bytes_billed: int | Literal[False] | None = None,
     destination: str | None = None,
     split: str | None = None,
-    refresh: bool = False,
     bigquery_client: BigQueryClient | None = None,
     bigquery_read_client: BigQueryReadClient | None = None,
     **keywords: Unpack[StreamKeywords],
@@ -137,7 +133,6 @@ def stream_bigquery(
         destination: Rarely needed: ``project.dataset.table`` for the query's result, which must
             not exist; None is a temporary table of BigQuery's.
         split: Keeps the rows whose column ``split`` has this value.
-        refresh: Read the table again, even if there is a manifest of it.
         bigquery_client: A ``google.cloud.bigquery.Client``; None makes one with the
             application-default credentials.
         bigquery_read_client: A ``google.cloud.bigquery_storage.BigQueryReadClient``; give both
@@ -171,9 +166,7 @@ def stream_bigquery(
         total_timeout_seconds=options.fetch.total_timeout_seconds,
     )
     source.folder /= name_source(source)
-    return _open_stream(
-        options, source, _make_fetcher(options), refresh=refresh, discard=source.discard
-    )
+    return _open_stream(options, source, _make_fetcher(options), discard=source.discard)
 
 
 @spell_out()
@@ -185,7 +178,6 @@ def stream_hub(
     revision: str | None = None,
     streaming: bool = False,
     max_rows: int | None = None,
-    refresh: bool = False,
     **keywords: Unpack[StreamKeywords],
 ) -> ExampleStream:
     """Stream the examples of a data set on the Hugging Face Hub.
@@ -201,7 +193,6 @@ def stream_hub(
             commit ``report()`` names.
         streaming: Read rows as they are downloaded instead of keeping the data set's files.
         max_rows: Rarely needed: read no more than the first so many.
-        refresh: Read the data set again, even if there is a manifest of it.
         **keywords: As :class:`StreamOptions`.
 
     Returns:
@@ -222,7 +213,7 @@ def stream_hub(
         max_rows=max_rows,
         keywords=options.columns,
     )
-    return _open_stream(options, source, _make_fetcher(options), refresh=refresh)
+    return _open_stream(options, source, _make_fetcher(options))
 
 
 def _make_fetcher(options: StreamOptions) -> Fetcher:
@@ -237,7 +228,6 @@ def _open_stream(
     source: Source,
     fetcher: Fetcher,
     *,
-    refresh: bool = False,
     discard: Callable[[], None] = lambda: None,
 ) -> ExampleStream:
     """Open the manifest of a source, after writing it where there is none that can be used."""
@@ -246,7 +236,7 @@ def _open_stream(
         fetcher.stores,
         folder=options.folder,
         budget=Budget(options.max_bad_fraction, options.max_consecutive_bad),
-        refresh=refresh,
+        refresh=options.refresh,
         discard=discard,
     )
     view = DatasetView(

@@ -40,6 +40,7 @@ class StreamKeywords(TypedDict, total=False):
     locality: Locality | None
     max_bad_fraction: float
     max_consecutive_bad: int
+    refresh: bool
     cache_dir: str | Path | None
     fetch: FetchConfig
     gcs_client: storage.Client | None
@@ -70,6 +71,8 @@ class StreamOptions:
         max_bad_fraction: How much of an epoch's rows may be unusable: they are skipped, noted in
             the quarantine and counted. 0 raises the first as DataError.
         max_consecutive_bad: How many unusable rows may follow each other.
+        refresh: Read the source again, even if there is a manifest of it, and take images and
+            clips as they are now; a run that was begun with other rows does not continue.
         cache_dir: Where manifests, media and quarantines are kept, for this user alone; by
             default ``~/.cache/gemma_tuner``.
         fetch: How media are fetched and kept.
@@ -93,6 +96,7 @@ class StreamOptions:
     locality: Locality | None = None
     max_bad_fraction: float = 0.01  # how large both may be, says Budget
     max_consecutive_bad: int = 100
+    refresh: bool = False
     cache_dir: str | Path | None = None
     fetch: FetchConfig = FetchConfig()  # noqa: RUF009 - it is frozen
     gcs_client: storage.Client | None = None

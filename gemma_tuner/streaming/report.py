@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tuner.display import ACCENT, element, escape, make_bar, make_card, show_bytes
-from gemma_tuner.records import Audio, Example, Part, StoredObject, Text, write_html
+from gemma_tuner.records import Audio, Example, Part, PinnedFile, StoredObject, Text, write_html
 
 if TYPE_CHECKING:
     from gemma_tuner.storage.fetch import FetchCounts
@@ -243,7 +243,7 @@ def show_example(example: Example) -> str:
 def _show_part(part: Part) -> str:
     if isinstance(part, Text):
         return _shorten(part.text)
-    if isinstance(part.source, str | bytes | StoredObject):
+    if isinstance(part.source, str | bytes | StoredObject | PinnedFile):
         return f"[{type(part).__name__.lower()}, not decoded]"
     if isinstance(part, Audio):
         return f"[audio {len(part.source) / (part.sample_rate_hz or 1):.2f} s]"

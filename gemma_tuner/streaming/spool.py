@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.log import logger
 from gemma_tuner.sources.examples import Outcome, Source
-from gemma_tuner.sources.pins import pin_media
+from gemma_tuner.sources.pins import pin_files, pin_media
 from gemma_tuner.storage.stores import Stores
 from gemma_tuner.streaming.manifest import FORMAT_VERSION, Manifest, write_manifest
 from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine, read_reason
@@ -74,12 +74,11 @@ def _sweep(folder: Path) -> None:
 
 
 def _find(path: Path, budget: Budget, outdated: tuple[int, int] | None) -> Manifest | None:
-    try:
-        if outdated is not None and _stamp(path) == outdated:
-            return None
-        manifest = Manifest(path)
-    except (FileNotFoundError, NotADirectoryError):  # writing explains the second
+    stamp = _stamp(path)
+    if stamp is None or stamp == outdated:
         return None
+    try:
+        manifest = Manifest(path)
     except SourceError as error:
         logger.warning("%s; it is written anew", error)
         return None
@@ -106,7 +105,7 @@ def _write(
 
     write_manifest(
         path,
-        tally.count(pin_media(source, stores)),
+        tally.count(pin_media(pin_files(source, source.root), stores)),
         root=source.root,
         read_summary=read_summary,
         pass_over=tally.pass_over,

@@ -17,7 +17,7 @@ from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.streaming.manifest import Manifest, hash_keys, list_stored
 from gemma_tuner.streaming.options import Locality
 from gemma_tuner.streaming.order import EpochOrders, Order, ShardOrder
-from gemma_tuner.streaming.quarantine import BadExample, Quarantine, Stage
+from gemma_tuner.streaming.quarantine import BadExample, Quarantine, Stage, read_reason
 
 
 @dataclass(eq=False, repr=False)
@@ -141,20 +141,21 @@ def retry_bad(views: Sequence[DatasetView]) -> tuple[int, int]:
     # Returns: how many can be used now, and how many remain.
     num_mended = num_bad = 0
     for view in _by_file(views):
-        mended = []
+        tried: dict[BadExample, BadExample | None] = {}
         for record in view.quarantine.inspect():
             if record.row is None or record.stage == "collate":
                 num_bad += 1
                 continue
             try:
                 view.load(record.row)
-            except DataError:
+            except DataError as error:
                 num_bad += 1
+                tried[record] = replace(record, reason=read_reason(error))
             else:
-                mended.append(record)
-        remaining = [r for r in view.quarantine.inspect() if r not in mended]
-        view.quarantine.replace(remaining)
-        num_mended += len(mended)
+                num_mended += 1
+                tried[record] = None
+        remaining = (tried.get(record, record) for record in view.quarantine.inspect())
+        view.quarantine.replace([record for record in remaining if record is not None])
     return num_mended, num_bad
 
 

@@ -21,7 +21,7 @@ from typing import Self
 import numpy as np
 
 from gemma_tuner.errors import DataError
-from gemma_tuner.records import Example, Image, StoredObject, Text
+from gemma_tuner.records import Example, Image, PinnedFile, StoredObject, Text
 from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.streaming.quarantine import Stage
 from gemma_tuner.streaming.view import Slot
@@ -220,6 +220,6 @@ def _measure_bytes(example: Example) -> int:
                 num_bytes += source.nbytes
             elif isinstance(source, str | bytes):
                 num_bytes += len(source)
-            elif isinstance(part, Image):
+            elif isinstance(part, Image) and not isinstance(source, PinnedFile):
                 num_bytes += 4 * source.width * source.height  # Pillow keeps RGB in four bytes
     return num_bytes

@@ -11,7 +11,7 @@ from concurrent.futures import CancelledError, wait
 import pytest
 
 from gemma_tuner import threads
-from gemma_tuner.threads import DaemonPool, call_within
+from gemma_tuner.threads import DaemonPool
 
 
 def wait_until(condition, seconds=10.0):
@@ -74,18 +74,6 @@ def test_no_more_threads_run_than_are_allowed_and_none_before_they_are_needed():
     assert running[1] == 3
     pool.close()
     wait_until(lambda: count_threads("bounded") == 0)
-
-
-def test_a_call_comes_back_or_is_given_up():
-    assert call_within(10, pow, 2, 3) == 8
-    with pytest.raises(ZeroDivisionError):
-        call_within(10, lambda: 1 // 0)
-    release = threading.Event()
-    with pytest.raises(TimeoutError):
-        call_within(0.01, release.wait, 10)
-    assert count_threads("gemma-tuner-call") == 1  # It goes on, and holds nobody.
-    release.set()
-    wait_until(lambda: count_threads("gemma-tuner-call") == 0)
 
 
 def test_close_cancels_what_waits_and_leaves_what_runs():

@@ -12,7 +12,7 @@ from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.sources.bigquery.errors import LOG_IN, explain_errors, quote, read_reason
 from gemma_tuner.sources.bigquery.parts import Column
 from gemma_tuner.storage.objects import AccessDeniedError
-from gemma_tuner.threads import call_within
+from gemma_tuner.threads import DaemonPool
 
 if TYPE_CHECKING:
     from google.cloud.bigquery import Client, QueryJob, SchemaField, TableReference
@@ -69,7 +69,7 @@ def describe_table(
 def _ask(request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Make a request, which no server can draw out by answering byte by byte."""
     request = partial(request, *arguments, timeout=_CALL_SECONDS, **options)
-    return call_within(_LONGEST_CALL_SECONDS, request)
+    return DaemonPool("gemma-tuner-bigquery", 1).submit(request).result(_LONGEST_CALL_SECONDS)
 
 
 def list_columns(schema: Sequence[SchemaField]) -> list[Column]:

@@ -201,13 +201,10 @@ class _SpoolRun:
         """Read the rest of the streams of these numbers; fewer rows than promised are an error."""
         self._read_streams(missing)
         record = self._parts.record
-        promised = max(record.num_rows or 0, self._session.num_rows)
-        # The end of a call is not always that of its stream: each is asked for more.
-        while num_lacking := _count_lacking(self._opened, promised):
+        if _count_lacking(self._opened, max(record.num_rows or 0, self._session.num_rows)):
+            # The end of a call is not always that of its stream: each is asked for more, once.
             self._count_repeat()
             self._read_streams(list(range(len(self._opened))))
-            if _count_lacking(self._opened, promised) == num_lacking:
-                break
         if _count_lacking(self._opened, record.num_rows):
             num_rows = sum(part.num_rows for part in self._opened)
             raise SourceError(

@@ -252,7 +252,7 @@ class Trickle(http.server.BaseHTTPRequestHandler):
                 self.wfile.write(b" ")
                 self.wfile.flush()
 
-    def log_message(self, *_):
+    def log_message(self, *_, **__):
         pass
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_tuner.errors import DataError, SourceError
-from gemma_tuner.records import Audio, Example, Image, Text, Turn
+from gemma_tuner.records import Audio, Example, Image, PinnedFile, Text, Turn
 from gemma_tuner.streaming import manifest as module
 from gemma_tuner.streaming.manifest import Manifest, hash_keys, write_manifest
 
@@ -17,6 +17,10 @@ SUMMARY = {"format": "jsonl"}
 def answer(key, *parts, **more):
     turns = (Turn("user", parts or (Text("Q"),)), Turn("assistant", (Text("A"),)))
     return Example(key, turns, **more)
+
+
+def pin(path, number):
+    return PinnedFile(path, num_bytes=number << 40, crc32c=(1 << 32) - number)
 
 
 def write(path, *examples, root="/data"):
@@ -33,7 +37,7 @@ def test_every_kind_of_example_comes_back_as_it_was(tmp_path):
     examples = [
         answer("pair"),
         Example("document", document="Ünïcode \u2028 text \0 and all"),
-        answer("paths", Image("a/b.png"), Audio("c.wav"), Text("Q")),
+        answer("paths", Image(pin("a/b.png", 1)), Audio(pin("c.wav", 2)), Text("Q")),
         answer("bytes", Image(b"\x89PNG"), Text(""), Audio(b"RIFF")),
         Example(
             "tools",
@@ -74,17 +78,19 @@ def test_many_rows_and_much_inline_media_make_several_batches(tmp_path, monkeypa
 
 
 def test_the_fingerprint_is_of_the_content_and_not_of_the_place(tmp_path):
-    base = [answer("a"), answer("b", Image("x.png"), Image(b"1"))]
+    base = [answer("a"), answer("b", Image(pin("x.png", 1)), Image(b"1"))]
     fingerprint = write(tmp_path / "1", *base).fingerprint
     assert write(tmp_path / "2", *base, root="/elsewhere").fingerprint == fingerprint
     for other in (
         [base[1], base[0]],
         base[:1],
         [answer("c"), base[1]],
-        [base[0], answer("b", Image("x.png"), Image(b"2"))],
-        [base[0], answer("b", Image("y.png"), Image(b"1"))],
+        [base[0], answer("b", Image(pin("x.png", 1)), Image(b"2"))],
+        [base[0], answer("b", Image(pin("y.png", 1)), Image(b"1"))],
     ):
         assert write(tmp_path / "3", *other).fingerprint != fingerprint
+    mended = [base[0], answer("b", Image(pin("x.png", 2)), Image(b"1"))]
+    assert write(tmp_path / "4", *mended).fingerprint == fingerprint
 
 
 def test_manifests_are_for_the_user_alone_and_leave_nothing_behind(tmp_path):

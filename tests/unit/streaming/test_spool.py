@@ -1,4 +1,4 @@
-"""Manifests of several processes, starts and kills: the rows of the newest, and nothing left over."""
+"""Manifests of several processes, starts and kills: the newest rows, and nothing left over."""
 
 import os
 from contextlib import suppress

@@ -215,9 +215,10 @@ def test_a_state_of_another_stream_is_refused_by_what_differs(tmp_path):
 
 def test_an_example_that_fails_is_not_counted_and_comes_again(tmp_path):
     (tmp_path / "a.png").write_bytes(picture())
-    (tmp_path / "b.png").write_bytes(b"not a picture")
+    (tmp_path / "b.png").write_bytes(picture())
     rows = [{"image": f"{name}.png", "caption": "C"} for name in "aba"]
     stream = stream_local(write_lines(tmp_path / "m.jsonl", rows), shuffle=False)
+    (tmp_path / "b.png").write_bytes(b"not a picture")
     iterator = iter(stream)
     assert next(iterator).key == "m.jsonl:1"
     for _ in range(2):
