@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,13 +25,14 @@ RECIPE = "recipe"
 TINY = "tiny"
 """The name of the model that is made up on the spot."""
 
+_MAX_BYTES = 1 << 20
 _PATHS = {"cache_dir", "data", "model", "out"}
 
 
 def read_settings(path: str | Path, known: Collection[str]) -> dict[str, Setting]:
     """Read settings; JSON is read too, as it is YAML."""
     path = Path(path)
-    content = _read_mapping(path)
+    content = parse_file(path)
     if RECIPE in content and RECIPE not in known:
         command = shlex.join(["python", str(content[RECIPE]), "--config", str(path)])
         raise ConfigError(
@@ -56,16 +58,21 @@ def read_settings(path: str | Path, known: Collection[str]) -> dict[str, Setting
 
 def is_of_recipe(path: Path) -> bool:
     """Whether a settings file was saved by a recipe; raises what :func:`read_settings` does."""
-    return RECIPE in _read_mapping(path)
+    return RECIPE in parse_file(path)
 
 
-def _read_mapping(path: Path) -> Mapping[Any, Any]:
+def parse_file(path: Path) -> Mapping[Any, Any]:
+    """Parse a settings file to a mapping, whatever its names."""
     import yaml  # noqa: PLC0415 - only where there is a file
 
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            text = file.read(_MAX_BYTES + 1).decode()
+        _check_plain(text)
         content = yaml.safe_load(text)
         nodes = yaml.compose(text, yaml.SafeLoader)
+    except RecursionError:
+        raise ConfigError(f"the settings file {path.name!r} is nested too deeply") from None
     except OSError as error:
         raise ConfigError(
             f"the settings file {path.name!r} cannot be read ({error.strerror}); give the path of "
@@ -73,6 +80,10 @@ def _read_mapping(path: Path) -> Mapping[Any, Any]:
         ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"the settings file {path.name!r} is not UTF-8 text") from None
+    except ValueError:  # a date that no calendar has, a number of thousands of digits
+        raise ConfigError(
+            f"the settings file {path.name!r} has a value that YAML cannot read; put it in quotes"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f" at line {mark.line + 1}" if mark else ""
@@ -85,11 +96,23 @@ def _read_mapping(path: Path) -> Mapping[Any, Any]:
             f"the settings file {path.name!r} holds {_name_type(content)}; it must be a mapping, "
             "a line for each setting, such as `learning_rate: 2e-4`"
         )
-    written = [key.value for key, _ in nodes.value]  # of one name twice, content has the last
+    # Of one name twice, content has the last.
+    written = Counter(key.value for key, _ in nodes.value if isinstance(key.value, str))
     for name in content:
-        if written.count(name) > 1:
+        if written[name] > 1:
             raise ConfigError(f"the settings file {path.name!r} has {name!r} twice; keep one")
     return content
+
+
+def _check_plain(text: str) -> None:
+    import yaml  # noqa: PLC0415
+
+    if len(text) > _MAX_BYTES:
+        raise yaml.MarkedYAMLError(problem=f"it is larger than {_MAX_BYTES:,} bytes")
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.AliasToken):  # a few can stand for more than fits in memory
+            problem = "it uses an anchor; write the value out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=token.start_mark)
 
 
 def save_settings(folder: str | Path, settings: Mapping[str, Setting]) -> Path:

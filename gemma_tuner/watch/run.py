@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.settings import FILE_NAME as SETTINGS_FILE
+from gemma_tuner.settings import parse_file
 from gemma_tuner.streaming.quarantine import RUN_FILE as QUARANTINE_FILE
 from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine
 from gemma_tuner.training.metrics import LOG_FILE
@@ -20,6 +21,7 @@ from gemma_tuner.watch.samples import Sample, read_sample
 from gemma_tuner.watch.tail import JsonlTail
 
 SAMPLES_FILE = "samples.jsonl"
+_DEEPEST_LISTS = 3
 
 SILENT_SECONDS = 60.0
 """A run that has logged nothing for so long, and for ten log intervals, counts as silent."""
@@ -56,23 +58,36 @@ class Run:
 
     def refresh(self) -> bool:
         """Read what its files have gained; whether that is anything."""
-        log, samples = self._log.read(), self._samples.read()
-        if log.has_restarted:
-            self.history = History()
-        if samples.has_restarted:
-            self.samples = {}
-        for record in log.records:
-            self.history.add(record)
-        for record in samples.records:
-            sample = read_sample(record)
-            self.samples.setdefault(sample.step, {})[sample.key] = sample
-        changed = [self._has_changed(name) for name in (QUARANTINE_FILE, SETTINGS_FILE)]
-        if changed[0]:
-            self.quarantine = Quarantine(self.folder / QUARANTINE_FILE, Budget()).inspect()
-        if log.records or changed[1]:
+        has_log = self._read_log()
+        has_settings = self._has_changed(SETTINGS_FILE)
+        if has_log or has_settings:
             self.settings = read_settings(self.folder) | self.history.config
-        gains = (log.records, log.has_restarted, samples.records, samples.has_restarted)
-        return any((*gains, *changed))
+        has_samples = self._read_samples()
+        has_quarantine = self._has_changed(QUARANTINE_FILE)
+        if has_quarantine:
+            self.quarantine = Quarantine(self.folder / QUARANTINE_FILE, Budget()).inspect()
+        return has_log or has_settings or has_samples or has_quarantine
+
+    def _read_log(self) -> bool:
+        has_changed = False
+        for gain in self._log.read():
+            if gain.has_restarted:
+                self.history = History()
+            for record in gain.records:
+                self.history.add(record)
+            has_changed |= gain.has_restarted or bool(gain.records)
+        return has_changed
+
+    def _read_samples(self) -> bool:
+        has_changed = False
+        for gain in self._samples.read():
+            if gain.has_restarted:
+                self.samples = {}
+            for record in gain.records:
+                sample = read_sample(record)
+                self.samples.setdefault(sample.step, {})[sample.key] = sample
+            has_changed |= gain.has_restarted or bool(gain.records)
+        return has_changed
 
     def find_phase(self, now_seconds: float | None = None) -> Phase:
         """The phase of the run now."""
@@ -145,13 +160,11 @@ def list_setting_differences(runs: Sequence[Run]) -> list[tuple[str, list[str]]]
 
 def read_settings(folder: Path) -> dict[str, Any]:
     """Read what :func:`gemma_tuner.settings.save_settings` wrote; {} where it did not."""
-    import yaml  # noqa: PLC0415 - only where there is a file
-
     try:
-        content = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        content = parse_file(folder / SETTINGS_FILE)
+    except ConfigError:
         return {}
-    return {str(k): v for k, v in content.items()} if isinstance(content, Mapping) else {}
+    return {str(name): value for name, value in content.items()}
 
 
 def _seconds_per_step(history: History) -> float | None:
@@ -163,10 +176,12 @@ def _seconds_per_step(history: History) -> float | None:
     return float(seconds[known].sum() / steps[known].sum())
 
 
-def show_setting(value: object) -> str:
+def show_setting(value: object, depth: int = 0) -> str:
     """A setting's value in words; "–" for none."""
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, list | tuple):
-        return ", ".join(show_setting(item) for item in value) or "–"
+        if depth == _DEEPEST_LISTS:
+            return "…"
+        return ", ".join(show_setting(item, depth + 1) for item in value) or "–"
     return "–" if value is None else str(value)

@@ -40,7 +40,7 @@ class Watched:
             has_changed = any([run.refresh() for run in self.runs])  # noqa: C419 - all of them
             self.problem = ""
         except SourceError as error:
-            has_changed = False
+            has_changed = True  # what could be read before
             self.problem = str(error)
         self.phases = [run.find_phase() for run in self.runs]
         if has_changed or before != (self.phases, self.problem, self.has_parent_ended):

@@ -46,6 +46,14 @@ def test_json_and_dashes_are_read(tmp_path):
         ("", "holds nothing"),
         ("data: [a", "neither YAML nor JSON at line"),
         ("data: !!python/object/apply:os.getcwd []", "neither YAML nor JSON"),
+        ("a: &a [1]\ndata: *a", "at line 2: it uses an anchor; write the value out"),
+        ("a: &a [1]\ndata: [*a, *a]", "it uses an anchor"),
+        ("a: &a {b: 1}\ndata:\n  <<: *a", "it uses an anchor"),
+        ("data: &a [*a]", "it uses an anchor"),
+        ("data: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("data: 2026-13-45", "a value that YAML cannot read"),
+        ("data: " + "9" * 5000, "a value that YAML cannot read"),
+        ("data: " + "x" * (1 << 20), "it is larger than 1,048,576 bytes"),
     ],
 )
 def test_bad_files_are_explained(tmp_path, text, message):

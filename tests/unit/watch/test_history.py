@@ -33,7 +33,7 @@ def step_record(step, **changes):
 
 def read(path):
     history = History()
-    for record in JsonlTail(path).read().records:
+    for record in (record for gain in JsonlTail(path).read() for record in gain.records):
         history.add(record)
     return history
 

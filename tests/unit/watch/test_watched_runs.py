@@ -23,7 +23,7 @@ from gemma_tuner.watch.charts import (
     draw_wait,
     find_memory_limits,
 )
-from gemma_tuner.watch.run import Run, list_setting_differences, open_runs
+from gemma_tuner.watch.run import Run, list_setting_differences, open_runs, show_setting
 from gemma_tuner.watch.samples import find_media, read_sample
 from gemma_tuner.watch.summary import FIGURES, list_figures, list_tiles
 from gemma_tuner.watch.units import show_count, show_seconds, show_share
@@ -354,11 +354,40 @@ def test_a_file_that_cannot_be_read_any_more_is_told_and_not_the_end(tmp_path):
     (tmp_path / "log.jsonl").rename(tmp_path / "moved")
     (tmp_path / "log.jsonl").mkdir()
     watched.refresh()
-    assert "log.jsonl cannot be read" in watched.problem
+    assert "log.jsonl is not a file" in watched.problem
     (tmp_path / "log.jsonl").rmdir()
     (tmp_path / "moved").rename(tmp_path / "log.jsonl")
     watched.refresh()
     assert watched.problem == ""
+
+
+def test_what_cannot_be_read_for_a_moment_loses_nothing_else(tmp_path):
+    log = write_run(tmp_path, steps=1)
+    watched = Watched(open_runs([tmp_path]))
+    (run,) = watched.runs
+    for step, name in ((2, "samples.jsonl"), (3, "quarantine.jsonl")):
+        write_step(log, step)
+        (tmp_path / name).mkdir()
+        before = watched.version
+        watched.refresh()
+        assert run.history.steps.tolist() == list(range(1, step + 1))
+        assert watched.version > before
+        assert (name in watched.problem) or name == "quarantine.jsonl"
+        (tmp_path / name).rmdir()
+    log.close()
+    watched.refresh()
+    assert not watched.problem
+
+
+@pytest.mark.parametrize("depth", [2, 3, 900])
+def test_settings_nested_deep_are_shown_shortened(tmp_path, depth):
+    nested: list = ["x"]
+    for _ in range(depth - 1):
+        nested = [nested]
+    write_run(tmp_path, config={"nested": nested}).close()
+    (run,) = open_runs([tmp_path])
+    run.refresh()
+    assert show_setting(run.settings["nested"]) == ("x" if depth <= 3 else "…")
 
 
 def test_the_end_of_the_parent_is_noticed(tmp_path):
