@@ -117,8 +117,8 @@ def choose(
     settings = [(chunk, None) for chunk in chunks] + [(chunks[-1], _QUERY_CHUNK)]
     for loss_chunk, query_chunk in settings:
         trial = _Trial(step, example, request, loss_chunk, query_chunk, usable)
-        levels = tuple(trial.find_levels(layer_counts))
-        if levels and levels[-1].max_tokens >= request.max_tokens:
+        if any(trial.holds_one(layers) for layers in layer_counts):
+            levels = tuple(trial.find_levels(layer_counts))
             return PlanChoice(levels, loss_chunk, query_chunk, trial.measure_largest(levels[-1]))
         if trial.measure_least() > usable:
             return None
@@ -142,7 +142,10 @@ class _Trial:
         self._wanted = request
         self._chunks = {"loss_chunk_tokens": loss_chunk, "query_chunk_tokens": query_chunk}
         self._usable = usable
-        self._known: dict[tuple[int, int, int], Footprint] = {}
+
+    def holds_one(self, layers: int) -> bool:
+        """Whether one of the longest rows fits at a number of checkpointed layers."""
+        return self._measure(layers, 1, self._wanted.max_tokens).peak_bytes <= self._usable
 
     def find_levels(self, layer_counts: Sequence[int]) -> Iterator[CheckpointingLevel]:
         """Go from fast to sparing until one holds what keeps a device busy."""
@@ -194,15 +197,7 @@ class _Trial:
         return min(rows, 1 + more) * longest
 
     def _measure(self, layers: int, rows: int, tokens: int) -> Footprint:
-        key = (layers, rows, tokens)
-        if key not in self._known:
-            batch = widen(
-                self._example,
-                rows=rows,
-                tokens=tokens,
-                target_share=self._wanted.target_share,
-            )
-            self._known[key] = self._step.measure(
-                batch, checkpointed_layers=layers, **self._chunks
-            )
-        return self._known[key]
+        batch = widen(
+            self._example, rows=rows, tokens=tokens, target_share=self._wanted.target_share
+        )
+        return self._step.measure(batch, checkpointed_layers=layers, **self._chunks)

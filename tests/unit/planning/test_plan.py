@@ -62,6 +62,7 @@ SHAPES = ((2, 192, 0.25, 64), (1, 256, 1.0, 32))
             for family, modality, shapes in (
                 ("gemma4-e2b", "text", SHAPES[1:]),
                 ("gemma4-e2b", "image", SHAPES),
+                ("gemma4-26b-a4b", "text", SHAPES),
                 ("gemma4-31b", "text", SHAPES),
                 ("gemma3n", "audio", SHAPES),
             )
@@ -83,6 +84,17 @@ def test_predicted_bytes_are_those_of_a_real_step(family, modality, rows, tokens
         ).step_bytes
         measured = measure_live(model, batch, layers, chunk)
         assert predicted == pytest.approx(measured, rel=0.05), layers
+
+
+def test_experts_in_float32_are_planned_and_no_step_is_tried_twice():
+    model, example = make_example("gemma4-26b-a4b", "text")
+    step = StepTracer(build_meta_copy(model), CPU, accumulates=True)
+    batch = widen(example, rows=1, tokens=32, target_share=0.5)
+    settings = {"checkpointed_layers": 0, "loss_chunk_tokens": 16, "query_chunk_tokens": None}
+    found = step.measure(batch, **settings)
+    assert step.measure(batch, **settings) is found
+    next(p for p in step._model.parameters() if p.requires_grad).requires_grad = False
+    assert step.measure(batch, **settings) is not found  # another step
 
 
 @pytest.fixture(scope="module")
@@ -166,9 +178,9 @@ def test_a_trainer_plans_for_its_own_data_and_trains_by_it(checkpoint, tmp_path)
 
     def make_trainer(name, **settings):
         config = gt.TrainConfig(
-            max_steps=1, batch_size=4, output_dir=tmp_path / name, progress=False, **settings
+            max_steps=1, batch_size=2, output_dir=tmp_path / name, progress=False, **settings
         )
-        return gt.Trainer(model, stream, gt.TextCollator(processor, max_tokens=256), config)
+        return gt.Trainer(model, stream, gt.TextCollator(processor, max_tokens=128), config)
 
     ample = make_trainer("ample").plan()
     usable = ample.footprint.resident_bytes + 0.6 * ample.footprint.step_bytes
