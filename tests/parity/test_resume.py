@@ -2,6 +2,7 @@
 
 import multiprocessing
 import signal
+from functools import cache
 
 import pytest
 
@@ -26,35 +27,46 @@ def run_in_new_process(processes, folder, *, target=run, exit_code=0, **options)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(request, processes, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    options = {"modality": request.param, "dropout": 0.1, "eval_every_steps": 2}
-    run_in_new_process(processes, folder, **options)
-    return folder, options
+def run_whole(processes, tmp_path_factory):
+    """Trains without a stop, once a modality; gives the folder and the options."""
+
+    @cache
+    def run_whole(modality):
+        folder = tmp_path_factory.mktemp("whole")
+        options = {"modality": modality, "dropout": 0.1, "eval_every_steps": 2}
+        run_in_new_process(processes, folder, **options)
+        return folder, options
+
+    return run_whole
 
 
-def of_modality(modality, stops, marks=()):
-    return [pytest.param(modality, stop, marks=marks) for stop in stops]
+def assert_same_run(folder, other):
+    assert read_trace(folder) == read_trace(other)
+    assert read_trace(folder, "eval") == read_trace(other, "eval")
+    name = "adapter/adapter_model.safetensors"
+    assert (folder / name).read_bytes() == (other / name).read_bytes()
 
 
 @pytest.mark.parametrize(
-    ("uninterrupted", "stop_after"),
+    ("modality", "stops"),
     [
-        *of_modality("text", range(1, STEPS)),
-        *of_modality("image", [2]),  # in the middle of the first epoch
-        *of_modality("image", [1, 3, 4], marks=pytest.mark.slow),
+        ("text", [1, 2, 3, 4]),
+        ("image", [2]),  # in the middle of the first epoch
+        *(
+            pytest.param(modality, [stop], marks=pytest.mark.slow)
+            for modality in ("text", "image")
+            for stop in range(1, STEPS)
+        ),
     ],
-    indirect=["uninterrupted"],
 )
-def test_stop_anywhere_and_resume(processes, uninterrupted, tmp_path, stop_after):
-    whole, options = uninterrupted
-    run_in_new_process(processes, tmp_path, stop_after=stop_after, **options)
-    assert read_trace(tmp_path)[-1]["step"] == stop_after
+def test_stop_anywhere_and_resume(processes, run_whole, tmp_path, modality, stops):
+    whole, options = run_whole(modality)
+    for stop in stops:
+        resume = stop > stops[0]
+        run_in_new_process(processes, tmp_path, stop_after=stop, resume=resume, **options)
+        assert read_trace(tmp_path)[-1]["step"] == stop
     run_in_new_process(processes, tmp_path, resume=True, **options)
-    assert read_trace(tmp_path) == read_trace(whole)
-    assert read_trace(tmp_path, "eval") == read_trace(whole, "eval")
-    name = "adapter/adapter_model.safetensors"
-    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    assert_same_run(tmp_path, whole)
 
 
 @pytest.mark.slow
@@ -75,7 +87,4 @@ def test_a_run_from_the_cloud_is_killed_twice_and_ends_as_if_it_never_was(
             **options,
         )
     run_in_new_process(processes, killed, resume=True, **options)
-    assert read_trace(killed) == read_trace(tmp_path / "whole")
-    assert read_trace(killed, "eval") == read_trace(tmp_path / "whole", "eval")
-    name = "adapter/adapter_model.safetensors"
-    assert (killed / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert_same_run(killed, tmp_path / "whole")

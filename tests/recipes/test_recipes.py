@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -267,25 +268,20 @@ def test_the_demo_deletes_only_what_is_its_own(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
-def run_in_new_process(name, *arguments):
-    return subprocess.run(
-        [sys.executable, RECIPES / f"{name}.py", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_an_error_is_one_line_and_status_1(tmp_path):
+def test_an_error_is_one_line_and_status_1(tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.jsonl").write_text('{"prompt": "?", "response": ""}\n')
-    done = run_in_new_process("text_chat", "--data", tmp_path / "empty.jsonl", "--out", tmp_path)
-    assert done.returncode == 1
-    assert "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("DataError: example 'empty.jsonl:1': ")
+    flags = ["--data", str(tmp_path / "empty.jsonl"), "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["text_chat.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(RECIPES / "text_chat.py"), run_name="__main__")
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("DataError: example 'empty.jsonl:1': ")
 
 
 @pytest.mark.slow
 def test_the_demo(tmp_path):
-    result = run_in_new_process("demo", "--out", tmp_path / "demo")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("same logits") == 3
+    command = [sys.executable, RECIPES / "demo.py", "--out", tmp_path / "demo"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("same logits") == 3

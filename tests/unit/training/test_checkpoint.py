@@ -28,6 +28,7 @@ from gemma_tuner.training.checkpoint import (
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.optim import build_optimizer
 from gemma_tuner.training.step import guarded_step
+from tests.limits import files_limited_to
 
 CONFIG = TrainConfig(max_steps=100, learning_rate=1e-2, output_dir="/home/ada/secret/run")
 FILES = [
@@ -502,47 +503,29 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
 
 
 def test_a_full_disk_keeps_what_was_saved(tmp_path):
-    """RLIMIT_FSIZE stands in for the disk and cuts each of the five files short in turn."""
-    code = """
-    import resource, signal
-    output_dir = Path(sys.argv[1])
-    run = runs.Run()
+    """A limit on files stands in for the disk and cuts each of the five files short in turn."""
+    run = Run()
     run.train(1)
-    first = runs.read_files(run.save(output_dir))
+    first = read_files(run.save(tmp_path))
     run.train(1)
-    adapter = runs.read_files(runs.save_adapter(run.model, output_dir / "adapter"))
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    unlimited = resource.RLIM_INFINITY
+    adapter = read_files(save_adapter(run.model, tmp_path / "adapter"))
+    says = r"File too large.*What was saved before is untouched\. Free disk space"
 
-    def fails(save, limit):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited))
-        try:
+    def check(save, size):
+        with files_limited_to(size - 1), pytest.raises(CheckpointError, match=says) as caught:
             save()
-        except runs.CheckpointError as error:
-            print(error, flush=True)
-        else:
-            raise SystemExit(f"nothing failed below {limit} bytes")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
+        assert str(tmp_path) not in str(caught.value)
 
     for size in sorted(map(len, first.values())):
-        fails(lambda: run.save(output_dir), size - 1)
-        assert runs.names_in(output_dir) == ["step-00000001"]
-        assert runs.read_files(output_dir / "checkpoints" / "step-00000001") == first
+        check(lambda: run.save(tmp_path), size)
+        assert names_in(tmp_path) == ["step-00000001"]
+        assert read_files(tmp_path / "checkpoints" / "step-00000001") == first
     for size in sorted(map(len, adapter.values())):
-        fails(lambda: runs.save_adapter(run.model, output_dir / "adapter"), size - 1)
-        assert runs.read_files(output_dir / "adapter") == adapter
-    run.save(output_dir)
-    assert runs.Run().load(runs.latest_checkpoint(output_dir)).step == 2
-    """
-    done = run_python(code, tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    messages = done.stdout.splitlines()
-    assert len(messages) == len(FILES) + 3
-    for message in messages:
-        assert str(tmp_path) not in message
-        assert "File too large" in message
-        assert "What was saved before is untouched. Free disk space" in message
+        check(lambda: save_adapter(run.model, tmp_path / "adapter"), size)
+        assert read_files(tmp_path / "adapter") == adapter
+    assert (len(first), len(adapter)) == (len(FILES), 3)
+    run.save(tmp_path)
+    assert Run().load(latest_checkpoint(tmp_path)).step == 2
 
 
 def test_a_small_file_system_is_measured_before_writing(tmp_path):

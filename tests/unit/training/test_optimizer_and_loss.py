@@ -54,7 +54,7 @@ def test_its_rate_is_that_of_the_settings(tmp_path):
 def test_a_plan_counts_what_an_optimizer_keeps(tmp_path):
     moments, adapters = [], []
     for make in (None, sgd, lambda model: sgd(model, momentum=0.0)):
-        plan = build(tmp_path, make_optimizer=make).plan()
+        plan = build(tmp_path, make_optimizer=make, batch_size=1).plan()
         moments.append(plan.footprint.resident["moments"])
         adapters.append(plan.footprint.resident["adapters"])
     assert moments == [2 * adapters[0], adapters[1], 0]
@@ -117,6 +117,7 @@ def test_a_weighted_loss_is_what_is_trained_planned_and_measured(tmp_path):
     def doubled(model, batch, *, chunk_tokens):
         return 2 * target_loss_sum(model, batch, chunk_tokens=chunk_tokens)
 
-    default, weighted = build(tmp_path / "one"), build(tmp_path / "two", loss=doubled)
+    default = build(tmp_path / "one", batch_size=1)
+    weighted = build(tmp_path / "two", loss=doubled, batch_size=1)
     assert weighted.plan().peak_bytes >= default.plan().peak_bytes
     assert weighted.evaluate().loss == pytest.approx(2 * default.evaluate().loss, rel=1e-6)
