@@ -19,7 +19,7 @@ demo-cloud: $(INSTALLED) ## train from local stand-ins for BigQuery and Cloud St
 	.venv/bin/python recipes/stream_bigquery.py
 
 test: $(INSTALLED) ## the fast tests, in minutes on two cores
-	.venv/bin/pytest --session-timeout=600 --durations=25
+	.venv/bin/pytest -n 2 --dist loadfile --session-timeout=600 --durations=25
 
 test-slow: $(INSTALLED) ## the slow tests
 	.venv/bin/pytest -m slow --durations=25

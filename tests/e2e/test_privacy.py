@@ -493,7 +493,7 @@ def test_a_forbidden_bucket_stops_at_once(ears, gcs, tmp_path):
     assert max(asked.values()) == 1
     gcs.allow("media")
 
-    stream = open_bucket(gcs, tmp_path)
+    stream = open_bucket(gcs, tmp_path, **options(tmp_path, total_timeout_seconds=20))
     gcs.forbid("media")
     gcs.clear_requests()
     assert ears.attempt(lambda: list(stream)) is None
