@@ -35,6 +35,7 @@ from google.cloud.bigquery_storage_v1.services.big_query_read.transports import 
 )
 
 from gemma_tuner.testing.cloud.bigquery.server import BigQueryServer
+from tests.read_sessions import open_session
 
 PYTHON = "GEMMA_TUNER_BQEMULATOR_PYTHON"
 MISSING = (
@@ -185,25 +186,6 @@ def values(clients, sql, **config):
     )
 
 
-def open_session(clients, table=TABLE, codec=0, snapshot=None, streams=1, **options):
-    project, dataset, name = table.split(".")
-    read_options = types.ReadSession.TableReadOptions(**options)
-    if codec:
-        read_options.arrow_serialization_options = types.ArrowSerializationOptions(
-            buffer_compression=codec
-        )
-    session = types.ReadSession(
-        table=f"projects/{project}/datasets/{dataset}/tables/{name}",
-        data_format=types.DataFormat.ARROW,
-        read_options=read_options,
-    )
-    if snapshot:
-        session.table_modifiers = types.ReadSession.TableModifiers(snapshot_time=snapshot)
-    return clients.read.create_read_session(
-        parent=f"projects/{project}", read_session=session, max_stream_count=streams
-    )
-
-
 def read(clients, stream, offset=0):
     messages = clients.read.read_rows(stream.name, offset=offset)
     batches, schema = [], None
@@ -223,7 +205,7 @@ def count_rows(clients, session):
 
 def session_of_columns(clients):
     session = open_session(
-        clients, selected_fields=["uri", "id"], row_restriction='text LIKE "row 99%"'
+        clients.read, TABLE, selected_fields=["uri", "id"], row_restriction='text LIKE "row 99%"'
     )
     table = read(clients, session.streams[0])
     return sorted(table.column_names), sorted(table["id"].to_pylist())
@@ -258,24 +240,24 @@ def insert_wrong_row(clients):
 
 
 def read_arrow_types(clients):
-    schema = open_session(clients).arrow_schema.serialized_schema
+    schema = open_session(clients.read, TABLE).arrow_schema.serialized_schema
     schema = pyarrow.ipc.read_schema(pyarrow.py_buffer(schema))
     return {field.name: str(field.type) for field in schema}
 
 
 def name_extension(clients):
-    schema = open_session(clients).arrow_schema.serialized_schema
+    schema = open_session(clients.read, TABLE).arrow_schema.serialized_schema
     field = pyarrow.ipc.read_schema(pyarrow.py_buffer(schema)).field("meta")
     return (field.metadata or {}).get(b"ARROW:extension:name")
 
 
 def read_from_offset(clients):
-    (stream,) = open_session(clients, selected_fields=["id"]).streams
+    (stream,) = open_session(clients.read, TABLE, selected_fields=["id"]).streams
     return read(clients, stream, 100).num_rows
 
 
 def read_nested(clients):
-    session = answer(open_session, clients, selected_fields=["msg.role"])
+    session = answer(open_session, clients.read, TABLE, selected_fields=["msg.role"])
     if isinstance(session, str):
         return session
     return read(clients, session.streams[0])["msg"][0].as_py()
@@ -286,12 +268,14 @@ def compress(clients, codec):
         messages = clients.read.read_rows(session.streams[0].name)
         return sum(len(m.arrow_record_batch.serialized_record_batch) for m in messages)
 
-    packed = open_session(clients, codec=types.ArrowSerializationOptions.CompressionCodec[codec])
-    return measure(packed) < measure(open_session(clients)) / 2
+    packed = open_session(
+        clients.read, TABLE, codec=types.ArrowSerializationOptions.CompressionCodec[codec]
+    )
+    return measure(packed) < measure(open_session(clients.read, TABLE)) / 2
 
 
 def split(clients):
-    (stream,) = open_session(clients, selected_fields=["id"]).streams
+    (stream,) = open_session(clients.read, TABLE, selected_fields=["id"]).streams
     parts = clients.read.split_read_stream(
         types.SplitReadStreamRequest(name=stream.name, fraction=0.5)
     )
@@ -301,17 +285,17 @@ def split(clients):
 
 
 def count_streams(clients):
-    session = open_session(clients, streams=2, selected_fields=["id"])
+    session = open_session(clients.read, TABLE, streams=2, selected_fields=["id"])
     return len(session.streams) <= 2, count_rows(clients, session)  # it may be fewer
 
 
 def estimate_session(clients):
-    session = open_session(clients)
+    session = open_session(clients.read, TABLE)
     return session.estimated_row_count, session.estimated_total_bytes_scanned > 0
 
 
 def see_expiry(clients):
-    expires = open_session(clients).expire_time
+    expires = open_session(clients.read, TABLE).expire_time
     return bool(expires and expires > datetime.datetime.now(datetime.UTC))
 
 
@@ -328,7 +312,7 @@ def add_row_after_a_moment(clients, table):
 
 def read_snapshot(clients):
     between = add_row_after_a_moment(clients, "proj.ds.snapshot")
-    session = open_session(clients, "proj.ds.snapshot", snapshot=between)
+    session = open_session(clients.read, "proj.ds.snapshot", snapshot=between)
     return count_rows(clients, session)
 
 
@@ -346,12 +330,12 @@ def read_result(clients):
     job.result()
     kept = job.destination
     table = f"{kept.project}.{kept.dataset_id}.{kept.table_id}"
-    return answer(lambda: count_rows(clients, open_session(clients, table)))
+    return answer(lambda: count_rows(clients, open_session(clients.read, table)))
 
 
 def read_destination(clients):
     query(clients, "SELECT id FROM `proj.ds.t` WHERE id < 7", destination="proj.ds.kept").result()
-    return answer(lambda: count_rows(clients, open_session(clients, "proj.ds.kept")))
+    return answer(lambda: count_rows(clients, open_session(clients.read, "proj.ds.kept")))
 
 
 def dry_run(clients):
@@ -455,11 +439,11 @@ PATHS = {
         (["id", "uri"], [99, *range(990, 1000)]),
     ),
     "a session of an unknown table": (
-        lambda clients: answer(open_session, clients, "proj.ds.none"),
+        lambda clients: answer(open_session, clients.read, "proj.ds.none"),
         "NotFound",
     ),
     "a session of an unknown column": (
-        lambda clients: answer(open_session, clients, selected_fields=["nope"]),
+        lambda clients: answer(open_session, clients.read, TABLE, selected_fields=["nope"]),
         "InvalidArgument",
     ),
     "estimates of a session": (estimate_session, (NUM_ROWS, True)),
@@ -486,7 +470,7 @@ PATHS = {
     "ZSTD": (lambda clients: compress(clients, "ZSTD"), True),
     "a sample of a tenth": (
         lambda clients: (
-            50 < count_rows(clients, open_session(clients, sample_percentage=10)) < 150
+            50 < count_rows(clients, open_session(clients.read, TABLE, sample_percentage=10)) < 150
         ),
         True,
     ),

@@ -114,7 +114,7 @@ ALL = 1  # the whole rest, from every stop
         (Case("text", {"window_examples": 256}, {"seed": 12345}), 0, ALL),
         (Case("files", {}, {"locality": "shard", "seed": 1}), 0, ALL),
         (Case("pictures", {}, {"seed": 1}), 6, 16),
-        (Case("gcs"), 6, 16),
+        (Case("gcs"), 6, 64),
         (Case("gcs", {"window_examples": 1, "io_threads": 1}, {"seed": 1}), 3, 64),
     ],
     ids=str,

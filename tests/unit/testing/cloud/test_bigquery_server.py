@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.testing.cloud.bigquery.server import BigQueryFault, BigQueryServer
 from gemma_tuner.testing.cloud.bigquery.values import json_field
+from tests.read_sessions import open_session
 
 duckdb = pytest.importorskip("duckdb", reason="NOT TESTED: SQL needs the package duckdb")
 
@@ -110,25 +111,6 @@ def client(server):
 @pytest.fixture
 def read_client(server):
     return server.read_client()
-
-
-def open_session(read_client, table=TABLE, streams=1, snapshot=None, codec=0, **options):
-    project, dataset, name = table.split(".")
-    read_options = types.ReadSession.TableReadOptions(**options)
-    if codec:
-        read_options.arrow_serialization_options = types.ArrowSerializationOptions(
-            buffer_compression=codec
-        )
-    session = types.ReadSession(
-        table=f"projects/{project}/datasets/{dataset}/tables/{name}",
-        data_format=types.DataFormat.ARROW,
-        read_options=read_options,
-    )
-    if snapshot:
-        session.table_modifiers = types.ReadSession.TableModifiers(snapshot_time=snapshot)
-    return read_client.create_read_session(
-        parent=f"projects/{project}", read_session=session, max_stream_count=streams
-    )
 
 
 def read(read_client, stream, offset=0):
@@ -528,7 +510,7 @@ def test_query_errors(client, sql, kind, message):
 
 
 def test_session_describes_what_it_reads(server, read_client):
-    session = open_session(read_client, streams=3)
+    session = open_session(read_client, TABLE, streams=3)
     table = server.read_table(TABLE)
     assert session.estimated_row_count == NUM_ROWS
     assert session.estimated_total_bytes_scanned == table.nbytes
@@ -542,7 +524,7 @@ def test_session_describes_what_it_reads(server, read_client):
 
 
 def test_streams_share_the_rows(server, read_client):
-    session = open_session(read_client, streams=3)
+    session = open_session(read_client, TABLE, streams=3)
     parts = [read_ids(read_client, stream) for stream in session.streams]
     assert len(parts) == 3
     assert all(parts)
@@ -553,7 +535,7 @@ def test_streams_share_the_rows(server, read_client):
 
 
 def test_messages_are_small_and_only_the_first_has_the_schema(read_client):
-    session = open_session(read_client)
+    session = open_session(read_client, TABLE)
     messages = list(read_client.read_rows(session.streams[0].name))
     assert [message.row_count for message in messages] == [4] * 6 + [1]
     assert [bool(message.arrow_schema.serialized_schema) for message in messages] == [
@@ -564,21 +546,21 @@ def test_messages_are_small_and_only_the_first_has_the_schema(read_client):
 
 @pytest.mark.parametrize("offset", [0, 3, 4, 24, 25])
 def test_offset(server, read_client, offset):
-    (stream,) = open_session(read_client).streams
+    (stream,) = open_session(read_client, TABLE).streams
     assert read_ids(read_client, stream, offset) == list(range(offset, NUM_ROWS))
     assert server.calls[-1].offset == offset
     assert server.calls[-1].stream == stream.name
 
 
 def test_offset_beyond_the_end(read_client):
-    (stream,) = open_session(read_client).streams
+    (stream,) = open_session(read_client, TABLE).streams
     with pytest.raises(exceptions.OutOfRange):
         read_ids(read_client, stream, NUM_ROWS + 1)
 
 
 def test_selected_fields_nested_too(server, read_client):
     fields = ["media.uri", "media.version", "msg.role", "id"]
-    session = open_session(read_client, selected_fields=fields)
+    session = open_session(read_client, TABLE, selected_fields=fields)
     rows = read(read_client, session.streams[0])
     assert rows.schema.names == ["id", "msg", "media"]  # the table's order, as documented
     assert rows.slice(2, 1).to_pylist() == [
@@ -590,19 +572,19 @@ def test_selected_fields_nested_too(server, read_client):
     ]
     assert server.calls[0].selected_fields == tuple(fields)
     with pytest.raises(exceptions.InvalidArgument, match="nope"):
-        open_session(read_client, selected_fields=["nope"])
+        open_session(read_client, TABLE, selected_fields=["nope"])
     with pytest.raises(exceptions.InvalidArgument, match=r"nope"):
-        open_session(read_client, selected_fields=["media.nope"])
+        open_session(read_client, TABLE, selected_fields=["media.nope"])
 
 
 def test_row_restriction(server, read_client):
     restriction = 'text LIKE "question 1%" AND created < TIMESTAMP "2026-01-12 00:00:00+00"'
-    session = open_session(read_client, selected_fields=["id"], row_restriction=restriction)
+    session = open_session(read_client, TABLE, selected_fields=["id"], row_restriction=restriction)
     assert read_ids(read_client, session.streams[0]) == [1, 10]
     assert server.calls[0].row_restriction == restriction
-    assert not open_session(read_client, row_restriction="id < 0").streams
+    assert not open_session(read_client, TABLE, row_restriction="id < 0").streams
     with pytest.raises(exceptions.InvalidArgument):
-        open_session(read_client, row_restriction="nope = 1")
+        open_session(read_client, TABLE, row_restriction="nope = 1")
 
 
 def test_sample(server, read_client):
@@ -614,15 +596,15 @@ def test_sample(server, read_client):
 
 def test_snapshot(server, read_client):
     server.put_table(TABLE, make_rows(10), at=T0 + DAY)
-    assert open_session(read_client).estimated_row_count == 10
-    assert open_session(read_client, snapshot=T0 + DAY / 2).estimated_row_count == NUM_ROWS
+    assert open_session(read_client, TABLE).estimated_row_count == 10
+    assert open_session(read_client, TABLE, snapshot=T0 + DAY / 2).estimated_row_count == NUM_ROWS
     assert server.calls[-1].snapshot_time == T0 + DAY / 2
     with pytest.raises(exceptions.InvalidArgument, match="Cannot read before"):
-        open_session(read_client, snapshot=T0 - DAY)
+        open_session(read_client, TABLE, snapshot=T0 - DAY)
 
 
 def test_an_open_session_keeps_its_version(server, read_client):
-    session = open_session(read_client)
+    session = open_session(read_client, TABLE)
     server.put_table(TABLE, make_rows(1))
     assert len(read_ids(read_client, session.streams[0])) == NUM_ROWS
 
@@ -652,7 +634,7 @@ def test_long_messages(server):
 
 
 def test_split(read_client):
-    (stream,) = open_session(read_client).streams
+    (stream,) = open_session(read_client, TABLE).streams
     split = read_client.split_read_stream(
         types.SplitReadStreamRequest(name=stream.name, fraction=0.3)
     )
@@ -689,7 +671,7 @@ def test_the_client_resumes_and_delivers_each_row_once(breaks, rows_per_message)
 
 
 def test_internal_errors_resume_only_for_broken_connections(server, read_client):
-    (stream,) = open_session(read_client).streams
+    (stream,) = open_session(read_client, TABLE).streams
     server.add_fault(
         BigQueryFault("ReadRows", "INTERNAL", after_rows=5, message="Received RST_STREAM")
     )
@@ -700,7 +682,7 @@ def test_internal_errors_resume_only_for_broken_connections(server, read_client)
 
 
 def test_exhausted_quota_resumes_only_if_told_when(server, read_client):
-    (stream,) = open_session(read_client).streams
+    (stream,) = open_session(read_client, TABLE).streams
     server.add_fault(
         BigQueryFault("ReadRows", "RESOURCE_EXHAUSTED", after_rows=8, retry_after_seconds=0.05)
     )
@@ -711,7 +693,7 @@ def test_exhausted_quota_resumes_only_if_told_when(server, read_client):
 
 
 def test_stall(server, read_client):
-    (stream,) = open_session(read_client).streams
+    (stream,) = open_session(read_client, TABLE).streams
     server.add_fault(BigQueryFault("ReadRows", None, after_rows=8, stall_seconds=0.3))
     started = time.monotonic()
     assert read_ids(read_client, stream) == list(range(NUM_ROWS))
@@ -737,16 +719,16 @@ def test_stopping_ends_stalls():
 
 
 def test_expired_sessions(server, read_client):
-    (stream,) = open_session(read_client).streams
+    (stream,) = open_session(read_client, TABLE).streams
     server.expire_sessions()
     with pytest.raises(exceptions.FailedPrecondition, match="session expired at 20"):
         read_ids(read_client, stream)
-    fresh = open_session(read_client)  # a new session is not expired
+    fresh = open_session(read_client, TABLE)  # a new session is not expired
     assert len(read_ids(read_client, fresh.streams[0])) == NUM_ROWS
 
 
 def test_a_session_expires_in_mid_stream(server, read_client):
-    (stream,) = open_session(read_client).streams
+    (stream,) = open_session(read_client, TABLE).streams
     server.add_fault(BigQueryFault("ReadRows", None, after_rows=8, stall_seconds=0.3))
     messages = iter(read_client.read_rows(stream.name))
     assert [next(messages).row_count, next(messages).row_count] == [4, 4]
@@ -759,7 +741,7 @@ def test_session_lifetime():
     with BigQueryServer(session_lifetime_seconds=0) as server:
         server.put_table(TABLE, make_rows())
         read_client = server.read_client()
-        (stream,) = open_session(read_client).streams
+        (stream,) = open_session(read_client, TABLE).streams
         with pytest.raises(exceptions.FailedPrecondition, match=stream.name):
             read_ids(read_client, stream)
 
@@ -774,17 +756,17 @@ def test_denied_table(server, client, read_client):
     with pytest.raises(exceptions.Forbidden, match=message):
         list(client.list_rows(TABLE))
     with pytest.raises(exceptions.PermissionDenied, match=r"'bigquery\.tables\.getData'"):
-        open_session(read_client)
+        open_session(read_client, TABLE)
 
 
 @pytest.mark.parametrize(
     ("permission", "ask"),
     [
         ("bigquery.jobs.create", lambda s: query(s.client("my-project"), "SELECT 1").result()),
-        ("bigquery.readsessions.create", lambda s: open_session(s.read_client())),
+        ("bigquery.readsessions.create", lambda s: open_session(s.read_client(), TABLE)),
         (
             "bigquery.readsessions.getData",
-            lambda s: read_ids(c := s.read_client(), open_session(c).streams[0]),
+            lambda s: read_ids(c := s.read_client(), open_session(c, TABLE).streams[0]),
         ),
     ],
 )
@@ -818,7 +800,7 @@ def test_rest_faults_strike_the_nth_call(server, client):
 
 def test_session_faults(server, read_client):
     server.add_fault(BigQueryFault("CreateReadSession", "PERMISSION_DENIED", table="p.d.other"))
-    open_session(read_client)
+    open_session(read_client, TABLE)
     server.put_table("p.d.other", make_rows())
     with pytest.raises(exceptions.PermissionDenied, match="injected"):
         open_session(read_client, "p.d.other")
@@ -883,12 +865,12 @@ def test_without_its_packages_only_sql_is_missing(client, read_client, monkeypat
         monkeypatch.delitem(sys.modules, f"{BIGQUERY}.{module}", raising=False)
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     assert client.get_table(TABLE).num_rows == NUM_ROWS
-    assert len(read_ids(read_client, open_session(read_client).streams[0])) == NUM_ROWS
+    assert len(read_ids(read_client, open_session(read_client, TABLE).streams[0])) == NUM_ROWS
     remedy = rf"the package {package}, .* run `pip install 'gemma_tuner\[cloud\]'`"
     with pytest.raises(exceptions.MethodNotImplemented, match=remedy):
         query(client, "SELECT 1").result()
     with pytest.raises(exceptions.MethodNotImplemented, match=remedy):
-        open_session(read_client, row_restriction="id = 1")
+        open_session(read_client, TABLE, row_restriction="id = 1")
 
 
 def test_many_clients_at_once(server):
@@ -898,7 +880,7 @@ def test_many_clients_at_once(server):
     def work(number):
         try:
             assert ids(client, f"SELECT id FROM support.tickets WHERE id = {number}") == [number]
-            (stream,) = open_session(read_client).streams
+            (stream,) = open_session(read_client, TABLE).streams
             assert read_ids(read_client, stream) == list(range(NUM_ROWS))
         except Exception as error:  # noqa: BLE001 - shown by the test's own thread
             failures.append(error)
