@@ -115,42 +115,36 @@ def choose(
         layer_counts = layer_counts[-1:] if request.checkpointing else layer_counts[:1]
     chunks = [request.loss_chunk_tokens] if request.loss_chunk_tokens else LOSS_CHUNKS
     settings = [(chunk, None) for chunk in chunks] + [(chunks[-1], _QUERY_CHUNK)]
+    row = widen(example, rows=1, tokens=request.max_tokens, target_share=request.target_share)
     for loss_chunk, query_chunk in settings:
         trial = _Trial(step, example, request, loss_chunk, query_chunk, usable)
         if any(trial.holds_one(layers) for layers in layer_counts):
             levels = tuple(trial.find_levels(layer_counts))
             return PlanChoice(levels, loss_chunk, query_chunk, trial.measure_largest(levels[-1]))
-        if trial.measure_least() > usable:
+        if step.measure_least(row) > usable:
             return None
     return None
 
 
+@dataclass(frozen=True, slots=True)
 class _Trial:
     """Tries micro-batches with fixed chunks."""
 
-    def __init__(
-        self,
-        step: StepTracer,
-        example: Batch,
-        request: PlanRequest,
-        loss_chunk: int,
-        query_chunk: int | None,
-        usable: int,
-    ) -> None:
-        self._step = step
-        self._example = example
-        self._wanted = request
-        self._chunks = {"loss_chunk_tokens": loss_chunk, "query_chunk_tokens": query_chunk}
-        self._usable = usable
+    step: StepTracer
+    example: Batch
+    request: PlanRequest
+    loss_chunk_tokens: int
+    query_chunk_tokens: int | None
+    usable: int
 
     def holds_one(self, layers: int) -> bool:
         """Whether one of the longest rows fits at a number of checkpointed layers."""
-        return self._measure(layers, 1, self._wanted.max_tokens).peak_bytes <= self._usable
+        return self._measure(layers, 1, self.request.max_tokens).peak_bytes <= self.usable
 
     def find_levels(self, layer_counts: Sequence[int]) -> Iterator[CheckpointingLevel]:
         """Go from fast to sparing until one holds what keeps a device busy."""
-        longest = self._wanted.max_tokens
-        enough = min(self._wanted.batch_size * longest, max(longest, BUSY_TOKENS))
+        longest = self.request.max_tokens
+        enough = min(self.request.batch_size * longest, max(longest, BUSY_TOKENS))
         held = 0
         for layers in layer_counts:
             tokens = self._find_tokens(layers)
@@ -162,16 +156,8 @@ class _Trial:
 
     def measure_largest(self, level: CheckpointingLevel) -> Footprint:
         """What the largest micro-batch of the longest rows holds at a level."""
-        rows = min(self._wanted.batch_size, level.max_tokens // self._wanted.max_tokens)
-        return self._measure(level.checkpointed_layers, rows, self._wanted.max_tokens)
-
-    def measure_least(self) -> int:
-        """The bytes of one of the longest rows when nothing is spared in time."""
-        request = self._wanted
-        row = widen(
-            self._example, rows=1, tokens=request.max_tokens, target_share=request.target_share
-        )
-        return self._step.measure_least(row)
+        rows = min(self.request.batch_size, level.max_tokens // self.request.max_tokens)
+        return self._measure(level.checkpointed_layers, rows, self.request.max_tokens)
 
     def _find_tokens(self, layers: int) -> int:
         """Find how many padded tokens fit at a number of checkpointed layers; 0 for too few."""
@@ -179,25 +165,27 @@ class _Trial:
         # with their square and all else with them, so that the straight line between two lengths
         # lies above; but sliding layers grow by blocks of queries, so the length found by it is
         # tried.
-        rows, longest = self._wanted.batch_size, self._wanted.max_tokens
+        rows, longest = self.request.batch_size, self.request.max_tokens
         one = self._measure(layers, 1, longest).peak_bytes
-        if one > self._usable:
+        if one > self.usable:
             half = self._measure(layers, 1, longest // 2).peak_bytes
-            if half > self._usable:
+            if half > self.usable:
                 return 0
-            share = (self._usable - half) / (one - half)
+            share = (self.usable - half) / (one - half)
             tokens = int((1 + share) * (longest // 2))
-            while self._measure(layers, 1, tokens).peak_bytes > self._usable:
+            while self._measure(layers, 1, tokens).peak_bytes > self.usable:
                 tokens = max(longest // 2, tokens - max(1, longest // 16))
             return tokens
         if rows == 1:
             return longest
         another = self._measure(layers, 2, longest).peak_bytes - one
-        more = (self._usable - one) // max(1, another)
+        more = (self.usable - one) // max(1, another)
         return min(rows, 1 + more) * longest
 
     def _measure(self, layers: int, rows: int, tokens: int) -> Footprint:
-        batch = widen(
-            self._example, rows=rows, tokens=tokens, target_share=self._wanted.target_share
+        return self.step.measure(
+            widen(self.example, rows=rows, tokens=tokens, target_share=self.request.target_share),
+            checkpointed_layers=layers,
+            loss_chunk_tokens=self.loss_chunk_tokens,
+            query_chunk_tokens=self.query_chunk_tokens,
         )
-        return self._step.measure(batch, checkpointed_layers=layers, **self._chunks)

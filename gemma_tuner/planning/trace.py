@@ -195,11 +195,9 @@ class StepTracer:
 
 def _describe(batch: Batch) -> tuple[object, ...]:
     """What of a batch decides its trace: shapes, and the values of integers and masks."""
-    tensors = {**batch.inputs, "labels": batch.labels}  # from which the targets' places follow
-    return tuple(
-        (name, x.shape, None if x.is_floating_point() else x.numpy().tobytes())
-        for name, x in tensors.items()
-    )
+    # The targets' places follow from the labels.
+    given = {**batch.inputs, "labels": batch.labels}.items()
+    return tuple((n, x.shape, x.is_floating_point() or x.numpy().tobytes()) for n, x in given)
 
 
 class _Trace(TorchDispatchMode):
