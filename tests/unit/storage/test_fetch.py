@@ -427,6 +427,7 @@ def measure_p99_seconds(hedged_fraction, stall_seconds, num_reads=400):
     return seconds[int(0.99 * num_reads)], counts
 
 
+@pytest.mark.slow  # its hundredths of a second are those of a machine that does nothing else
 def test_hedging_mends_the_tail():
     slow, _ = measure_p99_seconds(0, 0.5)
     quick, counts = measure_p99_seconds(0.1, 0.5)
