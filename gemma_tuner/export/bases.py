@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from gemma_tuner.differences import shorten_differences
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.deltas import Adapter, Delta, Replacement
 from gemma_tuner.export.weights import StoredTensor, find_checkpoint, list_tensors, read_json
+from gemma_tuner.models.adapter_names import full_name
 from gemma_tuner.models.families import family_of_type
 from gemma_tuner.models.identity import hash_decoder_norms, portable_name
+
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +30,27 @@ class Base:
     config: Mapping[str, Any]  # config.json
     tensors: Mapping[str, StoredTensor]
     deltas: Mapping[str, Delta | Replacement]  # by names in tensors
+    embedding: str  # its name in tensors
+    is_untied: bool  # whether the adapter parts the head from the embedding, its twin here
+
+    def require_tied(self, program: str) -> None:
+        """Refuse such an adapter for a file that holds one weight for both."""
+        if self.is_untied:
+            trained = [name for name in (self.embedding, HEAD) if name in self.deltas]
+            raise CheckpointError(
+                f"the adapter trained {' and '.join(trained)}, and the base has one weight for "
+                f"embedding and head, as {program} has; use export_merged, which writes two"
+            )
+
+    def require_lora(self, program: str) -> list[Delta]:
+        """The adapter for a program that adds to weights and does not replace them."""
+        deltas = [delta for delta in self.deltas.values() if isinstance(delta, Delta)]
+        if len(deltas) < len(self.deltas):
+            raise CheckpointError(
+                f"{len(self.deltas) - len(deltas)} weights were trained themselves (variant "
+                f"'full'), which an adapter for {program} cannot hold; export the merged model"
+            )
+        return deltas
 
     @property
     def model_type(self) -> str:
@@ -36,9 +63,15 @@ def open_base(adapter: Adapter, base: str | Path | None, revision: str | None) -
     folder = find_base(adapter, base, revision)
     config = read_json(folder / "config.json")
     tensors = list_tensors(folder)
-    deltas = check_fits(adapter, tensors, folder, str(config.get("model_type")))
+    model_type = str(config.get("model_type"))
+    deltas = check_fits(adapter, tensors, folder, model_type)
     _check_same_release(adapter, folder, tensors)
-    return Base(folder, config, tensors, deltas)
+    embedding = name_embedding(model_type)
+    is_tied = HEAD in tensors or {HEAD, embedding}.isdisjoint(deltas)
+    if not is_tied and _is_same(deltas.get(HEAD), deltas.get(embedding)):
+        del deltas[HEAD]  # trained as one, they stay one
+        is_tied = True
+    return Base(folder, config, tensors, deltas, embedding, is_untied=not is_tied)
 
 
 def find_base(adapter: Adapter, base: str | Path | None, revision: str | None) -> Path:
@@ -56,18 +89,22 @@ def check_fits(
 ) -> dict[str, Delta | Replacement]:
     """Give the adapter's deltas by the checkpoint's names; refuse one of other shapes."""
     base = portable_name(str(folder))
-    deltas = {stored_name(name, model_type): delta for name, delta in adapter.deltas.items()}
+    embedding = name_embedding(model_type)
+    deltas: dict[str, Delta | Replacement] = {}
+    for delta in map(partial(_name_fully, model_type), adapter.deltas.values()):
+        deltas[stored_name(delta.name, model_type)] = delta
     differences = []
     for name, delta in deltas.items():
-        if name in tensors and not tensors[name].dtype.is_floating_point:
+        stored = tensors.get(name) or (tensors.get(embedding) if name == HEAD else None)
+        if stored is None:
+            differences.append(f"{name}: {list(delta.shape)} against nothing")
+        elif not stored.dtype.is_floating_point:
             raise CheckpointError(
                 f"{base} is quantised; give the original in bfloat16 or float32 as base, or make "
                 "one of it with from_mlx"
             )
-        if name not in tensors:
-            differences.append(f"{name}: {list(delta.shape)} against nothing")
-        elif tensors[name].shape != delta.shape:
-            differences.append(f"{name}: {list(delta.shape)} against {list(tensors[name].shape)}")
+        elif stored.shape != delta.shape:
+            differences.append(f"{name}: {list(delta.shape)} against {list(stored.shape)}")
     if differences:
         raise CheckpointError(
             f"the adapter is for another model than {base} ({len(differences)} of {len(deltas)} "
@@ -76,6 +113,23 @@ def check_fits(
             "as base"
         )
     return deltas
+
+
+def _name_fully(model_type: str, delta: Delta | Replacement) -> Delta | Replacement:
+    family = family_of_type(model_type)
+    if isinstance(delta, Delta):
+        return replace(delta, module=full_name(delta.module, family))
+    return replace(delta, name=full_name(delta.name, family))
+
+
+def _is_same(one: Delta | Replacement | None, other: Delta | Replacement | None) -> bool:
+    both = isinstance(one, Replacement) and isinstance(other, Replacement)
+    return both and torch.equal(one.weight, other.weight)
+
+
+def name_embedding(model_type: str) -> str:
+    """Name the vocabulary's embedding in the files of a checkpoint."""
+    return f"{family_of_type(model_type).decoder}.embed_tokens.weight"
 
 
 def _check_same_release(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,14 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.weights import read_file, read_json
 from gemma_tuner.models.adapter_files import CONFIG, FINGERPRINT, WEIGHTS
-
-PREFIX = "base_model.model."
+from gemma_tuner.models.adapter_names import (
+    BASE_COPY,
+    NEUTRAL_INITS,
+    PREFIX,
+    find_saved_module,
+    rank_and_scale,
+    split_parameter,
+)
 
 # Settings of PEFT's LoRA that change what an adapter computes, with the value that does not.
 _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -34,8 +38,6 @@ _UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "velora_config": (None,),
 }
-# Others change the base weights when they begin, which the adapter's file does not say.
-_NEUTRAL_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +96,8 @@ class Delta:
 class Replacement:
     """A weight that was trained itself (``LoraConfig(variant="full")``, ``modules_to_save``)."""
 
-    module: str
-    weight: Tensor  # [out, in] float32
-
-    @property
-    def name(self) -> str:
-        """The full name of the trained weight."""
-        return f"{self.module}.weight"
+    name: str  # full, with the parameter's own at its end
+    weight: Tensor  # of any shape, float32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -109,7 +106,9 @@ class Replacement:
 
     def merge(self, weight: Tensor, index: int, rows: slice) -> Tensor:
         """Give some trained rows, ``[rows, in]`` float32, in place of those in ``weight``."""
-        return self.weight[rows]
+        if self.weight.ndim == 3:
+            return self.weight[index, rows]
+        return self.weight[rows] if self.weight.ndim else self.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,16 +129,6 @@ class Adapter:
         """The base's commit, where it is known."""
         return self.config.get("revision")
 
-    def require_lora(self, program: str) -> list[Delta]:
-        """The adapter for a program that adds to weights and does not replace them."""
-        deltas = [delta for delta in self.deltas.values() if isinstance(delta, Delta)]
-        if len(deltas) < len(self.deltas):
-            raise CheckpointError(
-                f"{len(self.deltas) - len(deltas)} weights were trained themselves (variant "
-                f"'full'), which an adapter for {program} cannot hold; export the merged model"
-            )
-        return deltas
-
 
 def read_adapter(path: str | Path) -> Adapter:
     """Read a PEFT LoRA adapter into memory, as float32."""
@@ -153,6 +142,7 @@ def read_adapter(path: str | Path) -> Adapter:
     config = read_json(folder / CONFIG)
     _check_config(name, config)
     tensors = read_file(folder / WEIGHTS)
+    tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(BASE_COPY)}
     fingerprint = (
         read_json(folder / FINGERPRINT).get("base_norms_sha256")
         if (folder / FINGERPRINT).is_file()
@@ -173,7 +163,7 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
                 f"{name} was trained with {setting}={config[setting]!r}, which cannot be "
                 "exported; merge it with PEFT itself, or train without it"
             )
-    if config.get("init_lora_weights") not in _NEUTRAL_INITS:
+    if config.get("init_lora_weights") not in NEUTRAL_INITS:
         raise CheckpointError(
             f"{name} was begun with init_lora_weights={config['init_lora_weights']!r}, which "
             "changes the base weights; save it with path_initial_model_for_weight_conversion"
@@ -186,14 +176,15 @@ def collect_deltas(
     """Pair the tensors of an adapter."""
     parts: dict[str, dict[str, Tensor]] = {}
     deltas: dict[str, Delta | Replacement] = {}
-    replaced = tuple(f".{module}.weight" for module in config.get("modules_to_save") or ())
-    if lacking := [name for name in replaced if not any(f".{k}".endswith(name) for k in tensors)]:
+    suffixes = config.get("modules_to_save") or ()
+    saved = {key: find_saved_module(config, key.removeprefix(PREFIX)) or "" for key in tensors}
+    if lacking := [m for m in suffixes if not any(path.endswith(m) for path in saved.values())]:
         raise CheckpointError(
-            f"{name} has no {lacking[0][1:]}, though its modules_to_save names it; save it again"
+            f"{name} has no {lacking[0]}, though its modules_to_save names it; save it again"
         )
     for key, tensor in tensors.items():
-        if key.startswith(PREFIX) and f".{key}".endswith(replaced):
-            replacement = Replacement(key.removeprefix(PREFIX)[: -len(".weight")], tensor.float())
+        if key.startswith(PREFIX) and saved[key]:
+            replacement = Replacement(key.removeprefix(PREFIX), tensor.float())
             deltas[replacement.name] = replacement
             continue
         match = re.fullmatch(
@@ -207,7 +198,7 @@ def collect_deltas(
     for path, found in parts.items():
         if not {"lora_A", "lora_B"} <= found.keys():
             raise CheckpointError(f"{name} lacks one half of its adapter on {path}; save it again")
-        module, parameter = _split_parameter(config, path)
+        module, parameter = split_parameter(config, path)
         rank, scale = rank_and_scale(config, f"{module}.{parameter}".removesuffix(".weight"))
         delta = Delta(
             module,
@@ -225,29 +216,3 @@ def collect_deltas(
             )
         deltas[delta.name] = delta
     return deltas
-
-
-def _split_parameter(config: Mapping[str, Any], path: str) -> tuple[str, str]:
-    """Return the module and the parameter that an adapter's path means."""
-    # PEFT wraps a module once for each of its adapted parameters, in the order in which the module
-    # has them (``gate_up_proj`` first, so innermost); each wrapper inside another is a
-    # ``base_layer``.
-    module = path.replace(".base_layer", "")
-    adapted = {
-        target.rpartition(".")[2]
-        for target in config.get("target_parameters") or ()
-        if f".{module}.{target.rpartition('.')[2]}".endswith(f".{target}")
-    }
-    if not adapted:
-        return module, "weight"
-    depth = path.count(".base_layer")
-    from_outside = [name for name in ("down_proj", "gate_up_proj") if name in adapted]
-    return module, from_outside[depth]
-
-
-def rank_and_scale(config: Mapping[str, Any], module: str) -> tuple[int, float]:
-    """Tell an adapter's rank and what ``b @ a`` is multiplied by."""
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key(list(ranks), module), config["r"])
-    alpha = alphas.get(get_pattern_key(list(alphas), module), config["lora_alpha"])
-    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -147,8 +147,7 @@ def export_gguf_adapter(
     read = read_adapter(adapter)
     decoder = _open_decoder(read, base, revision)
     found = decoder.base
-    read.require_lora("llama.cpp")
-    deltas = {name: delta for name, delta in found.deltas.items() if isinstance(delta, Delta)}
+    deltas = dict(zip(found.deltas, found.require_lora("llama.cpp"), strict=True))
     # llama.cpp takes an alpha of 0 for none at all
     alpha = max(delta.scale * delta.rank for delta in deltas.values()) or 1.0
     tensors: list[GgufTensor] = []
@@ -190,6 +189,7 @@ def _open_decoder(adapter: Adapter, base: str | Path | None, revision: str | Non
             f"({type(error).__name__}); download the checkpoint again"
         ) from None
     text = complete_config(config)["text_config"]
+    found.require_tied("a GGUF file")
     names = Names(found.model_type, text["num_hidden_layers"])
     media = [name for name in found.deltas if names.translate(name) is None]
     if media:

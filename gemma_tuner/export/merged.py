@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.bases import open_base
+from gemma_tuner.export.bases import HEAD, open_base
 from gemma_tuner.export.cards import write_merged_card
 from gemma_tuner.export.checkpoints import SHARD_BYTES, NewTensor, write_checkpoint
 from gemma_tuner.export.deltas import Delta, Replacement, read_adapter
@@ -66,7 +66,8 @@ def export_merged(
     Every tensor of the base is in the result under its name, towers included, whether or not the
     adapter was trained with them loaded. A merged weight is computed in float32 (in float64 where
     the base has more than two bytes) and rounded once to the base's dtype; all others are copied
-    bit for bit. Memory holds a part of one weight.
+    bit for bit. Where embedding or head was trained, and the base has one weight for both, the
+    result has two (``tie_word_embeddings`` is false). Memory holds a part of one weight.
 
     Args:
         adapter: The adapter's folder (PEFT).
@@ -85,7 +86,11 @@ def export_merged(
     """
     read = read_adapter(adapter)
     found = open_base(read, base, revision)
-    tensors, deltas = found.tensors, found.deltas
+    tensors, deltas, config = dict(found.tensors), found.deltas, found.config
+    if found.is_untied:
+        tensors[HEAD] = tensors[found.embedding]
+        text = {**config.get("text_config", {}), "tie_word_embeddings": False}
+        config = {**config, "tie_word_embeddings": False, "text_config": text}
     report = MergeReport(Path(path), len(deltas), len(tensors) - len(deltas))
     report.dtypes = tuple(
         sorted({str(tensors[key].dtype).removeprefix("torch.") for key in deltas})
@@ -101,7 +106,7 @@ def export_merged(
         for key, stored in tensors.items()
     ]
     with new_folder(path, report.num_bytes) as temporary:
-        write_checkpoint(temporary, found.folder, found.config, plan, "merging", shard_bytes)
+        write_checkpoint(temporary, found.folder, config, plan, "merging", shard_bytes)
         write_merged_card(temporary, read, report.lost, report.dtypes)
     return report
 

@@ -23,21 +23,20 @@ from torch.nn.functional import pad
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.bases import Base, check_fits, find_base, open_base
 from gemma_tuner.export.deltas import (
-    PREFIX,
     Adapter,
     Delta,
     collect_deltas,
-    rank_and_scale,
     read_adapter,
 )
 from gemma_tuner.export.folders import new_folder
 from gemma_tuner.export.mlx_names import Program, check_program, mlx_name, transformers_name
 from gemma_tuner.export.weights import list_tensors, read_file, read_json
 from gemma_tuner.log import announce
-from gemma_tuner.models.adapter_files import CONFIG, WEIGHTS, write_json
+from gemma_tuner.models.adapter_files import CONFIG, MLX_WEIGHTS, WEIGHTS, write_json
+from gemma_tuner.models.adapter_names import PREFIX, pin_config, rank_and_scale
+from gemma_tuner.models.families import family_of_type
 from gemma_tuner.models.identity import portable_name
 
-_MLX_WEIGHTS = "adapters.safetensors"
 _GATE, _UP = "experts.switch_glu.gate_proj", "experts.switch_glu.up_proj"
 
 
@@ -72,13 +71,15 @@ def export_mlx(
     found = open_base(read, base, revision)
     if program == "mlx-vlm":
         _announce_faults(found)
-    deltas = read.require_lora("MLX")
+    found.require_tied("MLX")
+    deltas = found.require_lora("MLX")
     rank = max(delta.rank for delta in deltas)
     scale = max(delta.scale for delta in deltas)
     tensors: dict[str, Tensor] = {}
     for delta in deltas:
         tensors |= _to_mlx(delta, found.model_type, program, rank, scale)
     keys = sorted({name.rpartition(".")[0] for name in tensors})
+    model = portable_name(read.base)
     settings = {
         "fine_tune_type": "dora" if read.config.get("use_dora") else "lora",
         "num_layers": -1,  # all; keys say which
@@ -88,13 +89,27 @@ def export_mlx(
             "dropout": read.config.get("lora_dropout", 0.0),
             "keys": keys,
         },
-        "model": portable_name(read.base),
-        "peft_config": {**read.config, "base_model_name_or_path": portable_name(read.base)},
+        "model": model,
+        "peft_config": {**_name_fully(read, found), "base_model_name_or_path": model},
     }
     with new_folder(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-        save_file(tensors, temporary / _MLX_WEIGHTS, metadata={"format": "mlx"})
+        save_file(tensors, temporary / MLX_WEIGHTS, metadata={"format": "mlx"})
         write_json(temporary / CONFIG, settings)
     return Path(path)
+
+
+def _name_fully(adapter: Adapter, base: Base) -> Mapping[str, Any]:
+    """PEFT's settings by the names of the class with all parts."""
+    if adapter.deltas.keys() == {delta.name for delta in base.deltas.values()}:
+        return adapter.config
+    paths = [
+        name.removesuffix(".weight")
+        if name.endswith(".weight")
+        else _wrapper_path(adapter.config, name)
+        for name in adapter.deltas
+    ]
+    keys = [f"{PREFIX}{path}.lora_A.weight" for path in paths]
+    return pin_config(adapter.config, keys, family_of_type(base.model_type))
 
 
 def _announce_faults(base: Base) -> None:
@@ -180,7 +195,7 @@ def import_mlx(
             f"{name} holds no LoRA adapter of mlx-lm or mlx-vlm 0.6 and newer (fine_tune_type is "
             f"{mlx_config.get('fine_tune_type')!r}); train it with fine_tune_type lora or dora"
         )
-    stored = read_file(folder / _MLX_WEIGHTS)
+    stored = read_file(folder / MLX_WEIGHTS)
     config = mlx_config.get("peft_config")
     named = Adapter(config or {"base_model_name_or_path": mlx_config.get("model")}, {}, None)
     checkpoint = find_base(named, base, revision)

@@ -59,9 +59,9 @@ class StoredTensor:
 
     def blocks(self) -> Iterator[tuple[int, slice, Tensor]]:
         """Read a matrix, or a pile of them, in blocks of rows that take little memory."""
-        # A vector, such as a norm's weight, is one block.
+        # A vector is one block, and so is what is no pile of matrices, as a convolution's weight.
         # Yields: For each block the matrix's number, its rows, and the block ``[rows, in]``.
-        if len(self.shape) < 2:
+        if len(self.shape) not in (2, 3):
             yield 0, slice(None), self.read()
             return
         *piles, num_rows, num_columns = self.shape

@@ -14,17 +14,18 @@ from torch import Tensor
 
 from gemma_tuner.disk import check_room, disk_errors_explained, sync, sync_all, temporary_sibling
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.models.identity import hash_decoder_norms, portable_name
+from gemma_tuner.models.identity import active_adapter, hash_decoder_norms, portable_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+MLX_WEIGHTS = "adapters.safetensors"
 FINGERPRINT = "gemma_tuner.json"
 """Beside an adapter: ``base_norms_sha256`` of the release that it was trained on, and the ``step``
 of the run that saved it."""
 
 
 def save_adapter(model: PeftModel, path: str | Path, step: int | None = None) -> Path:
-    """Write the adapter as a standard PEFT folder; replace an earlier one once this is whole."""
+    """Write the active adapter as a PEFT folder; replace an earlier one once this is whole."""
     folder = Path(path)
     with saving_explained("save an adapter", folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -33,24 +34,40 @@ def save_adapter(model: PeftModel, path: str | Path, step: int | None = None) ->
             temporary.mkdir()
             write_adapter(model, temporary, step=step)
             sync_all(temporary)
-            for name in (FINGERPRINT, WEIGHTS, CONFIG):
-                (temporary / name).replace(folder / name)
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG):
+                file.replace(folder / file.name)  # CONFIG last: what finds an adapter looks for it
             sync(folder)
     return folder
 
 
 def write_adapter(model: PeftModel, folder: Path, *, step: int | None = None) -> None:
-    """Write an adapter's files into an empty folder."""
-    model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+    """Write the active adapter's files into an empty folder."""
+    name = active_adapter(model)
+    model.save_pretrained(
+        str(folder), safe_serialization=True, save_embedding_layers=False, selected_adapters=[name]
+    )
+    if name != "default":  # PEFT has made a folder of that name
+        named = folder / name
+        for file in named.iterdir():
+            file.replace(folder / file.name)
+        named.rmdir()
     # The model card that PEFT adds names the base by its local path.
     (folder / "README.md").unlink(missing_ok=True)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = portable_name(config["base_model_name_or_path"])
     write_json(folder / CONFIG, config)
-    base: Any = model.get_base_model()
-    norms_sha256 = hash_decoder_norms(dict(base.named_parameters()), base.get_parameter)
-    fingerprint = {"base_norms_sha256": norms_sha256} | ({} if step is None else {"step": step})
-    write_json(folder / FINGERPRINT, fingerprint)
+    fingerprint: dict[str, Any] = {"base_norms_sha256": hash_base(model.get_base_model())}
+    write_json(folder / FINGERPRINT, fingerprint | ({} if step is None else {"step": step}))
+
+
+def hash_base(model: Any) -> str:
+    """Fingerprint the release that a model is of, whether or not PEFT has wrapped its layers."""
+    names = {
+        name.replace(".original_module", ""): name
+        for name, _ in model.named_parameters()
+        if ".modules_to_save." not in name
+    }
+    return hash_decoder_norms(names, lambda name: model.get_parameter(names[name]))
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -59,9 +76,11 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def adapter_tensors(model: PeftModel) -> dict[str, Tensor]:
-    """The adapter under PEFT's file names; the tensors share the parameters' memory."""
+    """The active adapter under PEFT's file names; the tensors share the parameters' memory."""
     # "auto" would ask the Hub whether the base's vocabulary was resized.
-    return get_peft_model_state_dict(model, save_embedding_layers=False)
+    return get_peft_model_state_dict(
+        model, adapter_name=active_adapter(model), save_embedding_layers=False
+    )
 
 
 def saving_explained(what: str, folder: Path) -> AbstractContextManager[None]:

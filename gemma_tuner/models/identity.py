@@ -14,6 +14,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from gemma_tuner.errors import ConfigError
+
 # In every family, loaded with towers or without, and trained by no adapter; also under the names
 # that other programs have for them.
 _DECODER_NORMS = re.compile(
@@ -39,7 +41,7 @@ def describe_model(model: PeftModel) -> dict[str, Any]:
     base_config = json.loads(base.config.to_json_string(use_diff=False))
     lora = {
         name: sorted(value) if isinstance(value, set) else value
-        for name, value in model.peft_config["default"].to_dict().items()
+        for name, value in model.peft_config[active_adapter(model)].to_dict().items()
     }
     return {
         "model_type": base_config["model_type"],  # first to be named where it differs
@@ -50,6 +52,17 @@ def describe_model(model: PeftModel) -> dict[str, Any]:
             name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad
         },
     }
+
+
+def active_adapter(model: PeftModel) -> str:
+    """Name the adapter of a model that is trained, saved and exported: the active one."""
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise ConfigError(
+            f"{len(active)} adapters of the model are active ({', '.join(active) or 'none'}); "
+            "choose the one that is meant: model.set_adapter(NAME)"
+        )
+    return active[0]
 
 
 def hash_decoder_norms(names: Iterable[str], read: Callable[[str], Tensor]) -> str:

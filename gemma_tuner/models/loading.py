@@ -60,8 +60,9 @@ class Placing(Protocol):
 
 
 _EXPLAIN_ADAPTER = (
-    "it holds an adapter, not a model alone; load the model that the adapter was trained on and "
-    "put the adapter on with peft.PeftModel.from_pretrained(model, FOLDER)"
+    "it holds an adapter, not a model alone; load the model that the adapter was trained on, and "
+    "put the adapter on with load_adapter(model, FOLDER) as peft.PeftModel.from_pretrained would, "
+    "and with trainable=True to go on training it"
 )
 
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
+from transformers import PreTrainedModel
 
 from gemma_tuner.checks import suggest
 from gemma_tuner.device import seeded
@@ -25,9 +27,6 @@ from gemma_tuner.models.families import family_of
 from gemma_tuner.models.lora_config import TARGETS
 from gemma_tuner.models.lora_config import LoraConfig as LoraConfig
 from gemma_tuner.models.lora_linear import is_linear, register_layers, use_lean_adapters
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _DECODER_LAYER = r"{decoder}\.layers\.{layers}\."
 _PATTERNS = {
@@ -61,13 +60,36 @@ def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> peft.P
         ConfigError: A target that the model does not have, one that matches nothing or something
             that is not linear, or a model that has adapters already.
     """
-    if isinstance(model, peft.PeftModel) or hasattr(model, "peft_config"):
-        raise ConfigError("the model has adapters already; load it again, or unload() them first")
+    refuse_adapters(check_model(model))
     config = config or LoraConfig()
     peft_config, counts = find_adapters(model, config)
     wrapped = wrap_peft(model, peft_config, config.seed)
     _announce_adapters(wrapped, counts)
     return wrapped
+
+
+def check_model(model: Any) -> Any:
+    """Refuse what is no Gemma model, wrapped by PEFT or not."""
+    gemma = unwrap_peft(model)
+    if isinstance(model, str | Path):
+        raise ConfigError(
+            "model is a name or a folder; load it first: model, processor = load_model(...), and "
+            "put an adapter on with load_adapter(model, FOLDER)"
+        )
+    if not isinstance(gemma, PreTrainedModel):
+        raise ConfigError(f"model is a {type(gemma).__name__}; give what load_model returns first")
+    family_of(gemma.config)
+    return model
+
+
+def refuse_adapters(model: Any) -> None:
+    """Refuse a model that has adapters where new ones are to be put on."""
+    if isinstance(model, peft.PeftModel) or hasattr(model, "peft_config"):
+        raise ConfigError(
+            "the model has adapters already. To go on training one, give the model to Trainer "
+            "(load_adapter(model, FOLDER, trainable=True), in PEFT is_trainable=True, loads it "
+            "so); for others, load the model again, or model.unload() these"
+        )
 
 
 def find_adapters(

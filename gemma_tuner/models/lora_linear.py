@@ -94,8 +94,11 @@ def use_lean_adapters(model: nn.Module) -> None:
     # DoRA is left to PEFT: its norms need float32.
     for layer in model.modules():
         if isinstance(layer, ModulesToSaveWrapper):
-            if layer.original_module.weight.dtype != torch.float32:
-                for part in layer.modules_to_save.values():
+            original = layer.original_module
+            for part in layer.modules_to_save.values():
+                if isinstance(original, nn.Embedding):  # whose dtype its readers take over
+                    part.to(original.weight.dtype)
+                elif is_linear(original) and original.weight.dtype != torch.float32:
                     part.__class__ = RoundedLinear
             continue
         if type(layer) is not lora.Linear or layer.lora_variant:

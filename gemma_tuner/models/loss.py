@@ -19,6 +19,7 @@ from torch import Tensor
 from gemma_tuner.batch import IGNORED, Batch
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.models.lora_linear import is_linear
 from gemma_tuner.models.target_only import target_only_of
 
 if TYPE_CHECKING:
@@ -43,10 +44,10 @@ def target_loss_sum(model: Module, batch: Batch, *, chunk_tokens: int) -> Tensor
     # of targets of the whole optimizer step, every token weighs the same however they are batched.
     gemma = unwrap_peft(model)
     head = gemma.get_output_embeddings()
-    if head.weight.requires_grad:
+    if not is_linear(head) or head.weight.requires_grad:
         raise ConfigError(
-            "the vocabulary head is trainable, but this loss computes no gradient for it; freeze "
-            "it (gemma_tuner's LoRA targets never include it)"
+            "the vocabulary head (lm_head) is trainable or has an adapter, of which this loss "
+            "knows nothing; leave it out of the adapter (gemma_tuner's targets never include it)"
         )
     # [N, H], in the order of the ids; where an id is IGNORED, the state of some other position.
     predicting = target_only_of(gemma).hidden_states(

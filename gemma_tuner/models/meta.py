@@ -17,6 +17,7 @@ from gemma_tuner.modalities import Modality
 from gemma_tuner.models import embeddings
 from gemma_tuner.models.building import choose_left_out, finish_model, make_partial_class
 from gemma_tuner.models.families import family_of, loaded_modalities
+from gemma_tuner.models.identity import active_adapter
 from gemma_tuner.models.lora import unwrap_peft, wrap_peft
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def build_meta_copy(model: PeftModel) -> PeftModel:
         dtype=gemma.dtype,
         per_layer_embeddings="disk" if is_mapped else None,
     )
-    return wrap_peft(meta_model, copy.deepcopy(model.peft_config[model.active_adapters[0]]))
+    return wrap_peft(meta_model, copy.deepcopy(model.peft_config[active_adapter(model)]))
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> None:

@@ -10,12 +10,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gemma_tuner.device import random_generators, replayed
 from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.models.lora_linear import use_lean_adapters
 
 
 def begin_training(model: Any, *, checkpointed_layers: int | None = None) -> None:
     """Turn on the adapters' dropout and activation checkpointing."""
     # Everything else stays in eval mode: in train mode Gemma 3n clamps frozen AltUp weights in
     # place, and batch norms of a frozen tower would drift.
+    use_lean_adapters(model)  # those that PEFT put on compute as add_lora's do
     gemma = unwrap_peft(model)
     gemma.activation_checkpointing_enable(checkpointing_options(gemma.device))
     if checkpointed_layers is not None:

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from gemma_tuner.differences import list_differences, shorten_differences
-from gemma_tuner.errors import CheckpointError
+from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.log import announce
 from gemma_tuner.modalities import MEDIA, Modality
-from gemma_tuner.models.adapter_files import CONFIG, FINGERPRINT, WEIGHTS
-from gemma_tuner.models.identity import hash_decoder_norms, portable_name
-from gemma_tuner.models.lora import wrap_peft
+from gemma_tuner.models.adapter_files import (
+    CONFIG,
+    FINGERPRINT,
+    MLX_WEIGHTS,
+    WEIGHTS,
+    adapter_tensors,
+    hash_base,
+)
+from gemma_tuner.models.adapter_names import BASE_COPY, PREFIX, full_name, pin_config
+from gemma_tuner.models.families import family_of, loaded_modalities
+from gemma_tuner.models.identity import active_adapter, portable_name
+from gemma_tuner.models.lora import check_model, refuse_adapters, wrap_peft
 from gemma_tuner.training.checkpoint import latest_checkpoint
 
 if TYPE_CHECKING:
@@ -71,7 +81,10 @@ def read_adapter_base(folder: Path) -> str | None:
 
 def list_adapter_modalities(folder: Path) -> tuple[Modality, ...]:
     """The parts of a model that an adapter needs, by the names of its weights."""
-    names = _read_weights(folder)
+    return _list_modalities(_read_weights(folder))
+
+
+def _list_modalities(names: Iterable[str]) -> tuple[Modality, ...]:
     media: list[Modality] = [
         modality
         for modality, parts in _TOWERS.items()
@@ -80,37 +93,116 @@ def list_adapter_modalities(folder: Path) -> tuple[Modality, ...]:
     return ("text", *media)
 
 
-def load_adapter(model: PreTrainedModel, path: str | Path) -> PeftModel:
-    """Put a trained adapter on the model that it was trained on, to be used, not trained on."""
+def load_adapter(
+    model: PreTrainedModel, path: str | Path, *, trainable: bool = False
+) -> PeftModel:
+    """Put a trained adapter on the model that it was trained on.
+
+    It may be of this library or of PEFT, trained on the whole model or on a class for text alone,
+    whose names for the layers are shorter; ``import_mlx`` makes one of mlx-lm's.
+
+    Args:
+        model: From ``load_model``.
+        path: The folder of an adapter, or of a run: its saved adapter or newest checkpoint.
+        trainable: To go on training it, with ``Trainer``; by default it is only used.
+
+    Returns:
+        The same model, wrapped as ``add_lora`` does.
+
+    Raises:
+        ConfigError: The model is none of this library's, or has adapters already.
+        CheckpointError: The folder holds no LoRA adapter, a damaged one, or one for another model
+            or for parts that were not loaded.
+    """
+    refuse_adapters(check_model(model))
     folder = find_adapter(path)
     saved = _read_weights(folder)
-    what = f"the adapter {folder.resolve().name} is not for {_name_of(model)}"
-    trained_on = read_adapter_base(folder) or "which it does not name"
-    remedy = f"give the model that it was trained on, {trained_on}"
+    settings = _read_json(folder / CONFIG)
+    what = f"the adapter {folder.resolve().name}"
+    if settings.get("peft_type") != "LORA" or settings.get("alora_invocation_tokens"):
+        kind = "aLoRA" if settings.get("peft_type") == "LORA" else settings.get("peft_type")
+        raise CheckpointError(f"{what} is of PEFT's type {kind}; only LORA can be used here")
+    base, own = settings.get("base_model_name_or_path"), portable_name(model.name_or_path)
+    remedy = f"give the model that it was trained on, {base or 'which it does not name'}"
     if (folder / FINGERPRINT).is_file():
         expected = _read_json(folder / FINGERPRINT).get("base_norms_sha256")
-        if expected != hash_decoder_norms(dict(model.named_parameters()), model.get_parameter):
-            raise CheckpointError(f"{what}, whose weights are others; {remedy}")
-    config = peft.PeftConfig.from_pretrained(str(folder))
-    config.inference_mode = False  # wrapped as for training, so that it computes the same
-    try:
-        wrapped = wrap_peft(model, config)
-    except ValueError as error:  # none of its modules is there
-        raise CheckpointError(f"{what} ({error}); {remedy}") from None
-    here = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
-    if differences := list_differences(_list_shapes(saved), _list_shapes(here)):
+        if expected != hash_base(model):
+            raise CheckpointError(
+                f"{what} is not for {own or 'this model'}, whose weights are others; {remedy}"
+            )
+    elif base and own and portable_name(base) != own:
+        announce(f"{what} names {portable_name(base)} as its base, and is put on {own}")
+    family = family_of(model.config)
+    here = {PREFIX + full_name(key.removeprefix(PREFIX), family): saved[key] for key in saved}
+    _check_parts(model, here, what)
+    wrapped = wrap_peft(
+        model, _choose_config(model, settings, saved, is_renamed=here.keys() != saved.keys())
+    )
+    own_tensors = adapter_tensors(wrapped)
+    if differences := list_differences(_list_shapes(here), _list_shapes(own_tensors)):
         raise CheckpointError(
-            f"{what} (adapter → model: {shorten_differences(differences)}); {remedy}"
+            f"{what} is not for {own or 'this model'} (adapter → model: "
+            f"{shorten_differences(differences)}); {remedy}"
         )
     with torch.no_grad():
-        for key, tensor in saved.items():
-            here[key].copy_(tensor)
-    wrapped.requires_grad_(requires_grad=False)
+        for key, tensor in here.items():
+            own_tensors[key].copy_(tensor)
+    if not trainable:
+        wrapped.requires_grad_(requires_grad=False)
     return wrapped
 
 
-def _name_of(model: PreTrainedModel) -> str:
-    return portable_name(model.name_or_path) or "this model"
+def _check_parts(model: PreTrainedModel, names: Iterable[str], what: str) -> None:
+    """Refuse an adapter on towers that were not loaded, or on modules that the model lacks."""
+    needed, loaded = _list_modalities(names), loaded_modalities(model)
+    if not {*needed} <= {*loaded}:
+        raise CheckpointError(
+            f"{what} is also on the model's {' and '.join(m for m in needed if m not in loaded)}; "
+            f"load it with load_model(..., modalities={needed})"
+        )
+
+
+def _choose_config(
+    model: PreTrainedModel, settings: dict[str, Any], keys: Iterable[str], *, is_renamed: bool
+) -> peft.PeftConfig:
+    """PEFT's settings as they are, or pinned where they would mean other modules here."""
+    pinned = pin_config(settings, keys, family_of(model.config))
+    configs = [
+        peft.PeftConfig.from_peft_type(**{**each, "inference_mode": False})
+        for each in (settings, pinned)
+    ]
+    modules = [name for name, _ in model.named_modules()]
+    meant, wanted = (
+        [name for name in modules if check_target_module_exists(config, name)]
+        for config in configs
+    )
+    return configs[is_renamed or meant != wanted]
+
+
+def list_trainable(model: PeftModel) -> list[torch.nn.Parameter]:
+    """List what a run trains: parameters of the active adapter, all of which are saved."""
+    name = active_adapter(model)
+    config: Any = model.peft_config[name]
+    if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):
+        raise ConfigError(
+            f"the model's adapter is a {config.peft_type.value}, which works on prompts, not on "
+            "layers; train a LoRA: add_lora(model)"
+        )
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ConfigError(
+            f"no parameter of the adapter {name!r} is trainable; to go on training it, load it "
+            "with load_adapter(model, FOLDER, trainable=True), or with PEFT's "
+            "from_pretrained(model, FOLDER, is_trainable=True)"
+        )
+    saved = {tensor.data_ptr() for tensor in adapter_tensors(model).values()}
+    if lost := [n for n, parameter in trainable.items() if parameter.data_ptr() not in saved]:
+        raise ConfigError(
+            f"{len(lost)} trainable parameters (such as {lost[0]}) are not of the active adapter "
+            f"{name!r}, with which they would not be saved; freeze them, or call "
+            "model.set_adapter(NAME) with the adapter that is to be trained"
+        )
+    return list(trainable.values())
 
 
 def _list_shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
@@ -118,10 +210,23 @@ def _list_shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
+    name = folder.resolve().name
+    if not (folder / WEIGHTS).is_file():
+        if (folder / MLX_WEIGHTS).is_file():
+            raise CheckpointError(
+                f"{name} holds an adapter of MLX; make a PEFT adapter of it first: "
+                "import_mlx(FOLDER, NEW_FOLDER, base=MODEL)"
+            )
+        if any(folder.glob("*.bin")):
+            raise CheckpointError(
+                f"the adapter {name} is pickled (.bin), which can run code; save it again with "
+                "save_pretrained in a place that you trust"
+            )
     try:
-        return load_file(folder / WEIGHTS)
+        tensors = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise _damaged(folder, error) from None
+    return {key: tensor for key, tensor in tensors.items() if not key.endswith(BASE_COPY)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
