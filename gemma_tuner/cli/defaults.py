@@ -52,9 +52,22 @@ def from_run(*groups: type[Any]) -> Callable[[typer.Context, Path | None], Path 
             with errors_explained(debug=False):
                 if file := find_settings(path):
                     use_as_defaults(context, file, groups)
+                elif RowSettings in groups:
+                    context.default_map = _read_trained(path)
         return path
 
     return read_run
+
+
+def _read_trained(path: Path) -> dict[str, Any]:
+    """The settings of rows that lie beside an adapter."""
+    from gemma_tuner.models.adapter_files import read_trained_with
+
+    known = read_trained_with(path)
+    settings = dict(known.collator) if known else {}
+    if settings.pop("train_on", None) == "all":
+        settings["mask_prompt"] = False
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 Config = Annotated[Path | None, config_option(GROUPS)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -41,7 +41,10 @@ def generate(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = None,
-    thinking: bool = False,
+    enable_thinking: bool | None = None,
+    image_tokens: int | None = None,
+    max_seconds: float | None = None,
+    long_audio: Literal["error", "split"] | None = None,
 ) -> None:
     """Ask a model, with an adapter or without; the answer is written as it comes.
 
@@ -54,7 +57,10 @@ def generate(
         top_p: Draw from the likeliest of this sum.
         top_k: Draw from the N likeliest.
         seed: Makes drawing repeatable.
-        thinking: Let the model think first.
+        enable_thinking: Let the model think first; by default as the adapter was trained.
+        image_tokens: The most tokens of an image; by default as the adapter was trained.
+        max_seconds: The longest clip; by default as the adapter was trained.
+        long_audio: What happens to a longer clip: error or split.
     """
     from gemma_tuner.evaluation.generation import generate_stream
 
@@ -75,7 +81,10 @@ def generate(
         messages,
         image=[str(path) for path in image] if image else None,
         audio=[str(path) for path in audio] if audio else None,
-        enable_thinking=thinking,
+        enable_thinking=enable_thinking,
+        image_tokens=image_tokens,
+        max_seconds=max_seconds,
+        long_audio=long_audio,
         max_new_tokens=max_new_tokens,
         **options,
     ) as answer:

@@ -187,6 +187,7 @@ def load_with_adapter(settings: ModelSettings, run: Path | None) -> tuple[Any, A
         return load(settings)
     from gemma_tuner.training.adapters import (
         find_adapter,
+        follow_training,
         list_adapter_modalities,
         load_adapter,
         read_adapter_base,
@@ -201,7 +202,8 @@ def load_with_adapter(settings: ModelSettings, run: Path | None) -> tuple[Any, A
     if settings.model == TINY and base:
         settings = dataclasses.replace(settings, model=base)
     model, processor = load(settings)
-    return load_adapter(model, adapter), processor
+    model = load_adapter(model, adapter)
+    return model, follow_training(model, processor)
 
 
 def read_processor(settings: ModelSettings) -> ProcessorMixin:
@@ -238,22 +240,10 @@ def make_collator(settings: ModelSettings, rows: RowSettings, processor: Any) ->
     from gemma_tuner.collators.multimodal import MultimodalCollator
     from gemma_tuner.collators.text import TextCollator
 
-    options: dict[str, Any] = {
-        "max_tokens": rows.max_tokens,
-        "too_long": rows.too_long,
-        "train_on": "assistant" if rows.mask_prompt else "all",
-    }
-    images: dict[str, Any] = {"image_tokens": rows.image_tokens}
-    clips: dict[str, Any] = {"max_seconds": rows.max_seconds, "long_audio": rows.long_audio}
-    match settings.modality:
-        case "text":
-            return TextCollator(processor, **options)
-        case "image":
-            return ImageCollator(processor, **options, **images)
-        case "audio":
-            return AudioCollator(processor, **options, **clips)
-        case _:
-            return MultimodalCollator(processor, **options, **images, **clips)
+    kinds = {"text": TextCollator, "image": ImageCollator, "audio": AudioCollator}
+    kind = kinds.get(settings.modality, MultimodalCollator)
+    train_on = "assistant" if rows.mask_prompt else "all"
+    return kind(processor, **{**_pick(rows, kind), "train_on": train_on})
 
 
 def make_lora(adapter: AdapterSettings, model: ModelSettings, seed: int = 0) -> LoraConfig:

@@ -24,6 +24,7 @@ import typer
 from docstring_parser import google
 
 from gemma_tuner.checks import split_union
+from gemma_tuner.collators.settings import CollatorSettings
 from gemma_tuner.models.lora_config import LoraConfig
 from gemma_tuner.settings import TINY
 from gemma_tuner.sources.columns import KEYWORDS
@@ -42,6 +43,7 @@ ALIASES = {
     "report-to": "trackers",
     "save-every": "save-every-steps",
     "steps": "max-steps",
+    "thinking": "enable-thinking",
     "steps-per-eval": "eval-every-steps",
     "steps-per-report": "log-every-steps",
 }
@@ -195,27 +197,15 @@ class DataSettings(_Settings):
     max_bad_fraction = _Otherwise(shown="0.01; 0 of local files")
 
 
-@options(_ROWS)
-class RowSettings:
+@options(_ROWS, CollatorSettings, but=("train_on",))
+class RowSettings(_Settings):
     """How an example becomes a row of tokens.
 
     Args:
-        max_tokens: The longest row, in tokens.
-        too_long: What happens to a longer row: 'error', or 'cut', which takes the oldest text out
-            of the prompt and counts it.
         mask_prompt: Train on answers only, or on every token.
-        image_tokens: Of an image: 70, 140, 280, 560 or 1120; by default as the model's processor
-            says.
-        max_seconds: The longest clip.
-        long_audio: What happens to a longer clip: 'error', or 'split' into several.
     """
 
-    max_tokens: int = 2048
-    too_long: Literal["error", "cut"] = "error"
     mask_prompt: bool = True
-    image_tokens: int | None = None
-    max_seconds: float = 30.0
-    long_audio: Literal["error", "split"] = "error"
 
 
 @options(_ADAPTER, LoraConfig, but=("seed",))

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 
+from gemma_tuner.checks import name_nearest
+from gemma_tuner.collators.settings import CollatorSettings, LongAudio
 from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.media.audio import SAMPLE_RATE_HZ
 from gemma_tuner.records import Audio, Example, Part
-
-LongAudio = Literal["error", "split"]
 
 # What is not said here a tokenizer says, which was once used with padding or a length and then
 # saved: transformers gives what its file holds to the audio part too, and 2,048 tokens of text
@@ -27,6 +27,7 @@ _AUDIO_OPTIONS = {
 }
 
 
+@name_nearest
 @dataclass
 class AudioCollator(TextCollator):
     """Make batches of examples with clips (rows without one are welcome).
@@ -43,16 +44,14 @@ class AudioCollator(TextCollator):
         ConfigError: ``max_seconds`` beyond what the model hears.
     """
 
-    max_seconds: float = 30.0
-    long_audio: LongAudio = "error"
+    max_seconds: float = CollatorSettings.max_seconds
+    long_audio: LongAudio = CollatorSettings.long_audio
     media_types: ClassVar[tuple[type, ...]] = (Audio,)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.long_audio not in {"error", "split"}:
-            raise ConfigError(f"long_audio is {self.long_audio!r}; it may be 'error' or 'split'")
         hears = self.family.max_audio_seconds(self.processor)
-        if not 0 < self.max_seconds <= hears:
+        if self.max_seconds > hears:
             raise ConfigError(
                 f"max_seconds is {self.max_seconds}; it must be above 0 and at most {hears}, the "
                 f"longest clip that {self.family.name} hears"

@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from gemma_tuner.checks import name_nearest
+from gemma_tuner.collators.settings import CollatorSettings
 from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.records import Image
 
 
+@name_nearest
 @dataclass
 class ImageCollator(TextCollator):
     """Make batches of examples with images (rows without one are welcome).
@@ -24,7 +27,7 @@ class ImageCollator(TextCollator):
         ConfigError: A budget that the family does not offer.
     """
 
-    image_tokens: int | None = None
+    image_tokens: int | None = CollatorSettings.image_tokens
     media_types: ClassVar[tuple[type, ...]] = (Image,)
 
     def __post_init__(self) -> None:
@@ -35,6 +38,14 @@ class ImageCollator(TextCollator):
                 f"image_tokens is {self.image_tokens}; {self.family.name} offers "
                 f"{', '.join(map(str, offered))}"
             )
+
+    def list_settings(self) -> dict[str, Any]:
+        """What was chosen; of images the budget that the processor has by default, too."""
+        own = getattr(self.processor, "image_processor", None)
+        default = getattr(own, self.family.image_budget_option or "", None)
+        is_offered = default in self.family.image_budgets(self.processor)
+        budget = self.image_tokens or (default if is_offered else None)
+        return {**super().list_settings(), "image_tokens": budget}
 
     def processor_options(self) -> dict[str, Any]:
         """The processor's keyword arguments for media: the images' budget."""

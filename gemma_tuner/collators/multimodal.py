@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from gemma_tuner.checks import name_nearest
 from gemma_tuner.collators.audio import AudioCollator
 from gemma_tuner.collators.image import ImageCollator
 from gemma_tuner.records import Audio, Image
 
 
+@name_nearest
 @dataclass
 class MultimodalCollator(ImageCollator, AudioCollator):
     """Make batches of examples with images, clips, both or neither.

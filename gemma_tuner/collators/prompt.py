@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 
@@ -18,6 +18,7 @@ from gemma_tuner.collators.refusals import (
     check_rendered,
     reasoning_of,
 )
+from gemma_tuner.collators.settings import TrainOn
 from gemma_tuner.errors import DataError
 from gemma_tuner.modalities import kind_of
 from gemma_tuner.models.families import tokenizer_of
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from gemma_tuner.models.families import Family
-
-TrainOn = Literal["assistant", "last", "all"]
-TRAIN_ON: tuple[TrainOn, ...] = ("assistant", "last", "all")
 
 
 def render_prompt(

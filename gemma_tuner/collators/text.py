@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from gemma_tuner.batch import Batch, Row, pad_rows
+from gemma_tuner.checks import name_nearest
 from gemma_tuner.collators.prompt import (
-    TRAIN_ON,
-    TrainOn,
     TurnMarkers,
     mark_removable,
     mark_targets,
     render_prompt,
 )
+from gemma_tuner.collators.settings import CollatorSettings, TooLong, TrainOn
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.media.load import load_media
 from gemma_tuner.modalities import MEDIA, kind_of
@@ -27,8 +27,6 @@ from gemma_tuner.records import Audio, Example, Image
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
-
-TooLong = Literal["error", "cut"]
 
 # All of it is said here, since a tokenizer that was used and then saved brings what it was last
 # called with. The template has written <bos>.
@@ -41,6 +39,7 @@ _TEXT_OPTIONS = {
 }
 
 
+@name_nearest
 @dataclass
 class TextCollator:
     """Make batches of text examples.
@@ -61,21 +60,16 @@ class TextCollator:
 
     processor: ProcessorMixin = field(repr=False)  # printed, it fills pages
     _: KW_ONLY
-    max_tokens: int = 2048
-    too_long: TooLong = "error"
-    train_on: TrainOn = "assistant"
-    enable_thinking: bool = False
+    max_tokens: int = CollatorSettings.max_tokens
+    too_long: TooLong = CollatorSettings.too_long
+    train_on: TrainOn = CollatorSettings.train_on
+    enable_thinking: bool = CollatorSettings.enable_thinking
 
     family: Family = field(init=False, repr=False)
     media_types: ClassVar[tuple[type, ...]] = ()
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 16:
-            raise ConfigError(f"max_tokens is {self.max_tokens}; it must be at least 16")
-        if self.too_long not in {"error", "cut"}:
-            raise ConfigError(f"too_long is {self.too_long!r}; it may be 'error' or 'cut'")
-        if self.train_on not in TRAIN_ON:
-            raise ConfigError(f"train_on is {self.train_on!r}; it may be one of {TRAIN_ON}")
+        CollatorSettings(**TextCollator.list_settings(self))
         self.family = family_of_processor(self.processor)
         if self.enable_thinking and not self.family.has_thinking:
             raise ConfigError(f"enable_thinking is True, but {self.family.name} has no thinking")
@@ -166,6 +160,15 @@ class TextCollator:
             **own,
             "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest(),
         }
+
+    def list_settings(self) -> dict[str, Any]:
+        """What was chosen, of the names of :class:`~gemma_tuner.collators.settings`.
+
+        Returns:
+            Names to values, as JSON has them; they lie beside an adapter that is trained so.
+        """
+        names = (f.name for f in fields(CollatorSettings))
+        return {name: getattr(self, name) for name in names if hasattr(self, name)}
 
     def prepare_media(self, example: Example) -> tuple[Example, Mapping[str, int]]:
         """Check decoded media against what the model takes.

@@ -32,6 +32,7 @@ from gemma_tuner.models.identity import portable_name
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.records import Example
+from gemma_tuner.training.adapters import compare_collator
 from gemma_tuner.training.checks import check_collator
 from gemma_tuner.training.feed import ModelCollator, Stream
 from gemma_tuner.training.held_out import measure_held_out
@@ -100,6 +101,7 @@ def evaluate(
         CheckpointError: ``output`` cannot be written.
     """
     check_collator(model, collator)  # pyright: ignore[reportArgumentType] - it unwraps
+    compare_collator(model, collator, "it is evaluated")
     found = find_scores(scores, language)
     check_value("batch_size", batch_size, int, at_least=1)
     decoding = Decoding(max_new_tokens=max_new_tokens, do_sample=False)

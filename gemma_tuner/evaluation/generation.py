@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from gemma_tuner.checks import check_value
 from gemma_tuner.collators.multimodal import MultimodalCollator
+from gemma_tuner.collators.settings import LongAudio
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.evaluation.answers import Generation, Generator, check_modalities
 from gemma_tuner.evaluation.decoding import Decoding, DecodingOptions
@@ -24,7 +25,10 @@ from gemma_tuner.evaluation.prompts import (
     add_placeholder,
     read_prompts,
 )
+from gemma_tuner.models.adapter_files import trained_with
+from gemma_tuner.models.lora import check_model
 from gemma_tuner.records import Example
+from gemma_tuner.training.adapters import compare_collator, follow_training
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -43,7 +47,10 @@ def generate(
     *,
     image: Any = ...,
     audio: Any = ...,
-    enable_thinking: bool = ...,
+    enable_thinking: bool | None = ...,
+    image_tokens: int | None = ...,
+    max_seconds: float | None = ...,
+    long_audio: LongAudio | None = ...,
     batch_size: int = ...,
     **decoding: Unpack[DecodingOptions],
 ) -> Generation: ...
@@ -57,7 +64,10 @@ def generate(
     *,
     image: Any = ...,
     audio: Any = ...,
-    enable_thinking: bool = ...,
+    enable_thinking: bool | None = ...,
+    image_tokens: int | None = ...,
+    max_seconds: float | None = ...,
+    long_audio: LongAudio | None = ...,
     batch_size: int = ...,
     **decoding: Unpack[DecodingOptions],
 ) -> list[Generation]: ...
@@ -70,7 +80,10 @@ def generate(
     *,
     image: Any = None,
     audio: Any = None,
-    enable_thinking: bool = False,
+    enable_thinking: bool | None = None,
+    image_tokens: int | None = None,
+    max_seconds: float | None = None,
+    long_audio: LongAudio | None = None,
     batch_size: int = 8,
     **decoding: Unpack[DecodingOptions],
 ) -> Generation | list[Generation]:
@@ -88,7 +101,11 @@ def generate(
             for each. An image is a path, bytes, a ``PIL.Image`` or an ``Image``.
         audio: Clips in the same form; a clip is a path, bytes, or
             ``Audio(samples, sample_rate_hz)``.
-        enable_thinking: Lets the model think before it answers, where its family can.
+        enable_thinking: Lets the model think before it answers, where its family can. This and
+            the three below are by default what the adapter was trained with, where it says so.
+        image_tokens: The most tokens of an image, as in ``ImageCollator``.
+        max_seconds: The longest clip, as in ``AudioCollator``.
+        long_audio: What happens to a longer clip, ``error`` or ``split``.
         batch_size: Prompts at a time; in float32 it does not change the answers.
         **decoding: ``max_new_tokens do_sample temperature top_p top_k`` of transformers, by
             default as the checkpoint says; ``seed`` makes sampling repeatable
@@ -105,7 +122,13 @@ def generate(
     """
     check_value("batch_size", batch_size, int, at_least=1)
     generator = _make_generator(
-        model, processor, Decoding(**decoding), enable_thinking=enable_thinking
+        model,
+        processor,
+        Decoding(**decoding),
+        enable_thinking=enable_thinking,
+        image_tokens=image_tokens,
+        max_seconds=max_seconds,
+        long_audio=long_audio,
     )
     examples, is_single = read_prompts(prompts, image=image, audio=audio)
     answers: list[Generation] = []
@@ -124,7 +147,10 @@ def generate_stream(
     *,
     image: Any = None,
     audio: Any = None,
-    enable_thinking: bool = False,
+    enable_thinking: bool | None = None,
+    image_tokens: int | None = None,
+    max_seconds: float | None = None,
+    long_audio: LongAudio | None = None,
     **decoding: Unpack[DecodingOptions],
 ) -> TextStream:
     """Answer one prompt piece by piece, as it is written.
@@ -135,7 +161,10 @@ def generate_stream(
         prompt: One prompt.
         image: Its images, in the forms that :func:`generate` takes.
         audio: Its clips, in the forms that :func:`generate` takes.
-        enable_thinking: Lets the model think before it answers, where its family can.
+        enable_thinking: This and the next three are those of :func:`generate`.
+        image_tokens: The most tokens of an image.
+        max_seconds: The longest clip.
+        long_audio: What happens to a longer clip.
         **decoding: The settings of :func:`generate`.
 
     Returns:
@@ -147,7 +176,13 @@ def generate_stream(
         DataError: Those of :func:`generate`.
     """
     generator = _make_generator(
-        model, processor, Decoding(**decoding), enable_thinking=enable_thinking
+        model,
+        processor,
+        Decoding(**decoding),
+        enable_thinking=enable_thinking,
+        image_tokens=image_tokens,
+        max_seconds=max_seconds,
+        long_audio=long_audio,
     )
     examples, is_single = read_prompts(prompt, image=image, audio=audio)
     if not is_single:
@@ -156,12 +191,19 @@ def generate_stream(
     return TextStream(generator, generator.encode(add_placeholder(examples[0])))
 
 
-def _make_generator(
-    model: Any, processor: Any, decoding: Decoding, *, enable_thinking: bool
-) -> Generator:
+def _make_generator(model: Any, processor: Any, decoding: Decoding, **given: Any) -> Generator:
+    """What answers prompts as they were written in training, save where it is told otherwise."""
+    check_model(model)
+    known = trained_with(model)
+    trained = {name: known.collator.get(name) for name in given} if known else {}
+    chosen = {n: trained.get(n) if value is None else value for n, value in given.items()}
     collator = MultimodalCollator(
-        processor, max_tokens=_NO_LIMIT, train_on="last", enable_thinking=enable_thinking
+        follow_training(model, processor),
+        max_tokens=_NO_LIMIT,
+        train_on="last",
+        **{name: value for name, value in chosen.items() if value is not None},
     )
+    compare_collator(model, collator, "it is asked")
     return Generator(model, collator, decoding)
 
 

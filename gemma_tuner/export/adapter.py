@@ -17,7 +17,14 @@ from gemma_tuner.export.cards import Scores, write_adapter_card
 from gemma_tuner.export.folders import new_folder
 from gemma_tuner.export.weights import read_json
 from gemma_tuner.log import announce
-from gemma_tuner.models.adapter_files import CONFIG, adapter_tensors, write_adapter, write_json
+from gemma_tuner.models.adapter_files import (
+    CONFIG,
+    adapter_tensors,
+    trained_with,
+    write_adapter,
+    write_json,
+)
+from gemma_tuner.models.lora import check_adapted
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Nothing else of an export is meant for others; a training folder's log and states never are.
@@ -57,7 +64,9 @@ def export_adapter(
         ConfigError: A score that is no number.
         CheckpointError: The folder exists already or cannot be written.
     """
+    check_adapted(model)
     base: Any = model.get_base_model()
+    known = trained_with(model)
     num_bytes = sum(tensor.nbytes for tensor in adapter_tensors(model).values())
     with new_folder(path, num_bytes) as temporary:
         write_adapter(model, temporary)
@@ -67,7 +76,7 @@ def export_adapter(
         write_adapter_card(
             temporary,
             config,
-            template=getattr(processor, "chat_template", None),
+            template=known.chat_template if known else getattr(processor, "chat_template", None),
             data=data,
             scores=scores,
             training=training,

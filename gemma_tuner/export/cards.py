@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.models.adapter_files import hash_text
 from gemma_tuner.models.identity import portable_name
 
 if TYPE_CHECKING:
@@ -81,11 +81,6 @@ def write_merged_card(folder: Path, adapter: Adapter, lost: float, dtypes: Seque
         *_versions(),
     ]
     _write(folder, lines)
-
-
-def hash_text(text: str) -> str:
-    """SHA-256 of a text in UTF-8."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _front_matter(base: str | None, library: str, relation: str, tags: Sequence[str]) -> list[str]:

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from gemma_tuner.export.folders import progress_shown
-from gemma_tuner.export.weights import DTYPES, INDEX
+from gemma_tuner.export.weights import DTYPES, INDEX, read_json
+from gemma_tuner.models.adapter_files import TrainedWith, write_json, write_trained_with
+from gemma_tuner.models.families import family_of_type
 
 SHARD_BYTES = 5 * 10**9
 # Configuration, tokenizer, processor, chat template; neither weights nor the base's own card.
@@ -52,6 +54,24 @@ def write_checkpoint(
         json.dumps(complete_config(config), indent=2) + "\n", encoding="utf-8"
     )
     _write_weights(folder, tensors, what, shard_bytes)
+
+
+def write_processor(folder: Path, known: TrainedWith | None, model_type: str) -> None:
+    """Let a checkpoint's processor write prompts as they were written in training."""
+    if known is None:
+        return
+    write_trained_with(folder, known)
+    option = family_of_type(model_type).image_budget_option
+    budget = known.collator.get("image_tokens")
+    for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            continue
+        document = read_json(folder / name)
+        document.pop("chat_template", None)  # the file's goes before chat_template.jinja
+        for part in (document, document.get("image_processor") or {}):
+            if budget is not None and option in part:
+                part[option] = budget
+        write_json(folder / name, document)
 
 
 def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:

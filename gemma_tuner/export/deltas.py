@@ -13,7 +13,13 @@ from torch import Tensor
 
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.weights import read_file, read_json
-from gemma_tuner.models.adapter_files import CONFIG, FINGERPRINT, WEIGHTS
+from gemma_tuner.models.adapter_files import (
+    CONFIG,
+    FINGERPRINT,
+    WEIGHTS,
+    TrainedWith,
+    read_trained_with,
+)
 from gemma_tuner.models.adapter_names import (
     BASE_COPY,
     NEUTRAL_INITS,
@@ -118,6 +124,7 @@ class Adapter:
     config: Mapping[str, Any]  # adapter_config.json
     deltas: Mapping[str, Delta | Replacement]  # by the full name of the weight
     norms_sha256: str | None  # of the base's norms, see hash_decoder_norms
+    trained: TrainedWith | None = None
 
     @property
     def base(self) -> str | None:
@@ -148,7 +155,8 @@ def read_adapter(path: str | Path) -> Adapter:
         if (folder / FINGERPRINT).is_file()
         else None
     )
-    return Adapter(config, collect_deltas(name, config, tensors), fingerprint)
+    deltas = collect_deltas(name, config, tensors)
+    return Adapter(config, deltas, fingerprint, read_trained_with(folder))
 
 
 def _check_config(name: str, config: Mapping[str, Any]) -> None:

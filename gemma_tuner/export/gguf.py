@@ -104,7 +104,8 @@ def export_gguf(
     add_sizes(writer, found.model_type, decoder.text)
     writer.add_file_type(file_kind)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    add_tokenizer(writer, found.folder, found.tensors[_EMBEDDING].shape[0])
+    template = read.trained and read.trained.chat_template
+    add_tokenizer(writer, found.folder, found.tensors[_EMBEDDING].shape[0], template)
     write_gguf(writer, path, tensors, "writing GGUF")
     announce(
         f"{Path(path).name}: the decoder in {file_type}, {report.num_merged} weights with the "

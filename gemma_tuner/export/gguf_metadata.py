@@ -113,7 +113,9 @@ def rope_factors(text: Mapping[str, Any]) -> torch.Tensor:
     return factors
 
 
-def add_tokenizer(writer: GGUFWriter, folder: Path, num_tokens: int) -> None:
+def add_tokenizer(
+    writer: GGUFWriter, folder: Path, num_tokens: int, template: str | None = None
+) -> None:
     """Write vocabulary, merges, special tokens and chat template of ``tokenizer.json``."""
     tokenizer = read_json(folder / "tokenizer.json")
     model = tokenizer.get("model", {})
@@ -143,6 +145,7 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, num_tokens: int) -> None:
     writer.add_add_space_prefix(value=False)
     special = SpecialVocab(folder, load_merges=True, n_vocab=num_tokens)
     special.add_special_token = {"bos": True}
+    special.chat_template = template or special.chat_template
     special.add_to_gguf(writer, quiet=True)
     generation = folder / "generation_config.json"
     if generation.is_file() and (suppressed := read_json(generation).get("suppress_tokens")):

@@ -12,7 +12,12 @@ import torch
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.bases import HEAD, open_base
 from gemma_tuner.export.cards import write_merged_card
-from gemma_tuner.export.checkpoints import SHARD_BYTES, NewTensor, write_checkpoint
+from gemma_tuner.export.checkpoints import (
+    SHARD_BYTES,
+    NewTensor,
+    write_checkpoint,
+    write_processor,
+)
 from gemma_tuner.export.deltas import Delta, Replacement, read_adapter
 from gemma_tuner.export.folders import new_folder
 from gemma_tuner.export.weights import StoredTensor, tensor_bytes
@@ -107,6 +112,7 @@ def export_merged(
     ]
     with new_folder(path, report.num_bytes) as temporary:
         write_checkpoint(temporary, found.folder, config, plan, "merging", shard_bytes)
+        write_processor(temporary, read.trained, found.model_type)
         write_merged_card(temporary, read, report.lost, report.dtypes)
     return report
 

@@ -32,7 +32,14 @@ from gemma_tuner.export.folders import new_folder
 from gemma_tuner.export.mlx_names import Program, check_program, mlx_name, transformers_name
 from gemma_tuner.export.weights import list_tensors, read_file, read_json
 from gemma_tuner.log import announce
-from gemma_tuner.models.adapter_files import CONFIG, MLX_WEIGHTS, WEIGHTS, write_json
+from gemma_tuner.models.adapter_files import (
+    CONFIG,
+    MLX_WEIGHTS,
+    WEIGHTS,
+    read_trained_with,
+    write_json,
+    write_trained_with,
+)
 from gemma_tuner.models.adapter_names import PREFIX, pin_config, rank_and_scale
 from gemma_tuner.models.families import family_of_type
 from gemma_tuner.models.identity import portable_name
@@ -95,6 +102,8 @@ def export_mlx(
     with new_folder(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         save_file(tensors, temporary / MLX_WEIGHTS, metadata={"format": "mlx"})
         write_json(temporary / CONFIG, settings)
+        if read.trained:
+            write_trained_with(temporary, read.trained)
     return Path(path)
 
 
@@ -212,6 +221,8 @@ def import_mlx(
     with new_folder(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         write_json(temporary / CONFIG, config)
+        if known := read_trained_with(folder):
+            write_trained_with(temporary, known)
     announce(f"{name}: {len(modules)} adapters read from MLX")
     return Path(path)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,81 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MLX_WEIGHTS = "adapters.safetensors"
 FINGERPRINT = "gemma_tuner.json"
-"""Beside an adapter: ``base_norms_sha256`` of the release that it was trained on, and the ``step``
-of the run that saved it."""
+"""Beside an adapter: ``base_norms_sha256`` of the release that it was trained on, the ``step`` of
+the run that saved it, and the ``collator``'s settings."""
+TEMPLATE = "chat_template.jinja"
+_HASH = "chat_template_sha256"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedWith:
+    """How the prompts were written that an adapter was trained with.
+
+    Args:
+        collator: Settings of the collator, by name.
+        chat_template: The processor's.
+    """
+
+    collator: Mapping[str, Any]
+    chat_template: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings with the template's hash, as JSON has them."""
+        return {**self.collator, _HASH: hash_text(self.chat_template)}
+
+
+def trained_with(model: Any) -> TrainedWith | None:
+    """How a model's active adapter, or what was merged into the model, was trained, if known."""
+    return getattr(_holder(model), "trained_with", None)
+
+
+def set_trained_with(model: Any, known: TrainedWith | None) -> None:
+    """Let a model know how it was trained; whatever is saved of it will say so."""
+    if (holder := _holder(model)) is not None:
+        holder.trained_with = known
+
+
+def _holder(model: Any) -> Any:
+    if not isinstance(model, PeftModel):
+        return model
+    active = model.active_adapters  # several at once were not trained together
+    return model.peft_config[active[0]] if len(active) == 1 else None
+
+
+def write_trained_with(folder: Path, known: TrainedWith | None, **more: Any) -> None:
+    """Write beside weights how they were trained, and what else is known of them."""
+    write_json(folder / FINGERPRINT, {**more, **({"collator": known.to_dict()} if known else {})})
+    if known:
+        (folder / TEMPLATE).write_text(known.chat_template, encoding="utf-8")
+
+
+def read_trained_with(folder: Path) -> TrainedWith | None:
+    """Read how weights were trained; None where nothing beside them says it."""
+    try:
+        settings = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8")).get("collator")
+        if settings is None:
+            return None
+        template = (folder / TEMPLATE).read_text(encoding="utf-8")
+        known = TrainedWith({k: v for k, v in settings.items() if k != _HASH}, template)
+        is_whole = known.to_dict() == settings
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{FINGERPRINT} of {folder.resolve().name} cannot be read ({type(error).__name__}); "
+            "save the adapter again"
+        ) from None
+    if not is_whole:
+        raise CheckpointError(
+            f"{TEMPLATE} of {folder.resolve().name} is not the one that it was trained with; put "
+            f"the original back, or delete {FINGERPRINT} to go by your own settings"
+        )
+    return known
+
+
+def hash_text(text: str) -> str:
+    """SHA-256 of a text in UTF-8."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def save_adapter(model: PeftModel, path: str | Path, step: int | None = None) -> Path:
@@ -56,8 +131,10 @@ def write_adapter(model: PeftModel, folder: Path, *, step: int | None = None) ->
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = portable_name(config["base_model_name_or_path"])
     write_json(folder / CONFIG, config)
-    fingerprint: dict[str, Any] = {"base_norms_sha256": hash_base(model.get_base_model())}
-    write_json(folder / FINGERPRINT, fingerprint | ({} if step is None else {"step": step}))
+    more: dict[str, Any] = {"base_norms_sha256": hash_base(model.get_base_model())}
+    write_trained_with(
+        folder, trained_with(model), **more, **({} if step is None else {"step": step})
+    )
 
 
 def hash_base(model: Any) -> str:

@@ -25,6 +25,7 @@ from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.log import announce
 from gemma_tuner.modalities import MEDIA, Modality
 from gemma_tuner.models import embeddings
+from gemma_tuner.models.adapter_files import read_trained_with, set_trained_with
 from gemma_tuner.models.building import choose_left_out, finish_model, make_partial_class
 from gemma_tuner.models.families import Family, family_of, tokenizer_of
 
@@ -132,6 +133,7 @@ def load_model(
         f"{name}: {', '.join(modalities)} on {device} ({device_reason}), "
         f"{str(dtype).removeprefix('torch.')} ({dtype_reason})"
     )
+    set_trained_with(model, read_trained_with(Path(source)))  # of a merged one
     return finish_model(model), processor
 
 

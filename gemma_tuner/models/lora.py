@@ -82,6 +82,12 @@ def check_model(model: Any) -> Any:
     return model
 
 
+def check_adapted(model: Any) -> None:
+    """Refuse what is no model with an adapter."""
+    if not isinstance(check_model(model), peft.PeftModel):
+        raise ConfigError("the model has no adapter; add_lora or load_adapter puts one on")
+
+
 def refuse_adapters(model: Any) -> None:
     """Refuse a model that has adapters where new ones are to be put on."""
     if isinstance(model, peft.PeftModel) or hasattr(model, "peft_config"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,17 +16,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gemma_tuner.collators.settings import OF_TRAINING_ALONE
 from gemma_tuner.differences import list_differences, shorten_differences
 from gemma_tuner.errors import CheckpointError, ConfigError
-from gemma_tuner.log import announce
+from gemma_tuner.log import announce, logger
 from gemma_tuner.modalities import MEDIA, Modality
 from gemma_tuner.models.adapter_files import (
     CONFIG,
     FINGERPRINT,
     MLX_WEIGHTS,
     WEIGHTS,
+    TrainedWith,
     adapter_tensors,
     hash_base,
+    read_trained_with,
+    set_trained_with,
+    trained_with,
 )
 from gemma_tuner.models.adapter_names import BASE_COPY, PREFIX, full_name, pin_config
 from gemma_tuner.models.families import family_of, loaded_modalities
@@ -34,7 +40,9 @@ from gemma_tuner.models.lora import check_model, refuse_adapters, wrap_peft
 from gemma_tuner.training.checkpoint import latest_checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, ProcessorMixin
+
+    from gemma_tuner.collators.text import TextCollator
 
 _TOWERS: Mapping[Modality, tuple[str, ...]] = {
     medium.modality: (f".{medium.tower}.", f".{medium.projector}.") for medium in MEDIA
@@ -147,6 +155,7 @@ def load_adapter(
     with torch.no_grad():
         for key, tensor in here.items():
             own_tensors[key].copy_(tensor)
+    set_trained_with(wrapped, read_trained_with(folder))
     if not trainable:
         wrapped.requires_grad_(requires_grad=False)
     return wrapped
@@ -177,6 +186,40 @@ def _choose_config(
         for config in configs
     )
     return configs[is_renamed or meant != wanted]
+
+
+def note_collator(model: PeftModel, collator: TextCollator) -> None:
+    """Let the adapter know what it is trained with, and say what was otherwise before."""
+    compare_collator(model, collator, "this run trains it")
+    template = str(collator.processor.chat_template or "")
+    set_trained_with(model, TrainedWith(collator.list_settings(), template))
+
+
+def compare_collator(model: Any, collator: TextCollator, what: str) -> None:
+    """Say where prompts are written otherwise than those that the model was trained with."""
+    if (known := trained_with(model)) is None:
+        return
+    here = TrainedWith(collator.list_settings(), str(collator.processor.chat_template or ""))
+    before, now = known.to_dict(), here.to_dict()
+    shared = (before.keys() & now.keys()).difference(OF_TRAINING_ALONE)
+    differences = list_differences(*({n: d[n] for n in sorted(shared)} for d in (before, now)))
+    if differences:
+        logger.warning(
+            "the adapter was trained with other prompts than %s with: %s",
+            what,
+            shorten_differences(differences),
+        )
+
+
+def follow_training(model: Any, processor: ProcessorMixin) -> ProcessorMixin:
+    """The processor, with the chat template that the model was trained with."""
+    known = trained_with(model)
+    if known is None or known.chat_template == str(processor.chat_template or ""):
+        return processor
+    announce("the adapter was trained with another chat template than the base's; that is used")
+    processor = copy.copy(processor)
+    processor.chat_template = known.chat_template
+    return processor
 
 
 def list_trainable(model: PeftModel) -> list[torch.nn.Parameter]:

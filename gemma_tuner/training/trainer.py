@@ -19,7 +19,7 @@ from gemma_tuner.models.loss import Loss, target_loss_sum
 from gemma_tuner.models.modes import begin_training, end_training
 from gemma_tuner.models.target_only import target_only_of
 from gemma_tuner.planning.plan import Plan
-from gemma_tuner.training.adapters import list_trainable
+from gemma_tuner.training.adapters import list_trainable, note_collator
 from gemma_tuner.training.checks import check_collator, check_kinds
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.feed import ModelCollator, Prefetch, StepInput, Stream, read_steps
@@ -119,6 +119,7 @@ class Trainer:
         self.samples = samples
         self.trainable = list_trainable(model)
         check_collator(model, collator)
+        note_collator(model, collator)
         self.device = self.trainable[0].device
         self.processes = Processes(self.device)
         if optimizer is None:
