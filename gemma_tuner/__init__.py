@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from gemma_tuner.streaming.opening import stream_hub as stream_hub
     from gemma_tuner.streaming.opening import stream_local as stream_local
     from gemma_tuner.streaming.stream import ExampleStream as ExampleStream
+    from gemma_tuner.training.adapters import load_adapter as load_adapter
     from gemma_tuner.training.config import TrainConfig as TrainConfig
     from gemma_tuner.training.trainer import Trainer as Trainer
 
@@ -101,6 +102,7 @@ _HOME = {
     "generate": "evaluation.generation",
     "generate_stream": "evaluation.generation",
     "import_mlx": "export.mlx",
+    "load_adapter": "training.adapters",
     "load_model": "models.loading",
     "mix": "streaming.mixing",
     "plan": "planning.plan",

@@ -14,8 +14,9 @@ from gemma_tuner.errors import ConfigError
 
 T = TypeVar("T")
 
-IS = "{name} is {value!r}; it must be {allowed}"
-MUST_BE = "{name} must be {allowed}; got {value!r} ({kind})"
+_LONGEST_SHOWN = 200
+IS = "{name} is {value}; it must be {allowed}"
+MUST_BE = "{name} must be {allowed}; got {value} ({kind})"
 
 FREE_ON_RESUME: dict[str, Any] = {"free_on_resume": True}
 """Metadata of a field that a resumed run may have otherwise."""
@@ -52,7 +53,17 @@ def check_value(name: str, value: object, hint: Any, **limits: float) -> None:
 def refuse(name: str, value: object, allowed: str, form: str = IS) -> ConfigError:
     """Make the error that says what a setting may be."""
     kind = type(value).__name__
-    return ConfigError(form.format(name=name, value=value, allowed=allowed, kind=kind))
+    shown = repr(value)
+    is_plain = isinstance(value, str | int | float)
+    if not is_plain and (len(shown) > _LONGEST_SHOWN or "\n" in shown):  # a model, say
+        shown = f"a {kind}"
+    return ConfigError(form.format(name=name, value=shown, allowed=allowed, kind=kind))
+
+
+def check_path(name: str, value: object) -> None:
+    """Refuse an argument that is neither text nor a path."""
+    if not isinstance(value, str | Path):
+        raise ConfigError(f"{name} is a {type(value).__name__}; give a path or a name, as text")
 
 
 def suggest(

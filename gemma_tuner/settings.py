@@ -26,7 +26,7 @@ TINY = "tiny"
 """The name of the model that is made up on the spot."""
 
 _MAX_BYTES = 1 << 20
-_PATHS = {"cache_dir", "data", "model", "out"}
+_PATHS = {"cache_dir", "data", "from_adapter", "model", "out"}
 
 
 def read_settings(path: str | Path, known: Collection[str]) -> dict[str, Setting]:
@@ -163,6 +163,7 @@ def _pin_text(name: str, value: str) -> str:
     is_path = {
         "data": is_glob or Path(value).exists(),
         "model": value != TINY and Path(value).exists(),
+        "from_adapter": True,
         "out": True,
         "cache_dir": True,
     }

@@ -181,10 +181,13 @@ def _choose_device(device: str | None) -> Any:
     return choose_device(device or "cpu")[0]
 
 
-def load_with_adapter(settings: ModelSettings, run: Path | None) -> tuple[Any, Any]:
+def load_with_adapter(
+    settings: ModelSettings, run: Path | None, *, trainable: bool = False
+) -> tuple[Any, Any]:
     """Load a model, and put a trained adapter on it."""
     if run is None:
         return load(settings)
+    from gemma_tuner.models.adapter_files import MLX_WEIGHTS
     from gemma_tuner.training.adapters import (
         find_adapter,
         follow_training,
@@ -193,6 +196,10 @@ def load_with_adapter(settings: ModelSettings, run: Path | None) -> tuple[Any, A
         read_adapter_base,
     )
 
+    if run.name == MLX_WEIGHTS:  # as mlx-lm names it
+        run = run.parent
+    if (run / MLX_WEIGHTS).is_file():
+        return _load_with_mlx(settings, run, trainable=trainable)
     adapter = find_adapter(run)
     needed = {*settings.modalities, *list_adapter_modalities(adapter)}
     if needed > set(settings.modalities):
@@ -202,8 +209,17 @@ def load_with_adapter(settings: ModelSettings, run: Path | None) -> tuple[Any, A
     if settings.model == TINY and base:
         settings = dataclasses.replace(settings, model=base)
     model, processor = load(settings)
-    model = load_adapter(model, adapter)
+    model = load_adapter(model, adapter, trainable=trainable)
     return model, follow_training(model, processor)
+
+
+def _load_with_mlx(settings: ModelSettings, folder: Path, *, trainable: bool) -> tuple[Any, Any]:
+    """Load a model with an adapter of mlx-lm or mlx-vlm, made PEFT's on the way."""
+    from gemma_tuner.export.mlx import import_mlx
+
+    with open_base(settings.model) as base, TemporaryDirectory() as temporary:
+        made = import_mlx(folder, Path(temporary) / "adapter", base=base)
+        return load_with_adapter(settings, made, trainable=trainable)
 
 
 def read_processor(settings: ModelSettings) -> ProcessorMixin:

@@ -57,7 +57,8 @@ def read_arguments(
     # help, ``data`` says what the rows of --data hold.
     given = list(sys.argv[1:] if arguments is None else arguments)
     read: dict[str, Any] = {}
-    run_names = [field.name for field in fields(RunSettings) if field.name != "sample_every_steps"]
+    not_taken = ("from_adapter", "sample_every_steps")
+    run_names = [field.name for field in fields(RunSettings) if field.name not in not_taken]
 
     def collect(context: typer.Context, **values: Any) -> None:
         settings = list_settings(context, _GROUPS)

@@ -229,6 +229,7 @@ class RunSettings(_Settings):
     Args:
         sample_every_steps: Steps between two rounds of answers to four held-out examples, which
             are written into the run's folder; by default none.
+        from_adapter: The folder of an adapter or a run, or of mlx-lm's adapter, to go on training.
         out: The folder of the run: settings, log, checkpoints, adapter.
         resume: Go on with the run in --out.
     """
@@ -240,6 +241,7 @@ class RunSettings(_Settings):
     # In full it would not fit into the help's first column.
     gradient_checkpointing = _Otherwise(flags=("--grad-checkpoint/--no-grad-checkpoint",))
     sample_every_steps: int | None = None
+    from_adapter: Path | None = _Otherwise(None, ("--adapter", "--resume-adapter-file"))  # pyright: ignore[reportAssignmentType]
     out: Path = _Otherwise(Path("runs/default"), ("--out", "--adapter-path"))  # pyright: ignore[reportAssignmentType]
     resume: bool = False
 

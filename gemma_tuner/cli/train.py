@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +16,14 @@ from gemma_tuner.cli.opening import (
     choose_length,
     fit,
     load,
+    load_with_adapter,
     make_collator,
     make_config,
     make_lora,
     open_streams,
     say,
     show_losses,
+    was_given,
 )
 from gemma_tuner.cli.settings import (
     AdapterSettings,
@@ -76,8 +79,12 @@ def train(
         _check_remembered(context, run.out, settings)
     stream, held_out = open_streams(data, model.modality)
     say(stream.report())
-    gemma, processor = load(model)
-    gemma = add_lora(gemma, make_lora(adapter, model, data.seed))
+    if run.from_adapter is None:
+        gemma, processor = load(model)
+        gemma = add_lora(gemma, make_lora(adapter, model, data.seed))
+    else:
+        gemma, processor = load_with_adapter(model, run.from_adapter, trainable=True)
+        _refuse_new_adapter(context)
     collator = make_collator(model, rows, processor)
     samples = _make_samples(run, collator, held_out)
     trainer = Trainer(gemma, stream, collator, train_config, held_out, samples)
@@ -86,6 +93,16 @@ def train(
     if result.held_out:
         say(show_losses(result))
     say(f"adapter: {path}\nnext: {shlex.join(['gemma-tuner', 'evaluate', str(run.out)])}")
+
+
+def _refuse_new_adapter(context: typer.Context) -> None:
+    """Refuse settings of a new adapter where an old one goes on."""
+    given = [f.name for f in fields(AdapterSettings) if was_given(context, f.name)]
+    if given:
+        raise ConfigError(
+            f"--adapter goes on with an adapter as it is, and {', '.join(given)} would be of a "
+            "new one; leave one of the two out"
+        )
 
 
 def _check_remembered(context: typer.Context, out: Path, settings: dict[str, Setting]) -> None:

@@ -29,7 +29,7 @@ from gemma_tuner.evaluation.scores import Score, UserScore, compare, find_scores
 from gemma_tuner.evaluation.subset import Subset
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.identity import portable_name
-from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.models.lora import check_model, unwrap_peft
 from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.records import Example
 from gemma_tuner.training.adapters import compare_collator
@@ -100,6 +100,7 @@ def evaluate(
         DataError: An example that cannot be used, beyond what the stream passes over.
         CheckpointError: ``output`` cannot be written.
     """
+    check_model(model)
     check_collator(model, collator)  # pyright: ignore[reportArgumentType] - it unwraps
     compare_collator(model, collator, "it is evaluated")
     found = find_scores(scores, language)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_tuner.checks import check_value
+from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError
 from gemma_tuner.evaluation.answers import Generator, check_modalities
@@ -31,7 +32,6 @@ from gemma_tuner.records import Example
 
 if TYPE_CHECKING:
     from gemma_tuner.batch import Batch
-    from gemma_tuner.collators.text import TextCollator
 
 FILE, FOLDER = "samples.jsonl", "samples"
 _HEAD_ROWS = 64  # of the vocabulary's head at a time
@@ -90,6 +90,11 @@ class SampleGenerations:
     ) -> None:
         for name, value in (("every_steps", every_steps), ("batch_size", batch_size)):
             check_value(name, value, int, at_least=1)
+        if not isinstance(collator, TextCollator):
+            raise ConfigError(f"collator is a {type(collator).__name__}; give the trainer's")
+        is_list = isinstance(examples, Sequence) and not isinstance(examples, str | bytes)
+        if not is_list or not all(isinstance(example, Example) for example in examples):
+            raise ConfigError(f"examples is a {type(examples).__name__}; give a list of Example")
         if not examples:
             raise ConfigError("there are no examples to answer; give at least one")
         self.every_steps = every_steps

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import httpx, validate_repo_id
 from peft import PeftModel
 
+from gemma_tuner.checks import check_path, check_value
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.cards import Scores, write_adapter_card
 from gemma_tuner.export.folders import new_folder
@@ -117,6 +118,8 @@ def push_to_hub(
         ConfigError: Neither ``confirm`` nor ``dry_run``, or a name that the Hub does not take.
         CheckpointError: The folder is no export, or the Hub refuses.
     """
+    check_path("folder", folder)
+    check_value("repository", repository, str)
     source = Path(folder)
     name = source.resolve().name
     try:

@@ -123,8 +123,9 @@ def _name_fully(model_type: str, delta: Delta | Replacement) -> Delta | Replacem
 
 
 def _is_same(one: Delta | Replacement | None, other: Delta | Replacement | None) -> bool:
-    both = isinstance(one, Replacement) and isinstance(other, Replacement)
-    return both and torch.equal(one.weight, other.weight)
+    if isinstance(one, Replacement) and isinstance(other, Replacement):
+        return torch.equal(one.weight, other.weight)
+    return False
 
 
 def name_embedding(model_type: str) -> str:

@@ -69,7 +69,7 @@ def write_processor(folder: Path, known: TrainedWith | None, model_type: str) ->
         document = read_json(folder / name)
         document.pop("chat_template", None)  # the file's goes before chat_template.jinja
         for part in (document, document.get("image_processor") or {}):
-            if budget is not None and option in part:
+            if budget is not None and option is not None and option in part:
                 part[option] = budget
         write_json(folder / name, document)
 

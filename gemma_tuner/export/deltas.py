@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_tuner.checks import check_path
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.weights import read_file, read_json
 from gemma_tuner.models.adapter_files import (
@@ -22,28 +23,12 @@ from gemma_tuner.models.adapter_files import (
 )
 from gemma_tuner.models.adapter_names import (
     BASE_COPY,
-    NEUTRAL_INITS,
     PREFIX,
     find_saved_module,
+    find_unsupported,
     rank_and_scale,
     split_parameter,
 )
-
-# Settings of PEFT's LoRA that change what an adapter computes, with the value that does not.
-_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "bias": ("none", None),
-    "fan_in_fan_out": (False, None),
-    "kasa_config": (None,),
-    "layer_replication": (None,),
-    "lora_bias": (False, None),
-    "monteclora_config": (None,),
-    "trainable_token_indices": (None, {}, []),
-    "use_bdlora": (None, False),
-    "use_qalora": (False, None),
-    "velora_config": (None,),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +124,7 @@ class Adapter:
 
 def read_adapter(path: str | Path) -> Adapter:
     """Read a PEFT LoRA adapter into memory, as float32."""
+    check_path("adapter", path)
     folder = Path(path)
     name = folder.resolve().name
     if not (folder / CONFIG).is_file():
@@ -165,16 +151,10 @@ def _check_config(name: str, config: Mapping[str, Any]) -> None:
             f"{name} is a PEFT adapter of type {config.get('peft_type')!r}; only LORA can be "
             "exported"
         )
-    for setting, neutral in _UNSUPPORTED.items():
-        if config.get(setting) not in neutral:
-            raise CheckpointError(
-                f"{name} was trained with {setting}={config[setting]!r}, which cannot be "
-                "exported; merge it with PEFT itself, or train without it"
-            )
-    if config.get("init_lora_weights") not in NEUTRAL_INITS:
+    if setting := find_unsupported(config):
         raise CheckpointError(
-            f"{name} was begun with init_lora_weights={config['init_lora_weights']!r}, which "
-            "changes the base weights; save it with path_initial_model_for_weight_conversion"
+            f"{name} was trained with {setting}, which cannot be exported (the base's weights "
+            "change with some); merge it with PEFT itself, or train without it"
         )
 
 

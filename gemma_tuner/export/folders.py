@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 
+from gemma_tuner.checks import check_path
 from gemma_tuner.disk import check_room, disk_errors_explained, replaced
 from gemma_tuner.errors import CheckpointError
 
@@ -29,6 +30,7 @@ def new_folder(path: str | Path, num_bytes: int) -> Iterator[Path]:
 @contextmanager
 def new_file(path: str | Path, num_bytes: int) -> Iterator[Path]:
     """Yield a hidden path that becomes the file ``path`` once the block has written it."""
+    check_path("path", path)
     path = Path(path)
     _refuse_existing(path)
     with disk_errors_explained(

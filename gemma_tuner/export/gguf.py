@@ -16,6 +16,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from gemma_tuner.checks import check_path
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.bases import Base, open_base
 from gemma_tuner.export.checkpoints import complete_config
@@ -171,6 +172,7 @@ def export_gguf_adapter(
 
 
 def _check_path(path: str | Path) -> None:
+    check_path("path", path)
     if Path(path).suffix != ".gguf":
         raise ConfigError(f"{Path(path).name!r} is no name for a GGUF file; end it in .gguf")
 

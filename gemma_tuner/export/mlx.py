@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gemma_tuner.checks import check_path
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.bases import Base, check_fits, find_base, open_base
 from gemma_tuner.export.deltas import (
@@ -195,6 +196,7 @@ def import_mlx(
         CheckpointError: The adapter is damaged, of a kind that PEFT does not have, or for another
             base; the folder exists already or cannot be written.
     """
+    check_path("adapter", adapter)
     folder = Path(adapter)
     name = folder.resolve().name
     mlx_config = read_json(folder / CONFIG)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gemma_tuner.checks import check_path
 from gemma_tuner.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -88,6 +89,7 @@ class StoredTensor:
 
 def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
     """Find the folder of a checkpoint without using a network."""
+    check_path("base", name_or_path)
     folder = Path(name_or_path)
     if folder.is_dir():
         return folder

@@ -18,11 +18,35 @@ if TYPE_CHECKING:
 PREFIX = "base_model.model."
 BASE_COPY = ".base_layer.weight"
 """How the name ends of a frozen weight that PEFT saves beside an adapter on embedding or head."""
-NEUTRAL_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Ways to begin an adapter that leave the base as it is; others change it, unsaid by the file."""
+# Settings of PEFT's LoRA that change what an adapter computes, with the value that does not.
+_UNSUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "bias": ("none", None),
+    "fan_in_fan_out": (False, None),
+    "kasa_config": (None,),
+    "layer_replication": (None,),
+    "lora_bias": (False, None),
+    "monteclora_config": (None,),
+    "trainable_token_indices": (None, {}, []),
+    "use_bdlora": (None, False),
+    "use_qalora": (False, None),
+    "velora_config": (None,),
+}
+# Others change the base's weights when they begin, which the adapter's file does not say.
+_NEUTRAL_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 
 _LORA = re.compile(r"(.+?)\.(lora_(?:A|B|embedding_A|embedding_B|magnitude_vector))(?:\..+)?")
 _TOWERS = {part for medium in MEDIA for part in (medium.tower, medium.projector)}
+
+
+def find_unsupported(config: Mapping[str, Any]) -> str | None:
+    """Name a setting of PEFT's LoRA with which an adapter is more than weights to be added."""
+    for setting, neutral in (*_UNSUPPORTED.items(), ("init_lora_weights", _NEUTRAL_INITS)):
+        if config.get(setting) not in neutral:
+            value = str(config[setting])
+            return f"{setting}={value if len(value) < 40 else '...'}"
+    return None
 
 
 def full_name(name: str, family: Family) -> str:
@@ -37,7 +61,7 @@ def full_name(name: str, family: Family) -> str:
 
 def find_saved_module(config: Mapping[str, Any], name: str) -> str | None:
     """The module that ``modules_to_save`` means, to which a weight belongs; None if to none."""
-    suffixes = tuple(config.get("modules_to_save") or ())
+    suffixes: tuple[str, ...] = tuple(config.get("modules_to_save") or ())
     if suffixes and config.get("ensure_weight_tying"):  # names one of both, and saves both
         suffixes = (*suffixes, "embed_tokens", "lm_head")
     parts = name.split(".")

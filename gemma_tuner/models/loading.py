@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from gemma_tuner.checks import check_path
 from gemma_tuner.device import choose_device, choose_dtype
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.log import announce
@@ -107,6 +108,7 @@ def load_model(
         device, dtype, per_layer_embeddings = _read_plan(
             plan, modalities, (device, dtype, per_layer_embeddings)
         )
+    check_path("name_or_path", name_or_path)
     source = str(name_or_path)
     name = name_without_path(source)
     device, device_reason = choose_device(device)

@@ -7,6 +7,7 @@ regular expression over full module names, decided from the modules that the mod
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,6 +25,7 @@ from gemma_tuner.checks import suggest
 from gemma_tuner.device import seeded
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.log import announce
+from gemma_tuner.models.adapter_names import find_saved_module, find_unsupported
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.lora_config import TARGETS
 from gemma_tuner.models.lora_config import LoraConfig as LoraConfig
@@ -42,7 +45,9 @@ _PATTERNS = {
 _EXPERTS = _DECODER_LAYER + r"experts\.(gate_up_proj|down_proj)"
 
 
-def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> peft.PeftModel:
+def add_lora(
+    model: PreTrainedModel, config: LoraConfig | peft.LoraConfig | None = None
+) -> peft.PeftModel:
     """Freeze a model and put adapters on the chosen parts.
 
     The adapters are float32 whatever the model's dtype, as small updates vanish in bfloat16;
@@ -51,7 +56,8 @@ def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> peft.P
 
     Args:
         model: From ``load_model``.
-        config: Where adapters go; None is ``LoraConfig()``, rank 16 on the decoder.
+        config: Where adapters go; None is ``LoraConfig()``, rank 16 on the decoder. PEFT's own
+            is taken as PEFT reads it; without ``target_modules`` it is for the decoder.
 
     Returns:
         The same model, wrapped; ``save_pretrained`` writes an adapter that stock PEFT loads.
@@ -61,9 +67,16 @@ def add_lora(model: PreTrainedModel, config: LoraConfig | None = None) -> peft.P
             that is not linear, or a model that has adapters already.
     """
     refuse_adapters(check_model(model))
-    config = config or LoraConfig()
-    peft_config, counts = find_adapters(model, config)
-    wrapped = wrap_peft(model, peft_config, config.seed)
+    seed = 0
+    if isinstance(config, peft.LoraConfig):
+        peft_config, counts = check_peft_config(model, config)
+    elif isinstance(config, LoraConfig | None):
+        config = config or LoraConfig()
+        peft_config, counts = find_adapters(model, config)
+        seed = config.seed
+    else:
+        raise ConfigError(f"config is a {type(config).__name__}; give LoraConfig(rank=16)")
+    wrapped = wrap_peft(model, peft_config, seed)
     _announce_adapters(wrapped, counts)
     return wrapped
 
@@ -96,6 +109,47 @@ def refuse_adapters(model: Any) -> None:
             "(load_adapter(model, FOLDER, trainable=True), in PEFT is_trainable=True, loads it "
             "so); for others, load the model again, or model.unload() these"
         )
+
+
+def check_peft_config(
+    model: PreTrainedModel, config: peft.LoraConfig
+) -> tuple[peft.LoraConfig, dict[str, int]]:
+    """Refuse of PEFT's settings what this library cannot train or export."""
+    config = copy.deepcopy(config)
+    config.task_type = config.task_type or "CAUSAL_LM"
+    if setting := find_unsupported(config.to_dict()):
+        raise ConfigError(
+            f"PEFT's LoraConfig has {setting}, which cannot be exported; leave it out"
+        )
+    if config.target_modules is None and not config.target_parameters:
+        config.target_modules = _fill_pattern(model, "language", r"\d+")
+    modules = dict(model.named_modules())
+    saved = {"modules_to_save": config.modules_to_save}
+    if config.target_modules == "all-linear":  # which PEFT itself lists, without the head
+        meant = [name for name, module in modules.items() if is_linear(module)]
+        meant.remove("lm_head")
+    else:
+        meant = [name for name in modules if check_target_module_exists(config, name)]
+        meant += [name for name in modules if find_saved_module(saved, f"{name}.") == name]
+    head: Any = model.get_output_embeddings()
+    for name in meant:
+        if modules[name] is head:
+            raise ConfigError(
+                f"PEFT's LoraConfig means {name}, which shares its weight with the input "
+                "embedding and whose gradient is not computed; leave it out"
+            )
+        if not is_linear(modules[name]) and not find_saved_module(saved, f"{name}."):
+            raise ConfigError(
+                f"target_modules of PEFT's LoraConfig means {name}, a "
+                f"{type(modules[name]).__name__}; only linear layers can be adapted: load_model "
+                "without the tower, or give a regular expression of full names"
+            )
+    if not meant and not config.target_parameters:
+        raise ConfigError(
+            f"target_modules of PEFT's LoraConfig matches nothing; this model has "
+            f"{', '.join(list_targets(model))}, which gemma_tuner.LoraConfig(targets=...) takes"
+        )
+    return config, {"what PEFT's LoraConfig means": len(meant)}
 
 
 def find_adapters(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gemma_tuner.batch import Batch
-from gemma_tuner.checks import check_value
+from gemma_tuner.checks import check_path, check_value
 from gemma_tuner.device import (
     choose_device,
     choose_dtype,
@@ -170,6 +170,7 @@ def plan(
         CheckpointError: A configuration or processor that cannot be read.
     """
     chosen, budget = _choose_budget(device, memory_gib)
+    check_path("name_or_path", name_or_path)
     config = read_config(str(name_or_path), revision)
     placement = choose_placement(config, chosen, per_layer_embeddings)
     if dtype is None and not is_available(chosen):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gemma_tuner.checks import check_path
 from gemma_tuner.collators.settings import OF_TRAINING_ALONE
 from gemma_tuner.differences import list_differences, shorten_differences
 from gemma_tuner.errors import CheckpointError, ConfigError
@@ -51,6 +52,7 @@ _TOWERS: Mapping[Modality, tuple[str, ...]] = {
 
 def find_adapter(path: str | Path) -> Path:
     """Find the adapter in its folder, or in a run's: the saved one or the newest checkpoint."""
+    check_path("path", path)
     folder = Path(path)
     adapter, checkpoint = folder / "adapter", latest_checkpoint(folder)
     found = [
@@ -132,8 +134,9 @@ def load_adapter(
         raise CheckpointError(f"{what} is of PEFT's type {kind}; only LORA can be used here")
     base, own = settings.get("base_model_name_or_path"), portable_name(model.name_or_path)
     remedy = f"give the model that it was trained on, {base or 'which it does not name'}"
-    if (folder / FINGERPRINT).is_file():
-        expected = _read_json(folder / FINGERPRINT).get("base_norms_sha256")
+    file = folder / FINGERPRINT
+    expected = _read_json(file).get("base_norms_sha256") if file.is_file() else None
+    if expected is not None:
         if expected != hash_base(model):
             raise CheckpointError(
                 f"{what} is not for {own or 'this model'}, whose weights are others; {remedy}"

@@ -15,6 +15,8 @@ from gemma_tuner.models.families import family_of, loaded_modalities
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.training.config import TrainConfig
 
+_GIVE_COLLATOR = "give TextCollator(processor) or one of its kin"
+
 
 def check_kinds(
     model: object, stream: object, collator: object, config: object, eval_stream: object
@@ -22,7 +24,7 @@ def check_kinds(
     """Refuse arguments of the trainer that are something else."""
     for name, given, kind, remedy in (
         ("model", model, PeftModel, "wrap what load_model returns first: add_lora(model)"),
-        ("collator", collator, TextCollator, "give TextCollator(processor) or one of its kin"),
+        ("collator", collator, TextCollator, _GIVE_COLLATOR),
         ("config", config, TrainConfig, "give TrainConfig(max_steps=...)"),
     ):
         if not isinstance(given, kind):
@@ -48,6 +50,8 @@ def check_kinds(
 
 def check_collator(model: PeftModel, collator: TextCollator) -> None:
     """Refuse a collator whose prompts or media are not for this model."""
+    if not isinstance(collator, TextCollator):
+        raise ConfigError(f"collator is a {type(collator).__name__}; {_GIVE_COLLATOR}")
     gemma = unwrap_peft(model)
     family = family_of(gemma.config)
     if collator.family.model_type != family.model_type:
