@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from gemma_tuner.cli.main import app
@@ -361,3 +362,24 @@ def test_what_was_trained_has_the_same_loss_when_it_is_loaded(folder, tmp_path, 
     assert told is not None, done.stdout
     assert float(told[1]) == pytest.approx(logged[-1], abs=1e-4)
     assert abs(logged[0] - logged[-1]) > 1e-2
+
+
+def test_a_new_run_goes_on_with_an_adapter_of_a_run_or_of_mlx(folder, run):
+    before = load_file(run / "adapter/adapter_model.safetensors")
+    assert invoke("export", "mlx", run, folder / "mlx").exit_code == 0
+    flags = ["--max-steps", 1, "--max-tokens", 128, "--learning-rate", 1e-9]
+    flags += ["--cache-dir", folder / "cache"]
+    for number, given in enumerate((run, folder / "mlx/adapters.safetensors")):
+        out = folder / f"runs/further-{number}"
+        flag = ("--adapter", "--resume-adapter-file")[number]
+        done = invoke("train", flag, given, *flags, "--out", out)
+        assert done.exit_code == 0, done.stderr
+        after = load_file(out / "adapter/adapter_model.safetensors")
+        assert after.keys() == before.keys()
+        for key, tensor in before.items():
+            torch.testing.assert_close(after[key], tensor, rtol=1e-6, atol=1e-8)
+        again = invoke("train", "--config", out / "settings.yaml", "--resume")
+        assert again.exit_code == 0, again.stderr
+    done = invoke("train", "--adapter", run, "--rank", 8, *flags, "--out", folder / "runs/none")
+    assert done.exit_code == 1
+    assert "--adapter goes on with an adapter as it is, and rank would be" in done.stderr
