@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gemma_tuner.errors import DivergedError as DivergedError
     from gemma_tuner.errors import GemmaTunerError as GemmaTunerError
     from gemma_tuner.errors import MemoryPlanError as MemoryPlanError
+    from gemma_tuner.errors import ProcessError as ProcessError
     from gemma_tuner.errors import ResumeError as ResumeError
     from gemma_tuner.errors import SourceError as SourceError
     from gemma_tuner.evaluation.answers import Generation as Generation
@@ -81,6 +82,7 @@ _HOME = {
     "MemoryPlanError": "errors",
     "MultimodalCollator": "collators.multimodal",
     "Plan": "planning.plan",
+    "ProcessError": "errors",
     "Report": "evaluation.report",
     "ResumeError": "errors",
     "SampleGenerations": "evaluation.samples",

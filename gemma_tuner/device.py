@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +26,18 @@ _MPS_TORCH_FLOOR = (2, 14)
 _MPS_HIGH_WATERMARK = "1.0"
 _MPS_OUT_OF_MEMORY = ("MPS backend out of memory", "Invalid buffer size")
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# What torchrun sets, and what launchers of MPI do. Source: accelerate 1.15, environment.py.
+_INDEX = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_INDEX_HERE = (
+    *("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    "MV2_COMM_WORLD_LOCAL_RANK",
+)
+_COUNT_HERE = (
+    *("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "MV2_COMM_WORLD_LOCAL_SIZE",
+)
+_MEETING_PLACE = ("MASTER_ADDR", "MASTER_PORT")
 
 
 def prepare_environment() -> None:
@@ -75,9 +88,54 @@ def parse_device(device: str | torch.device) -> torch.device:
         raise ConfigError(
             f"device is {str(device)!r}; it may be one of {', '.join(_DEVICE_TYPES)} or cuda:N"
         )
-    if chosen == torch.device("cuda") and "LOCAL_RANK" in os.environ:
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if chosen == torch.device("cuda") and (index := _read_number(_INDEX_HERE)) is not None:
+        return torch.device("cuda", index)
     return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What the environment says of the processes of a run."""
+
+    index: int
+    count: int
+    count_here: int  # on this machine
+    missing: tuple[str, ...]  # variables without which several do not find each other
+
+
+def read_launch() -> Launch:
+    """Read as which of how many processes this one was started."""
+    count = max(1, _read_number(_COUNT) or 1)
+    index = _read_number(_INDEX)
+    places = [name for name in _MEETING_PLACE if not os.environ.get(name)]
+    missing = [*([_INDEX[0]] if index is None else []), *places]
+    return Launch(
+        index=index or 0,
+        count=count,
+        count_here=_read_number(_COUNT_HERE) or 1,
+        missing=tuple(missing) if count > 1 else (),
+    )
+
+
+def _read_number(names: tuple[str, ...]) -> int | None:
+    """The first of some variables that is set."""
+    name = next((name for name in names if os.environ.get(name)), None)
+    if name is None:
+        return None
+    value = os.environ[name]
+    if not value.isdecimal():
+        raise ConfigError(
+            f"{name} is {value!r} in the environment; give a whole number, or unset it"
+        )
+    return int(value)
+
+
+def use_device(device: torch.device) -> None:
+    """Let what names no device go to this one, as NCCL's buffers do."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        # NCCL's watchdog would end the process where a sum fails, and with it steps not yet saved.
+        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
 
 
 def _check_device(device: torch.device) -> None:

@@ -7,6 +7,7 @@ GemmaTunerError
 ├── SourceError        a data source that cannot be read: missing file, column, permission
 ├── DivergedError      a run whose gradients stay infinite or undefined
 ├── MemoryPlanError    nothing fits the memory there is; names the nearest plans that would
+├── ProcessError       another process of the run met an error or is gone; says which
 └── ResumeError        a saved run that does not continue this one; names what differs
 
 Every message names the value at fault, the example where there is one, and the remedy.
@@ -48,6 +49,10 @@ class DivergedError(GemmaTunerError):
 
 class MemoryPlanError(GemmaTunerError):
     """No plan fits the memory there is."""
+
+
+class ProcessError(GemmaTunerError):
+    """Another process of the run met an error or is gone, so that this one ends, too."""
 
 
 class ResumeError(GemmaTunerError):

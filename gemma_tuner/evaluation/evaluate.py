@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gemma_tuner.batch import Batch
 from gemma_tuner.checks import check_value
+from gemma_tuner.device import read_launch
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.evaluation.answers import Generation, Generator, check_modalities
 from gemma_tuner.evaluation.decoding import Decoding, in_eval_mode
@@ -150,11 +151,10 @@ class _Evaluation:
         """Measure the loss of each system on the rows that can be used."""
         model = self.generator.model
         device = unwrap_peft(model).device
-        processes = Processes(device)
-        if processes.count > 1:
+        if (count := read_launch().count) > 1:
             raise ConfigError(
-                f"evaluate() runs in one process, and this is one of {processes.count}; call it "
-                "in a script that is started with plain python"
+                f"evaluate() runs in one process, and this is one of {count}; call it in a script "
+                "that is started with plain python"
             )
 
         def sum_losses(batch: Batch) -> Tensor:
@@ -172,7 +172,7 @@ class _Evaluation:
                     sum_losses,
                     step=0,
                     batch_size=self.batch_size,
-                    processes=processes,
+                    processes=Processes(device),
                 )
         return records
 

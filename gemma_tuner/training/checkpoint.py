@@ -84,7 +84,7 @@ def save_checkpoint(
     keep: int,
 ) -> Path:
     """Write a checkpoint, then delete the oldest beyond ``keep``."""
-    folder = Path(output_dir) / "checkpoints" / f"step-{state.step:08d}"
+    folder = Path(output_dir) / "checkpoints" / name_checkpoint(state.step)
     kept = _optimizer_tensors(model, optimizer)
     document = _encode_state(state, model)
     tensors = [*adapter_tensors(model).values(), *kept.values()]
@@ -102,6 +102,11 @@ def save_checkpoint(
         for old in _list_checkpoints(folder.parent)[:-keep]:
             remove_folder(old)
     return folder
+
+
+def name_checkpoint(step: int) -> str:
+    """The folder of a step's checkpoint."""
+    return f"step-{step:08d}"
 
 
 def latest_checkpoint(output_dir: str | Path) -> Path | None:

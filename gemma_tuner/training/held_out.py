@@ -63,11 +63,13 @@ def measure_held_out(
     counts["out_of_memory"] = micro.num_retries
     counts["passed_over"] = stream.num_passed_over - passed_over
     names = ("examples", "target_tokens", *COUNTS, "passed_over", "out_of_memory")
-    sums = processes.sum_counts([counts[name] for name in names])
-    num_examples, target_tokens, *cuts = sums
+    *sums, summed_loss = processes.sum_numbers(
+        [*(counts[name] for name in names), float(loss_sum)]
+    )
+    num_examples, target_tokens, *cuts = map(int, sums)
     if not target_tokens:
         raise ConfigError("no example of the held-out stream can be used; see its quarantine")
-    loss = float(processes.sum_tensor(loss_sum)) / target_tokens
+    loss = summed_loss / target_tokens
     return EvalRecord(
         step=step,
         loss=loss,

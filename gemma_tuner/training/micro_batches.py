@@ -121,6 +121,7 @@ class MicroBatches:
         self._collate = collate
         self._messages: list[str] = []
         self._is_second_try = False
+        self._levels_before: tuple[CheckpointingLevel, ...] = ()
         self._running = (0, 0, 0)  # level, rows and tokens a row of what was begun last
 
     def follow(self, levels: Sequence[CheckpointingLevel], target_share: float) -> None:
@@ -140,6 +141,7 @@ class MicroBatches:
                 yield batch, self.levels[index].checkpointed_layers
 
         self._is_second_try = False
+        self._levels_before = tuple(self.levels)
         while True:
             parts: list[tuple[Batch, int]] = []
             for batch in step_input.micro_batches:
@@ -197,6 +199,8 @@ class MicroBatches:
         level = self.levels[index]
         is_last = rows == 1 and index + 1 == len(self.levels)
         if is_last and self._is_second_try:
+            # The step is not taken: what is saved cuts as the steps before it did.
+            self.levels = list(self._levels_before)
             raise MemoryPlanError(self._describe_misfit(step_input))
         self.num_retries += 1
         if is_last:  # what other work held may be free now

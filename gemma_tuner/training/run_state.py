@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from gemma_tuner.device import memory_used_bytes
@@ -21,6 +23,7 @@ from gemma_tuner.training.checkpoint import (
     TrainerState,
     latest_checkpoint,
     load_checkpoint,
+    name_checkpoint,
     refuse_second_run,
     save_checkpoint,
     show_folder,
@@ -227,7 +230,7 @@ class RunState:
                 f"nothing left to do: {self.step} of {self.total_steps} steps are done; raise "
                 f"{longer} to train on"
             )
-        if self._processes.sum_count(self.step) != self.step * self._processes.count:
+        if self._processes.sum_counts([self.step]) != [self.step * self._processes.count]:
             raise ResumeError(
                 f"process {self._processes.index} is at step {self.step} and others are not; "
                 "output_dir must be one folder that all processes share"
@@ -268,18 +271,33 @@ class RunState:
         totals = self.totals
         if self.step == 0 or self._saved == (self.step, totals.held_out_step):
             return
-        if self._processes.is_main:
-            skipped = torch.stack([self.guard.total, self.guard.consecutive])
-            totals.skipped_steps, totals.consecutive_skipped_steps = map(int, skipped.tolist())
-            totals.cuts = None if micro_batches is None else micro_batches.to_dict()
-            state = TrainerState(self.step, self.stream_state, self._settings, vars(totals))
-            path = save_checkpoint(
-                self._config.output_dir,
-                state,
-                self._model,
-                self._optimizer,
-                keep=self._config.keep_checkpoints,
-            )
-            reports.event(self.step, "saved", f"saved {path.name}")
+        is_bereft = self._processes.is_bereft
+        if self._processes.is_main or is_bereft:
+            # The main process may be the one that is gone: the first of the others saves.
+            with _in_turn(Path(self._config.output_dir)) if is_bereft else nullcontext():
+                newest = latest_checkpoint(self._config.output_dir) if is_bereft else None
+                if newest is None or newest.name != name_checkpoint(self.step):
+                    self._write(reports, micro_batches)
         self._saved = (self.step, totals.held_out_step)
         reports.restart_clock(totals.tokens, totals.target_tokens)
+
+    def _write(self, reports: Reports, micro_batches: MicroBatchPlan | None) -> None:
+        totals = self.totals
+        skipped = torch.stack([self.guard.total, self.guard.consecutive])
+        totals.skipped_steps, totals.consecutive_skipped_steps = map(int, skipped.tolist())
+        totals.cuts = None if micro_batches is None else micro_batches.to_dict()
+        path = save_checkpoint(
+            self._config.output_dir,
+            TrainerState(self.step, self.stream_state, self._settings, vars(totals)),
+            self._model,
+            self._optimizer,
+            keep=self._config.keep_checkpoints,
+        )
+        reports.event(self.step, "saved", f"saved {path.name}")
+
+
+@contextmanager
+def _in_turn(output_dir: Path) -> Iterator[None]:
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with FileLock(output_dir / ".survivors.lock"):
+        yield

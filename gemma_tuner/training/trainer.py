@@ -28,7 +28,7 @@ from gemma_tuner.training.interrupt import StopRequest
 from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.optim import build_optimizer, check_optimizer, learning_rate_at
 from gemma_tuner.training.page import open_page
-from gemma_tuner.training.processes import Processes
+from gemma_tuner.training.processes import Processes, StoppedElsewhereError
 from gemma_tuner.training.progress import write_result
 from gemma_tuner.training.reports import Reports
 from gemma_tuner.training.run_state import RunState
@@ -186,8 +186,8 @@ class Trainer:
         """Train until the configured end, or until SIGINT or SIGTERM.
 
         A signal lets the step finish, saves a checkpoint and returns; so does the end. An error
-        saves the steps before it and is raised. The model is left ready for use: in eval mode,
-        without activation checkpointing.
+        saves the steps before it and is raised; of several processes all end with it. The model
+        is left ready for use: in eval mode, without activation checkpointing.
 
         Args:
             resume: Continue from the newest checkpoint in ``output_dir``, exactly; begin if there
@@ -205,7 +205,12 @@ class Trainer:
             DivergedError: Too many consecutive steps with non-finite gradients.
             MemoryPlanError: A single example does not fit on the device.
             CheckpointError: A checkpoint or the log that is damaged or cannot be written.
+            ProcessError: Another process of the run met an error, or is gone.
         """
+        with self.processes.leaving_together():
+            return self._fit(resume=resume)
+
+    def _fit(self, *, resume: bool) -> FitResult:
         cut_before = self.run_state.begin(self.collator.settings(), resume=resume)
         if cut_before is not None:
             self.stepper.restore(cut_before)
@@ -241,18 +246,25 @@ class Trainer:
         reports.note(self.step, "training")
         self._restart_clock(reports)
         for step_input in feed:
-            loss, grad_norm = self.train_step(step_input)
+            try:
+                loss, grad_norm = self.train_step(step_input)
+            except StoppedElsewhereError:
+                return self._stop("signal to another process", reports)
             self._report_step(loss, grad_norm, reports)
             self._measure_held_out(reports)
             self._take_samples(reports)
             if self.run_state.save_is_due:
                 self._save_checkpoint(reports)
-            # A signal may reach one process alone; all must stop after the same step.
-            if self.processes.sum_count(int(stop.reason is not None)):
-                reason = stop.reason or "signal to another process"
-                reports.event(self.step, "stopped", f"{reason}: stopped by request")
-                return reason
+            # A signal may reach one process alone; the others learn of it before their next step.
+            if stop.reason is not None:
+                if self.run_state.remaining_slots:
+                    self.processes.announce_stop()
+                return self._stop(stop.reason, reports)
         return None
+
+    def _stop(self, reason: str, reports: Reports) -> str:
+        reports.event(self.step, "stopped", f"{reason}: stopped by request")
+        return reason
 
     def train_step(self, step_input: StepInput) -> tuple[Tensor, Tensor]:
         """Take one optimizer step in which every target token weighs the same.
