@@ -56,9 +56,11 @@ if TYPE_CHECKING:
     from gemma_tuner.streaming.opening import stream_gcs as stream_gcs
     from gemma_tuner.streaming.opening import stream_hub as stream_hub
     from gemma_tuner.streaming.opening import stream_local as stream_local
+    from gemma_tuner.streaming.opening import stream_rows as stream_rows
     from gemma_tuner.streaming.stream import ExampleStream as ExampleStream
     from gemma_tuner.training.adapters import load_adapter as load_adapter
     from gemma_tuner.training.config import TrainConfig as TrainConfig
+    from gemma_tuner.training.feed import Stream as Stream
     from gemma_tuner.training.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -88,6 +90,7 @@ _HOME = {
     "SampleGenerations": "evaluation.samples",
     "Score": "evaluation.scores",
     "SourceError": "errors",
+    "Stream": "training.feed",
     "Text": "records",
     "TextCollator": "collators.text",
     "TrainConfig": "training.config",
@@ -113,6 +116,7 @@ _HOME = {
     "stream_gcs": "streaming.opening",
     "stream_hub": "streaming.opening",
     "stream_local": "streaming.opening",
+    "stream_rows": "streaming.opening",
 }
 
 __all__ = [*sorted(_HOME), "testing"]  # noqa: PLE0604

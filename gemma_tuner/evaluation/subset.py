@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from gemma_tuner.checks import check_value
-from gemma_tuner.errors import ConfigError, DataError
+from gemma_tuner.errors import DataError
 from gemma_tuner.records import Example
-from gemma_tuner.training.feed import Stream
+from gemma_tuner.training.feed import Stream, check_stream
+
+_NEEDED = ("__len__", "read_rows", "pass_over", "num_passed_over")
 
 
 class Subset:
@@ -18,15 +20,8 @@ class Subset:
     """
 
     def __init__(self, stream: Stream, max_rows: int | None) -> None:
-        needed = ("__len__", "read_rows", "pass_over")
-        if missing := [name for name in needed if not hasattr(stream, name)]:
-            raise ConfigError(
-                f"the stream is a {type(stream).__name__}, which has no {', '.join(missing)}; "
-                "make one such as stream_local(paths) returns"
-            )
+        check_stream("the stream", stream, _NEEDED)
         check_value("max_examples", max_rows, int | None, at_least=1)
-        if not len(stream):
-            raise ConfigError("there is nothing to evaluate on: the stream has no examples")
         self._stream = stream
         count = len(stream) if max_rows is None else min(max_rows, len(stream))
         # The first rows alone may be of one kind: data is often sorted by its answers.

@@ -101,9 +101,9 @@ class HubSource:
         """Read every row of the split, up to ``max_rows``."""
         opened = open_split(self.wanted, streaming=self.streaming)
         reader = ExampleReader(list(opened.features), self.keywords)
-        rows = _Rows(opened, self.wanted)
+        rows = HubRows(opened, self.wanted)
         stored = rows.read(reader.columns.names.values(), self.max_rows)
-        yield from reader.read(stored, partial(_locate, self.wanted))
+        yield from reader.read(stored, partial(locate_file, self.wanted))
         summary = reader.read_summary()
         self._summary = {
             **summary,
@@ -113,7 +113,7 @@ class HubSource:
         }
 
 
-class _Rows:
+class HubRows:
     """Reads the rows of one split, and gives stored values the form that they stand for."""
 
     def __init__(self, opened: OpenedSplit, wanted: HubName) -> None:
@@ -123,6 +123,7 @@ class _Rows:
         self._num_rows = 0
 
     def list_notes(self, max_rows: int | None) -> list[str]:
+        """List what was met, in words."""
         notes = [
             f"class labels of {column!r} read as their names: {count:,}"
             for column, count in self._num_labels.items()
@@ -132,6 +133,7 @@ class _Rows:
         return notes
 
     def read(self, columns: Collection[str], max_rows: int | None) -> Iterator[Row]:
+        """Read the rows, of these columns alone."""
         opened = self._opened
         tables = opened.tables
         if tables.features is not None:
@@ -263,7 +265,7 @@ def _list_states(folder: Path) -> list[list[Any]]:
     return states
 
 
-def _locate(wanted: HubName, kind: str, source: str, folder: str | Path, key: str) -> str:
+def locate_file(wanted: HubName, kind: str, source: str, folder: str | Path, key: str) -> str:
     """Check that a media file is there, and that it is the user's or of the data set."""
     if is_in_bucket(source, kind, key=key):
         return source

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, Unpack
 
+from gemma_tuner.errors import ConfigError
+from gemma_tuner.records import Example
 from gemma_tuner.sources.bigquery.source import BigQuerySource
 from gemma_tuner.sources.buckets import BucketSource
 from gemma_tuner.sources.examples import Source
 from gemma_tuner.sources.folders import Paths
 from gemma_tuner.sources.hub import HubSource
 from gemma_tuner.sources.local import LocalSource
+from gemma_tuner.sources.memory import MemorySource, holds_rows
 from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.storage.objects import StoreOptions
 from gemma_tuner.storage.stores import Stores
@@ -24,6 +27,9 @@ from gemma_tuner.streaming.view import DatasetView
 if TYPE_CHECKING:
     from gemma_tuner.sources.bigquery.source import BigQueryReadClient
     from gemma_tuner.sources.bigquery.source import Client as BigQueryClient
+
+Rows = Iterable[Mapping[str, Any] | Example] | Any
+"""Rows in memory; tables and data sets are of libraries that need not be there."""
 
 
 @spell_out(max_bad_fraction=0.0)
@@ -58,6 +64,7 @@ def stream_local(
         SourceError: Files, columns or splits that are not there or cannot be read.
     """
     options = StreamOptions.read(stream_local, keywords)
+    _refuse_rows("paths", paths)
     source = LocalSource(paths, file_format=format, split=split, keywords=options.columns)
     return _open_stream(options, source, _make_fetcher(options))
 
@@ -95,6 +102,7 @@ def stream_gcs(
             or credentials that are missing.
     """
     options = StreamOptions.read(stream_gcs, keywords)
+    _refuse_rows("uris", uris)
     fetcher = _make_fetcher(options)
     source = BucketSource(uris, fetcher, file_format=format, split=split, keywords=options.columns)
     return _open_stream(options, source, fetcher)
@@ -204,6 +212,7 @@ def stream_hub(
         SourceError: A data set, subset, split or columns that are not there or cannot be read.
     """
     options = StreamOptions.read(stream_hub, keywords)
+    _refuse_rows("name", name)
     source = HubSource(
         name,
         subset=subset,
@@ -214,6 +223,49 @@ def stream_hub(
         keywords=options.columns,
     )
     return _open_stream(options, source, _make_fetcher(options))
+
+
+@spell_out(max_bad_fraction=0.0)
+def stream_rows(
+    rows: Rows,
+    *,
+    split: str | None = None,
+    **keywords: Unpack[StreamKeywords],
+) -> ExampleStream:
+    """Stream the examples of rows that the program holds itself.
+
+    Rows are kept in a manifest as those of files are, images and samples among them too, so that
+    a run resumes in a program that makes the same rows again. Images may be paths, encoded bytes
+    or PIL images; clips paths, bytes or ``{"array", "sampling_rate"}``. Relative paths start from
+    the working directory.
+
+    Args:
+        rows: A list of dictionaries or of ``Example``, a DataFrame of pandas or polars, a pyarrow
+            Table, a ``datasets.Dataset`` (whose media are never decoded by ``datasets``), or a
+            generator of up to 100,000 rows.
+        split: Keeps the rows whose column ``split`` has this value.
+        **keywords: As :class:`StreamOptions`.
+
+    Returns:
+        The stream.
+
+    Raises:
+        ConfigError: A setting that cannot work, or rows of another kind.
+        DataError: The first row that cannot be used, with its key.
+        SourceError: Columns or splits that are not there, or no rows.
+    """
+    options = StreamOptions.read(stream_rows, keywords)
+    source = MemorySource(rows, split=split, keywords=options.columns)
+    return _open_stream(options, source, _make_fetcher(options))
+
+
+def _refuse_rows(argument: str, given: object) -> None:
+    """Answer one who gives rows where their place is asked for."""
+    if holds_rows(given):
+        raise ConfigError(
+            f"{argument} is a {type(given).__name__} that holds rows itself, and names no place "
+            "to read them from; stream_rows(rows) takes what is in memory"
+        )
 
 
 def _make_fetcher(options: StreamOptions) -> Fetcher:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from pathlib import Path
 
 from peft import PeftModel
 
@@ -18,9 +17,7 @@ from gemma_tuner.training.config import TrainConfig
 _GIVE_COLLATOR = "give TextCollator(processor) or one of its kin"
 
 
-def check_kinds(
-    model: object, stream: object, collator: object, config: object, eval_stream: object
-) -> None:
+def check_kinds(model: object, collator: object, config: object) -> None:
     """Refuse arguments of the trainer that are something else."""
     for name, given, kind, remedy in (
         ("model", model, PeftModel, "wrap what load_model returns first: add_lora(model)"),
@@ -29,23 +26,6 @@ def check_kinds(
     ):
         if not isinstance(given, kind):
             raise ConfigError(f"{name} is a {type(given).__name__}; {remedy}")
-    for name, given in (("stream", stream), ("eval_stream", eval_stream)):
-        if name == "eval_stream" and given is None:
-            continue
-        if isinstance(given, str | Path):
-            raise ConfigError(
-                f"{name} is a {type(given).__name__}; open the file or folder first: "
-                f"{name}=stream_local(...)"
-            )
-        needed = ("__iter__", "__len__", "__getitem__", "state_dict", "load_state_dict")
-        missing = [method for method in needed if not hasattr(given, method)]
-        if missing:
-            raise ConfigError(
-                f"{name} is a {type(given).__name__}, which has no {', '.join(missing)}; make a "
-                "stream that can be resumed, such as stream_local(paths) returns"
-            )
-        if len(given) == 0:  # pyright: ignore[reportArgumentType]
-            raise ConfigError(f"{name} has no examples; check what it reads")
 
 
 def check_collator(model: PeftModel, collator: TextCollator) -> None:

@@ -9,15 +9,16 @@ which a stopped run continues.
 from __future__ import annotations
 
 import time
+from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar, cast
 
 from gemma_tuner.batch import Batch
-from gemma_tuner.errors import DataError
+from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.models.embeddings import find_mapped_embedding
 from gemma_tuner.models.families import loaded_modalities
 from gemma_tuner.models.lora import unwrap_peft
@@ -34,52 +35,87 @@ _END = object()
 
 
 class Stream(Protocol):
-    """What the trainer needs of a stream of examples; ``ExampleStream`` is one."""
+    """What a trainer and ``evaluate`` need of examples; ``ExampleStream`` has it.
 
+    A class of one's own that inherits from this one writes five methods: ``__len__``,
+    ``__getitem__``, ``read_slots``, ``state_dict`` and ``load_state_dict``. It then trains in one
+    process, and an example that cannot be used ends the run.
+    """
+
+    @abstractmethod
     def __len__(self) -> int:
-        """Slots of an epoch."""
+        """Slots of an epoch, and rows of the data."""
         ...
 
+    @abstractmethod
     def __getitem__(self, index: int) -> Example:
-        """One row of the data."""
+        """One row of the data, its media decoded; moves nothing."""
         ...
 
+    @abstractmethod
     def read_slots(self) -> Iterator[Example | None]:
-        """Begin an epoch and hand it out slot by slot, None where an example was passed over."""
+        """Hand out the rest of the epoch where a state was loaded, and else the next one.
+
+        Yields:
+            What is in each slot; None where an example was passed over.
+        """
+        ...
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """What resumes the stream after the slots handed out so far, as JSON."""
+        ...
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where the state was taken."""
         ...
 
     def read_rows(self, indices: Iterable[int]) -> Iterator[Example | None]:
         """Read rows of the data, None for one that was passed over; moves nothing."""
-        ...
+        return map(self.__getitem__, indices)
 
     def pass_over(self, error: DataError) -> None:
         """Note that an example that was handed out cannot be used, or raise the error."""
-        ...
+        raise error
 
     @property
     def num_passed_over(self) -> int:
         """Examples passed over so far."""
-        ...
+        return 0
 
     def inspect_quarantine(self) -> Sequence[BadExample]:
         """What could not be used, of this run and those before it."""
-        ...
+        return ()
 
     def shard(self, index: int, count: int) -> Self:
         """Every ``count``-th slot, from slot ``index`` on."""
-        ...
+        raise ConfigError(
+            f"{type(self).__name__} has no shard() and follow(), by which {count} processes share "
+            "a stream; write them, or train in one process"
+        )
 
     def follow(self, shard: Self, num_slots: int) -> None:
         """Go on as if this stream had handed out the slots that its shards did."""
-        ...
+        raise NotImplementedError
 
-    def state_dict(self) -> dict[str, Any]:
-        """What resumes the stream after the slots handed out so far."""
-        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where the state was taken."""
-        ...
+STREAM_MEMBERS = tuple(
+    name for name in vars(Stream) if not name.startswith("_") or name in ("__len__", "__getitem__")
+)
+
+
+def check_stream(argument: str, given: object, needed: Sequence[str] = STREAM_MEMBERS) -> None:
+    """Refuse what is no stream, naming all that it lacks, or is an empty one."""
+    if isinstance(given, Sized) and len(given) == 0:
+        raise ConfigError(f"{argument} has no examples; check what it reads")
+    missing = [name for name in needed if not hasattr(given, name)]
+    if missing:
+        raise ConfigError(
+            f"{argument} is a {type(given).__name__}, which has no {', '.join(missing)}; "
+            "stream_local(paths) reads files, stream_rows(rows) takes what is in memory, and a "
+            "class of your own that inherits from gemma_tuner.Stream is told what it lacks"
+        )
 
 
 @dataclass(frozen=True, slots=True)

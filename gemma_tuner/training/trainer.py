@@ -22,7 +22,14 @@ from gemma_tuner.planning.plan import Plan
 from gemma_tuner.training.adapters import list_trainable, note_collator
 from gemma_tuner.training.checks import check_collator, check_kinds
 from gemma_tuner.training.config import TrainConfig
-from gemma_tuner.training.feed import ModelCollator, Prefetch, StepInput, Stream, read_steps
+from gemma_tuner.training.feed import (
+    ModelCollator,
+    Prefetch,
+    StepInput,
+    Stream,
+    check_stream,
+    read_steps,
+)
 from gemma_tuner.training.held_out import measure_held_out
 from gemma_tuner.training.interrupt import StopRequest
 from gemma_tuner.training.metrics import EvalRecord
@@ -79,8 +86,7 @@ class Trainer:
 
     Args:
         model: From ``add_lora``; it is trained where it lies.
-        stream: What to train on; an ``ExampleStream`` or anything that iterates, counts and
-            resumes as one does.
+        stream: What to train on: an ``ExampleStream``, or a :class:`Stream` of one's own.
         collator: What makes batches of its examples.
         config: The settings.
         eval_stream: Held-out examples, whose loss is measured as ``config`` says.
@@ -110,7 +116,10 @@ class Trainer:
         optimizer: Optimizer | None = None,
         loss: Loss | None = None,
     ) -> None:
-        check_kinds(model, stream, collator, config, eval_stream)
+        check_kinds(model, collator, config)
+        check_stream("stream", stream)
+        if eval_stream is not None:
+            check_stream("eval_stream", eval_stream)
         self.model = model
         self.stream = stream
         self.collator = collator

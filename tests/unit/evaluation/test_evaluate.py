@@ -253,7 +253,7 @@ class EmptyStream:
     ("options", "error", "words"),
     [
         ({"scores": ["exact"]}, ConfigError, "did you mean 'exact_match'"),
-        ({"stream": EmptyStream()}, ConfigError, "nothing to evaluate on"),
+        ({"stream": EmptyStream()}, ConfigError, "stream has no examples"),
         ({"stream": [1]}, ConfigError, "the stream is a list"),
         ({"max_examples": 0}, ConfigError, "max_examples is 0"),
         ({"max_new_tokens": 0}, ConfigError, "max_new_tokens is 0"),
