@@ -37,11 +37,12 @@ def build_trainer(
     rows=10,
     stream=None,
     samples=None,
+    device="cpu",
     **settings,
 ):
     """A trainer on the first bundled samples: 4 examples a step, an epoch of 2.5 steps."""
     model, processor = tiny_model(family)
-    model = add_lora(model, LoraConfig(rank=4, targets=targets, dropout=dropout))
+    model = add_lora(model.to(device), LoraConfig(rank=4, targets=targets, dropout=dropout))
     if stream is None:
         stream = stream_local(sample_data(modality), cache_dir=Path(folder) / "cache").take(rows)
     settings = {

@@ -29,7 +29,7 @@ _JOIN_SECONDS = 180
 """How much later than the first the last process may come: each loads the model before."""
 _WAIT_SECONDS = 1800
 """How long one may wait for the others: they may be evaluating, or reading from a slow network."""
-_NCCL_SECONDS = 25
+_NCCL_SECONDS = 20
 """How long a sum may take that all have begun: NCCL does not say that one of them is gone."""
 _NUM_VALUES = 32
 _STOPPED, _FAILED, _FAILED_INDEX = 0, 1, 2  # places in a sum before its values
