@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
-from typing import NoReturn
+from typing import NoReturn, cast
 
 import torch
 from torch import Tensor, distributed
@@ -222,10 +222,14 @@ def _join(
 def _make_groups(
     device: torch.device,
 ) -> tuple[distributed.ProcessGroup, distributed.ProcessGroup | None]:
-    timeout = timedelta(seconds=_WAIT_SECONDS)
-    numbers = distributed.new_group(backend="gloo", timeout=timeout)
+    def make(backend: str, on: torch.device | None = None) -> distributed.ProcessGroup:
+        timeout = timedelta(seconds=_WAIT_SECONDS)
+        group = distributed.new_group(backend=backend, timeout=timeout, device_id=on)
+        return cast(distributed.ProcessGroup, group)
+
+    numbers = make("gloo")
     if device.type != "cuda" or not distributed.is_nccl_available():
         return numbers, None
-    gradients = distributed.new_group(backend="nccl", timeout=timeout, device_id=device)
+    gradients = make("nccl", device)
     atexit.register(gradients.abort)  # it complains of whatever is left open
     return numbers, gradients
