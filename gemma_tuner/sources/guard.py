@@ -45,7 +45,7 @@ class MediaGuard:
         """Refuse the data where a column of this row holds media."""
         for column in list(self.waiting):
             value = values.get(column)
-            if value not in (None, "", []):
+            if value is not None and not (isinstance(value, str | list) and not value):
                 self.look_at(column, value, folder)
 
     def look_at(self, column: str, value: Any, folder: str | Path) -> None:
@@ -65,12 +65,14 @@ class MediaGuard:
 
     def _find_kind(self, value: Any, folder: str | Path, *, is_text: bool) -> str | None:
         if isinstance(value, Mapping):
+            if "array" in value and "sampling_rate" in value:
+                return "audio"
             found = (self._find_kind(value.get(name), folder, is_text=is_text) for name in _FIELDS)
             return next(filter(None, found), None)
         if isinstance(value, bytes):
             return sniff_media(value)
-        if not isinstance(value, str):
-            return None
+        if not isinstance(value, str):  # Pillow is not imported to learn that this is none of it
+            return "image" if type(value).__module__.startswith("PIL.") else None
         if value[:5].lower() == "data:":
             kind = value[5:16].partition("/")[0].lower()
             return kind if kind in ("image", "audio", "video") else None
@@ -83,9 +85,10 @@ class MediaGuard:
         kind = kind_of_suffix(suffix) or _OTHER_SUFFIXES.get(suffix)
         if kind is None or len(name) > _LONGEST_NAME or "\n" in name:
             return None
-        if isinstance(folder, Path) and read_uri_scheme(name) is None:
+        is_local = isinstance(folder, Path) or Path(name).is_absolute()
+        if is_local and read_uri_scheme(name) is None:
             try:
-                if (folder / name).is_file():
+                if Path(folder, name).is_file():
                     return kind
             except (OSError, ValueError):  # a name that is none
                 return None

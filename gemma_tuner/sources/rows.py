@@ -162,35 +162,22 @@ class RowReader:
         """Read the turns before the prompt: pairs of a question and its answer, or messages."""
         column = self.columns.names.get("history")
         history = row.get(column) if column else None
-        if isinstance(history, str) and history.strip():
-            history = parse_json(history, f"its column {column!r}", key=key)
+        if isinstance(history, str):
+            history = parse_json(history.strip() or "[]", f"its column {column!r}", key=key)
         if not history:
             return ()
-        if media:
-            raise DataError(
-                f"it holds media and earlier turns ({column!r}), and nothing says whose they are; "
-                "write messages",
-                key=key,
-            )
-        if isinstance(history, list) and all(isinstance(item, Mapping) for item in history):
-            turns, _ = read_turns(history, key=key, media={}, unused_fields=self._unused_fields)
-        elif isinstance(history, list) and all(map(_is_pair, history)):
-            roles: tuple[Role, Role] = ("user", "assistant")
-            turns = tuple(
-                Turn(role, (Text(text),))
+        if isinstance(history, list) and all(map(_is_pair, history)):
+            roles = ("user", "assistant")
+            history = [
+                {"role": role, "content": text}
                 for pair in history
                 for role, text in zip(roles, pair, strict=True)
-            )
-        else:
+            ]
+        turns, _ = read_turns(history, key=key, media={}, unused_fields=self._unused_fields)
+        if media or turns[-1].role != "assistant":
+            what = "belongs to a row with media" if media else "does not end with an answer"
             raise DataError(
-                f"its column {column!r} is {describe_type(history)}; earlier turns are a list of "
-                "pairs of a question and its answer, or of messages",
-                key=key,
-            )
-        if turns[-1].role == "user":
-            raise DataError(
-                f"its column {column!r} ends with the user's turn, and the prompt is another; end "
-                "it with the answer",
+                f"its column {column!r} {what}: what comes after what is not told; write messages",
                 key=key,
             )
         return turns
@@ -321,8 +308,8 @@ class RowReader:
 
     def _explain_lack(self, key: str) -> DataError:
         return DataError(
-            f"it has nothing in {self._name_media()}, and other rows have; fill it, read rows without media "
-            'as a stream of their own, or use messages with {"type": "image"} or '
+            f"it has nothing in {self._name_media()}, and other rows have; fill it, read rows "
+            'without media as a stream of their own, or use messages with {"type": "image"} or '
             '{"type": "audio"} where media belong',
             key=key,
         )
