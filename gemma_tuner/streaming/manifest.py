@@ -16,8 +16,8 @@ rows at which shards begin, how much media there is to fetch, and the source's s
 
 A stored object stands in the payload as ``["image", {"stored": [uri, generation, num_bytes,
 crc32c, start]}]``, and behind a part of a recording stand its start and duration in seconds:
-``["audio", "a.wav", 2.0, 1.5]``. The fingerprint leaves the pins out: whoever mends a file and reads
-the source anew (``refresh=True``) goes on with the run.
+``["audio", "a.wav", 2.0, 1.5]``. The fingerprint leaves the pins out: whoever mends a file and
+reads the source anew (``refresh=True``) goes on with the run.
 """
 
 from __future__ import annotations

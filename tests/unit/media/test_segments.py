@@ -11,8 +11,7 @@ from gemma_tuner.media import audio
 from gemma_tuner.media.audio import decode_audio
 from gemma_tuner.media.load import load_media
 from gemma_tuner.records import Audio, Example, Text, Turn
-from gemma_tuner.sources.local import LocalSource
-from gemma_tuner.streaming.manifest import Manifest, write_manifest
+from gemma_tuner.streaming.opening import stream_local
 
 RATE = 16_000
 SAMPLES = np.random.default_rng(0).normal(0, 0.1, 4 * RATE).astype(np.float32)
@@ -105,14 +104,8 @@ def test_segments_pass_through_the_manifest(tmp_path):
     soundfile.write(tmp_path / "a.wav", SAMPLES, RATE)
     path = tmp_path / "a.jsonl"
     path.write_text('{"audio": "a.wav", "offset": 1, "duration": 0.5, "text": "A"}\n')
-    source = LocalSource(path)
-    write_manifest(
-        tmp_path / "m.arrow",
-        source,
-        root=source.root,
-        read_summary=source.read_summary,
-    )
-    example = Manifest(tmp_path / "m.arrow").read_example(0)
-    assert list(example.media) == [Audio("a.wav", None, 1.0, 0.5)]
-    (clip,) = load_media(example, root=source.root).media
+    stream = stream_local(path, cache_dir=tmp_path / "cache")
+    (kept,) = stream.views[0].manifest.read_example(0).media
+    assert (kept.start_seconds, kept.duration_seconds) == (1.0, 0.5)
+    (clip,) = stream[0].media
     assert len(clip.source) == RATE // 2
