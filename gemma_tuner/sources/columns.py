@@ -24,7 +24,7 @@ that; columns of media, segments, preferences and weights are then still used, s
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,7 +32,7 @@ from gemma_tuner.checks import suggest
 from gemma_tuner.errors import ConfigError, SourceError
 
 Layout = Literal["chat", "prompt and response", "caption", "document"]
-Keywords = Mapping[str, "str | tuple[str, ...] | Literal[False] | None"]
+Keywords = Mapping[str, "str | Sequence[str] | Literal[False] | None"]
 """The user's column by part, and under ``ignore`` the columns to leave out."""
 
 KEYWORDS = (
@@ -161,7 +161,7 @@ def read_unit_seconds(column: str) -> float:
 def read_ignored(keywords: Keywords) -> tuple[str, ...]:
     """Return the columns that the user leaves out."""
     ignored = keywords.get("ignore") or ()
-    return (ignored,) if isinstance(ignored, str) else ignored
+    return (ignored,) if isinstance(ignored, str) else tuple(ignored)
 
 
 def recognise_columns(available: Collection[str], keywords: Keywords) -> Columns:

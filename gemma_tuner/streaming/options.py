@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from gemma_tuner.checks import check_fields, suggest
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.sources.columns import KEYWORDS, Keywords
+from gemma_tuner.sources.columns import KEYWORDS, Keywords, read_ignored
 from gemma_tuner.storage.config import FetchConfig
 
 if TYPE_CHECKING:
@@ -115,10 +115,8 @@ class StreamOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        ignore = (self.ignore,) if isinstance(self.ignore, str) else tuple(self.ignore)
-        if not all(isinstance(name, str) for name in ignore):
+        if not all(isinstance(name, str) for name in self.ignore):
             raise ConfigError("ignore= holds what is no text; give names of columns")
-        object.__setattr__(self, "ignore", ignore)
 
     @classmethod
     def read(cls, function: Callable[..., Any], keywords: Mapping[str, Any]) -> StreamOptions:
@@ -146,7 +144,10 @@ class StreamOptions:
     @property
     def columns(self) -> Keywords:
         """The column by part."""
-        return {**{part: getattr(self, part) for part in KEYWORDS}, "ignore": self.ignore}
+        return {
+            **{part: getattr(self, part) for part in KEYWORDS},
+            "ignore": read_ignored({"ignore": self.ignore}),
+        }
 
     @property
     def folder(self) -> Path:
