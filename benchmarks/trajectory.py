@@ -64,7 +64,9 @@ def record_run(family: str, modality: Any, folder: Path) -> dict[str, Any]:
         targets = TARGETS[family]
         dropout = 0.0 if "experts" in targets else 0.1  # which adapters on experts do not know
         model = gt.add_lora(model, gt.LoraConfig(rank=4, dropout=dropout, targets=targets))
-        stream = gt.stream_local(gt.testing.sample_data(modality), cache_dir=folder / "cache")
+        stream = gt.stream_local(
+            gt.testing.sample_data(modality), ignore="split", cache_dir=folder / "cache"
+        )
         rest, held_out = stream.split(0.2)
         config = gt.TrainConfig(
             max_steps=max_steps,
@@ -106,7 +108,9 @@ def record_stream(stream: gt.ExampleStream, count: int = 40) -> list[Any]:
 
 def record_streams(folder: Path) -> dict[str, Any]:
     streams = {
-        name: gt.stream_local(gt.testing.sample_data(name), cache_dir=folder / "cache", seed=3)
+        name: gt.stream_local(
+            gt.testing.sample_data(name), ignore="split", cache_dir=folder / "cache", seed=3
+        )
         for name in ("text", "image", "audio")
     }
     found = {name: record_stream(stream) for name, stream in streams.items()}
@@ -114,7 +118,9 @@ def record_streams(folder: Path) -> dict[str, Any]:
     found["mix"] = record_stream(gt.mix({s: 1 + i for i, s in enumerate(streams.values())}))
     with gt.testing.LocalCloud() as cloud:
         for name, table in cloud.tables.items():
-            stream = gt.stream_bigquery(table, cache_dir=folder / "cloud", **cloud.clients())
+            stream = gt.stream_bigquery(
+                table, ignore="split", cache_dir=folder / "cloud", **cloud.clients()
+            )
             found[f"bigquery {name}"] = record_stream(stream)
         rows = b'{"id": "a", "prompt": "See", "response": "A", "image": "images/a.png"}\n'
         picture = next(Path(gt.testing.sample_data("image")).rglob("*.png")).read_bytes()

@@ -79,14 +79,20 @@ class Image:
 class Audio:
     """A clip within a turn: a local path or URI, encoded bytes, or decoded samples.
 
+    Of a recording that holds more, the part is given that is meant, and nothing else is decoded.
+
     Args:
         source: A path or URI, a stored object or pinned file, encoded bytes, or float samples
             ``[frames]`` or ``[frames, channels]``.
         sample_rate_hz: The rate of decoded samples; None while ``source`` is encoded.
+        start_seconds: Where in the recording the clip begins; None where it is all of it.
+        duration_seconds: How long the clip is; with no start, how long the recording has to be.
     """
 
     source: str | bytes | StoredObject | PinnedFile | numpy.ndarray
     sample_rate_hz: int | None = None
+    start_seconds: float | None = None
+    duration_seconds: float | None = None
 
 
 Part = Text | Image | Audio

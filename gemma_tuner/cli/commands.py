@@ -42,16 +42,22 @@ _DEBUG = inspect.Parameter(
     ],
 )
 
+_CONTEXT = "typer_context"  # whatever a command calls it: a column may be the context
+
 
 def command(function: Callable[..., object]) -> Callable[..., None]:
     """Make a function a command: its settings become options, its errors a paragraph."""
     texts = read_help(function.__doc__)
     groups: dict[str, Any] = {}
+    contexts: list[str] = []
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         if isinstance(parameter.annotation, type) and is_dataclass(parameter.annotation):
             groups[parameter.name] = parameter.annotation
             parameters += inspect.signature(parameter.annotation).parameters.values()
+        elif parameter.annotation is typer.Context:
+            contexts.append(parameter.name)
+            parameters.append(parameter.replace(name=_CONTEXT))
         elif parameter.name in texts:
             hint, default = make_option(
                 parameter.name, parameter.annotation, parameter.default, texts[parameter.name]
@@ -69,6 +75,8 @@ def command(function: Callable[..., object]) -> Callable[..., None]:
         for name, kind in groups.items():
             fields = inspect.signature(kind).parameters
             values[name] = kind(**{field: values.pop(field) for field in fields})
+        for name in contexts:
+            values[name] = values.pop(_CONTEXT)
         if not debug:  # what libraries tell their developers
             warnings.simplefilter("ignore", FutureWarning)
         with errors_explained(debug=debug, options=options):

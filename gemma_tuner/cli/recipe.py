@@ -60,10 +60,10 @@ def read_arguments(
     not_taken = ("from_adapter", "sample_every_steps")
     run_names = [field.name for field in fields(RunSettings) if field.name not in not_taken]
 
-    def collect(context: typer.Context, **values: Any) -> None:
-        settings = list_settings(context, _GROUPS)
+    def collect(called: typer.Context, **values: Any) -> None:
+        settings = list_settings(called, _GROUPS)
         run = RunSettings(**{name: values[name] for name in run_names})
-        run = _fill_run(opening.choose_length(context, run, settings))
+        run = _fill_run(opening.choose_length(called, run, settings))
         config = opening.make_config(run, seed=0, is_tiny=values["model"] == TINY)
         chosen = {"max_steps": config.max_steps, "learning_rate": config.learning_rate}
         settings |= {**chosen, RECIPE: str(Path(script).absolute())}
@@ -95,7 +95,7 @@ def _list_parameters(
     keyword = inspect.Parameter.KEYWORD_ONLY
     known = {field.name: field for group in _GROUPS for field in fields(group)}
     hints = {
-        "context": typer.Context,
+        "called": typer.Context,
         "config": Annotated[Path | None, config_option(_GROUPS, is_explained=False)],
     }
     hints |= {name: known[name].type for name in names}

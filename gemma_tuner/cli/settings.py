@@ -174,7 +174,7 @@ class ModelSettings:
 
 
 def _panel_of_stream(field: Field[Any]) -> str:
-    return _COLUMNS if field.name in KEYWORDS else _READING
+    return _COLUMNS if field.name in (*KEYWORDS, "ignore") else _READING
 
 
 @options(_DATA, StreamOptions, but=("fetch", "gcs_client"), panels=_panel_of_stream)

@@ -39,6 +39,9 @@ _MIN_RATE_HZ, _MAX_RATE_HZ = 1_000, 768_000
 # integers that nobody divided, which would shift every log-mel feature.
 _MAX_PEAK = 100.0
 
+# How far the end of a segment may lie behind that of the recording: both are often rounded.
+_ROUNDING_SECONDS = 0.1
+
 _BLOCK_SAMPLES = 1 << 20  # decoded at once, all channels together: 4 MB
 
 _UNKNOWN_FRAMES = 2**63 - 1  # what libsndfile says of a FLAC stream without a length
@@ -56,8 +59,10 @@ def decode_audio(
     *,
     key: str,
     sample_rate_hz: int | None = None,
+    start_seconds: float | None = None,
+    duration_seconds: float | None = None,
 ) -> np.ndarray:
-    """Decode a clip to 16 kHz mono, the mean of its channels."""
+    """Decode a clip, or a segment of it, to 16 kHz mono, the mean of its channels."""
     # WAV, FLAC, MP3 and OGG (Vorbis, Opus) among others, as libsndfile reads them. Samples beyond
     # ±1 in float data are kept: clipping them would distort. A clip cut short is refused where
     # its container says how long it is: WAV, AIFF, FLAC, OGG, and MP3 with a Xing or Info header;
@@ -67,13 +72,16 @@ def decode_audio(
     # Returns: Samples ``[frames]`` float32 at 16 kHz, contiguous; ``source`` itself where it is
     # that.
     name = describe_source(source, "audio")
+    segment = (start_seconds, duration_seconds)
     if isinstance(source, np.ndarray):
         rate_hz = _check_rate(sample_rate_hz, name, key)
+        if source.ndim in (1, 2) and len(source) and duration_seconds is not None:
+            source = source[_find_segment(len(source), rate_hz, segment, name, key)]
         mono = _mix_array(source, rate_hz, name, key)
     else:
         with open_encoded(source, key=key, kind="audio") as stream:
             _check_whole(stream, name, key)
-            mono, rate_hz = _read_stream(stream, name, key)
+            mono, rate_hz = _read_stream(stream, segment, name, key)
         if sample_rate_hz not in (None, rate_hz):
             raise DataError(
                 f"{name} is recorded at {rate_hz} Hz, and {sample_rate_hz} Hz is given beside "
@@ -84,19 +92,29 @@ def decode_audio(
     return mono if rate_hz == SAMPLE_RATE_HZ else _resample(mono, rate_hz)
 
 
-def _read_stream(stream: BinaryIO, name: str, key: str) -> tuple[np.ndarray, int]:
+def _read_stream(
+    stream: BinaryIO, segment: tuple[float | None, float | None], name: str, key: str
+) -> tuple[np.ndarray, int]:
     """Decode a stream to mono samples ``[frames]`` float32 and their rate."""
     try:
         with soundfile.SoundFile(declare_length(stream), mode="r") as file:
             rate_hz = _check_rate(file.samplerate, name, key)
-            num_frames = file.frames
+            chosen = slice(0, file.frames)
+            if segment[1] is not None and 0 < file.frames < _UNKNOWN_FRAMES:
+                chosen = _find_segment(file.frames, rate_hz, segment, name, key)
+            num_frames = chosen.stop - chosen.start
             _check_length(num_frames, rate_hz, file.channels, name, key)
+            if chosen.start:
+                file.seek(chosen.start)
             mono = np.empty(num_frames, dtype=np.float32)
             num_read = 0
             # In blocks, so that many channels are never in memory at full length. SoundFile.blocks
             # would hand out uninitialised memory where a file ends before its header says.
             block_frames = max(1, _BLOCK_SAMPLES // file.channels)
-            while len(block := file.read(block_frames, dtype="float32", always_2d=True)):
+            while num_read < num_frames:
+                wanted = min(block_frames, num_frames - num_read)
+                if not len(block := file.read(wanted, dtype="float32", always_2d=True)):
+                    break
                 mono[num_read : num_read + len(block)] = block.mean(axis=1)
                 num_read += len(block)
     except DataError:
@@ -115,6 +133,31 @@ def _read_stream(stream: BinaryIO, name: str, key: str) -> tuple[np.ndarray, int
             f"{num_read:,} of its {num_frames:,} frames at {rate_hz} Hz can be read", name, key
         )
     return mono, rate_hz
+
+
+def _find_segment(
+    num_frames: int, rate_hz: int, segment: tuple[float | None, float | None], name: str, key: str
+) -> slice:
+    """Return the frames of a segment; with no start, all of them if they last as long as said."""
+    start, duration = segment[0], segment[1] or 0.0
+    length = num_frames / rate_hz
+    if start is None:
+        rounding = 0.5 if duration == round(duration) else _ROUNDING_SECONDS
+        if abs(length - duration) <= max(rounding, 0.01 * length):
+            return slice(0, num_frames)
+        raise DataError(
+            f"{name} has {length:,.2f} seconds, and its row says {duration:,.2f}; give a "
+            "start too where a part is meant, or leave out what is said of its length",
+            key=key,
+        )
+    if start < 0 or duration <= 0 or start + duration > length + _ROUNDING_SECONDS:
+        raise DataError(
+            f"{name} has {length:,.2f} seconds, and its row means those from {start:,.2f} to "
+            f"{start + duration:,.2f}; correct that, or remove the row",
+            key=key,
+        )
+    first = min(round(start * rate_hz), num_frames)
+    return slice(first, min(round((start + duration) * rate_hz), num_frames))
 
 
 def _mix_array(samples: np.ndarray, rate_hz: int, name: str, key: str) -> np.ndarray:

@@ -6,10 +6,12 @@ paths tell about the user's machine, and signed URLs carry their signature.
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 import re
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from gemma_tuner.errors import DataError
 from gemma_tuner.modalities import MediaKind
@@ -19,6 +21,48 @@ _MAX_NAME_CHARACTERS = 100
 
 # Two letters at least, so that a Windows drive (C:\...) is a path.
 _URI = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://|^(data):", re.ASCII)
+
+# What encoded media begin with. Source: Wikipedia's list of file signatures, and for the brands
+# behind "ftyp" ISO/IEC 14496-12.
+_MAGIC: tuple[tuple[bytes, Literal["image", "audio", "video"]], ...] = (
+    *((magic, "image") for magic in (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8")),
+    *((magic, "image") for magic in (b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ")),
+    *((magic, "audio") for magic in (b"fLaC", b"OggS", b"ID3", b"\xff\xfb", b"\xff\xf3")),
+    *((magic, "audio") for magic in (b"\xff\xfa", b"\xff\xf2", b"\xff\xf1", b"\xff\xf9")),
+    (b"\x1a\x45\xdf\xa3", "video"),
+)
+_FORMS = {b"WAVE": "audio", b"AIFF": "audio", b"AIFC": "audio", b"WEBP": "image", b"AVI ": "video"}
+_STILLS = (b"avif", b"avis", b"heic", b"heix", b"mif1", b"msf1")
+_BASE64 = re.compile(r"[A-Za-z0-9+/\r\n]{64}")
+
+
+def sniff_media(content: bytes) -> Literal["image", "audio", "video"] | None:
+    """Tell encoded media by their first bytes; None for anything else."""
+    for magic, kind in _MAGIC:
+        if content.startswith(magic):
+            return kind
+    if content[:4] in (b"RIFF", b"RIFX", b"RF64", b"FORM"):
+        return _FORMS.get(content[8:12])  # pyright: ignore[reportReturnType]
+    if content[4:8] == b"ftyp":
+        brand = content[8:12]
+        return "image" if brand in _STILLS else "audio" if brand == b"M4A " else "video"
+    is_bmp = content[:2] == b"BM" and content[6:10] == bytes(4) and len(content) > 26
+    return "image" if is_bmp else None
+
+
+def read_base64_media(text: str) -> bytes | None:
+    """Decode media that are given as base64 text, in one line or many; None for other text."""
+    if not _BASE64.match(text) or not sniff_media(_decode_start(text)):
+        return None
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError):
+        return None
+
+
+def _decode_start(text: str) -> bytes:
+    start = "".join(text[:64].split())
+    return base64.b64decode(start[: len(start) // 4 * 4])
 
 
 def read_uri_scheme(source: object) -> str | None:

@@ -22,8 +22,15 @@ def load_media(example: Example, *, root: Path | None = None) -> Example:
         if isinstance(part, Image):
             image = decode_image(source, key=example.key)
             return part if image is part.source else Image(image)
-        samples = decode_audio(source, key=example.key, sample_rate_hz=part.sample_rate_hz)
-        return part if samples is part.source else Audio(samples, SAMPLE_RATE_HZ)
+        samples = decode_audio(
+            source,
+            key=example.key,
+            sample_rate_hz=part.sample_rate_hz,
+            start_seconds=part.start_seconds,
+            duration_seconds=part.duration_seconds,
+        )
+        is_same = samples is part.source and part.duration_seconds is None
+        return part if is_same else Audio(samples, SAMPLE_RATE_HZ)
 
     return example.replace_media(load)
 

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.modalities import kind_of
 from gemma_tuner.records import Audio, Example, Image, StoredObject
-from gemma_tuner.sources.columns import Columns, Keywords, recognise_columns
+from gemma_tuner.sources.columns import Columns, Keywords, read_ignored, recognise_columns
 from gemma_tuner.sources.files import Row
-from gemma_tuner.sources.folders import NO_SPLIT, name_canonically
+from gemma_tuner.sources.folders import NO_SPLIT, name_canonically, name_split
+from gemma_tuner.sources.guard import MediaGuard
 from gemma_tuner.sources.rows import RowReader
 from gemma_tuner.storage.stores import is_stored, list_schemes
 
@@ -52,12 +53,19 @@ class ExampleReader:
     """Makes examples of the rows of one data set."""
 
     def __init__(
-        self, available: Collection[str], keywords: Keywords, *, split: str | None = None
+        self,
+        available: Collection[str],
+        keywords: Keywords,
+        *,
+        split: str | None = None,
+        default_split: str = "train",
     ) -> None:
         self.columns: Columns = recognise_columns(available, keywords)
         self._known = dict.fromkeys(available)
         self._keywords = keywords
         self._split = split
+        self._default_split = name_canonically(default_split)
+        self.guard = MediaGuard(self.columns, available)
         self._reader = RowReader(self.columns)
         self._splits: Counter[str] = Counter()
 
@@ -70,6 +78,7 @@ class ExampleReader:
                 yield row.origin, row.values
                 continue
             self._refuse_late_columns(row.values, row.origin)
+            self.guard.look(row.values, row.folder)
             if "split" in self.columns.names and not self._is_of_split(row.values):
                 continue
             num_rows += 1
@@ -82,10 +91,25 @@ class ExampleReader:
             self._reader.refuse_rows_before()  # of no one row: no budget passes over it
             yield row.origin, outcome
         if num_rows == 0 and self._splits:
+            raise SourceError(self._describe_splits())
+        if unknown := set(read_ignored(self._keywords)) - self._known.keys():
             raise SourceError(
-                f"there is no split {self._split!r}; the splits are: "
-                f"{', '.join(sorted(self._splits))}; give one of these"
+                f"ignore= names what is not there: {', '.join(sorted(map(repr, unknown)))}; the "
+                f"columns are {', '.join(sorted(map(repr, self._known)))}"
             )
+
+    def _describe_splits(self) -> str:
+        splits = ", ".join(sorted(self._splits))
+        if self._split is not None:
+            return (
+                f"there is no split {self._split!r}; the splits are: {splits}; give one of these"
+            )
+        column = self.columns.names["split"]
+        return (
+            f"no row is of the split {self._default_split!r} by the column {column!r}; the splits "
+            f"are: {splits}; give one of these as split=, or leave the column out by "
+            f"ignore=({column!r},)"
+        )
 
     def read_summary(self) -> dict[str, Any]:
         """Return what the rows read so far made, as JSON."""
@@ -94,14 +118,33 @@ class ExampleReader:
             "columns": dict(self.columns.names),
             "unused": list(self.columns.unused),
             "splits": dict(self._splits),
-            "notes": [f"{what}: {count:,}" for what, count in self._reader.read_notes().items()],
+            "notes": [
+                *self._list_notes(),
+                *(f"{what}: {count:,}" for what, count in self._reader.read_notes().items()),
+            ],
         }
+
+    def _list_notes(self) -> Iterator[str]:
+        if self.columns.ignored:
+            yield f"columns left out by ignore=: {', '.join(map(repr, self.columns.ignored))}"
+        left_out = {name: n for name, n in self._splits.items() if not self._is_wanted(name)}
+        if left_out and self._split is None:
+            yield (
+                f"rows of other splits not read ({', '.join(sorted(left_out))}): "
+                f"{sum(left_out.values()):,}"
+            )
 
     def _is_of_split(self, values: Mapping[str, Any]) -> bool:
         value = values.get(self.columns.names["split"])
         name = NO_SPLIT if value in (None, "") else str(value)
         self._splits[name] += 1
-        return self._split is None or name_canonically(name) == name_canonically(self._split)
+        return self._is_wanted(name)
+
+    def _is_wanted(self, name: str) -> bool:
+        """Whether rows of a split are read: where none is asked for, what is for training."""
+        if self._split is not None:
+            return name_canonically(name) == name_canonically(self._split)
+        return name == NO_SPLIT or name_split(name, "jsonl") == self._default_split
 
     def _refuse_late_columns(self, values: Mapping[str, Any], origin: str) -> None:
         """Refuse a row whose new columns would have changed how the rows before it were read."""
@@ -109,17 +152,20 @@ class ExampleReader:
         if not late:
             return
         self._known.update(dict.fromkeys(sorted(late)))
+        remedy = "name the columns to use by keyword"
         try:
-            names = recognise_columns(self._known, self._keywords).names
-        except SourceError:
-            names = None
-        if names != self.columns.names:
+            columns = recognise_columns(self._known, self._keywords)
+        except SourceError as error:
+            columns, remedy = None, str(error)
+        if columns is None or columns.names != self.columns.names:
             raise DataError(
                 f"the columns {', '.join(sorted(late))} come first here, after the rows that "
-                "decided which columns there are; name the columns to use by keyword, or give the "
-                "first row all of them, empty ones as null",
+                f"decided which columns there are; {remedy}, or give the first row all of them, "
+                "empty ones as null",
                 key=origin,
             )
+        self.columns = columns
+        self.guard.add(columns, late)
 
 
 def is_in_bucket(source: str, kind: str, *, key: str) -> bool:

@@ -34,6 +34,7 @@ Format = RowFormat | Literal["webdataset", "captions"]
 PEEKED_ROWS = 1000
 """JSON lines name their columns row by row: this many rows of each file decide what there is."""
 _PARQUET_ROWS = 64  # small, as rows may hold media
+_PEEKED_AT_ONCE = 16
 _GZIP_MAGIC = b"\x1f\x8b"  # by content: an object may be stored zipped under a plain name
 
 
@@ -116,6 +117,18 @@ def read_rows(
     if file_format == "parquet":
         return _read_parquet(file, set(columns.names.values()))
     return _read_csv(file) if file_format == "csv" else _read_json(file)
+
+
+def peek_parquet(file: DataFile, columns: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
+    """Read the first values of columns that are not null, so many of each, and no other page."""
+    with _open_parquet(file, ahead=False) as table:
+        for field in table.schema_arrow:
+            left = 0 if pyarrow.types.is_primitive(field.type) else columns.get(field.name, 0)
+            batches = table.iter_batches(batch_size=_PEEKED_AT_ONCE, columns=[field.name])
+            while left and (batch := next(batches, None)) is not None:
+                values = batch.column(0).drop_null().to_pylist()[:left]
+                left -= len(values)
+                yield from ((field.name, value) for value in values)
 
 
 def read_text(file: DataFile) -> str:
@@ -223,13 +236,16 @@ def _read_parquet(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[
 
 
 @contextmanager
-def _open_parquet(file: DataFile) -> Iterator[pyarrow.parquet.ParquetFile]:
+def _open_parquet(file: DataFile, *, ahead: bool = True) -> Iterator[pyarrow.parquet.ParquetFile]:
     with ExitStack() as opened:
         try:
             stream = cast("io.BufferedReader", opened.enter_context(file.open()))
             # Nothing is read ahead: what lies behind a column in the file is another one.
             exact = opened.enter_context(io.BufferedReader(stream.raw, 1))
-            table = opened.enter_context(pyarrow.parquet.ParquetFile(exact, pre_buffer=True))
+            parquet = pyarrow.parquet.ParquetFile(
+                exact, pre_buffer=ahead, buffer_size=0 if ahead else 1 << 16
+            )
+            table = opened.enter_context(parquet)
         except (pyarrow.ArrowException, OSError) as error:
             raise SourceError(
                 f"{_last(file)!r} cannot be read as Parquet ({type(error).__name__}); write or "

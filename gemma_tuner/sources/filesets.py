@@ -14,6 +14,7 @@ from gemma_tuner.sources.files import (
     Format,
     Row,
     list_columns,
+    peek_parquet,
     read_rows,
     read_text,
 )
@@ -55,6 +56,11 @@ class FileSetReader:
             )
             files = [file for file in files if file.name in names]
             notes += left_out
+        if found.format == "parquet":  # of which no other columns are read below
+            for file in files:
+                unread = reader.guard.list_unread()
+                for column, value in peek_parquet(file, unread):
+                    reader.guard.look_at(column, value, file.folder)
         tars = TarReader()
         rows = (row for file in files for row in _read(file, found, reader.columns, tars))
         yield from reader.read(rows, locate)

@@ -100,9 +100,17 @@ class HubSource:
     def __iter__(self) -> Iterator[tuple[str, Outcome]]:
         """Read every row of the split, up to ``max_rows``."""
         opened = open_split(self.wanted, streaming=self.streaming)
-        reader = ExampleReader(list(opened.features), self.keywords)
+        reader = ExampleReader(
+            list(opened.features), self.keywords, default_split=self.wanted.split
+        )
         rows = HubRows(opened, self.wanted)
-        stored = rows.read(reader.columns.names.values(), self.max_rows)
+        needed = set(reader.columns.names.values())
+        if self.streaming:  # in which nothing can be looked at beforehand
+            needed |= reader.guard.waiting.keys()
+        else:
+            for column, value in rows.peek(reader.guard.list_unread()):
+                reader.guard.look_at(column, value, self.wanted.folder or "")
+        stored = rows.read(needed, self.max_rows)
         yield from reader.read(stored, partial(locate_file, self.wanted))
         summary = reader.read_summary()
         self._summary = {
@@ -131,6 +139,12 @@ class HubRows:
         if self._num_rows == max_rows:
             notes.append(f"stopped at max_rows: {max_rows:,}")
         return notes
+
+    def peek(self, columns: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
+        """Read the first values of columns that are not null, so many of each."""
+        for column, count in columns.items():
+            valid = (v.as_py() for v in self._opened.tables.data.column(column) if v.is_valid)
+            yield from ((column, value) for value in islice(valid, count))
 
     def read(self, columns: Collection[str], max_rows: int | None) -> Iterator[Row]:
         """Read the rows, of these columns alone."""

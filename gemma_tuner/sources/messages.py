@@ -19,6 +19,7 @@ import numpy as np
 
 from gemma_tuner.checks import is_whole_number
 from gemma_tuner.errors import DataError
+from gemma_tuner.media.encoded import read_base64_media
 from gemma_tuner.modalities import MediaKind
 from gemma_tuner.records import Audio, Image, Part, Role, StoredObject, Text, Turn
 from gemma_tuner.storage.stores import is_stored, list_schemes
@@ -57,6 +58,7 @@ _PART_KINDS: Mapping[str, MediaKind] = {
 _PART_VALUES = ("path", "url", "bytes", "data")
 _BASE64 = ("bytes", "data")  # JSON has no bytes: text under these names is base64
 _DESCRIPTIONS = frozenset(("detail", "format", "sampling_rate"))  # of a value, and none themselves
+_LONGEST_PATH = 4096  # Source: PATH_MAX of Linux; macOS has 1,024
 _TAG = re.compile(r"\n?<(image|audio)>\n?")
 
 
@@ -106,7 +108,15 @@ def read_media(value: Any, kind: MediaKind, *, key: str) -> Image | Audio | None
         )
     if value[:5].lower() == "data:":
         return part(_decode_base64(value.partition(",")[2], kind, key))
-    return part(value)
+    content = read_base64_media(value)
+    if content is None and len(value) > _LONGEST_PATH:
+        raise DataError(
+            f"its {kind} is text of {len(value):,} characters, which is neither a path nor base64 "
+            f'of a known format; give a path, {{"bytes": base64}}, or a data:{kind}/...;base64, '
+            "URI",
+            key=key,
+        )
+    return part(value if content is None else content)
 
 
 def read_media_list(value: Any, kind: MediaKind, *, key: str) -> list[Image | Audio]:
@@ -332,6 +342,6 @@ def _read_object_ref(value: Mapping[str, Any], kind: MediaKind, key: str) -> Sto
 
 def _decode_base64(text: str, kind: MediaKind, key: str) -> bytes:
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)  # MIME has lines of 76
     except (binascii.Error, ValueError):
         raise DataError(f"its {kind} is not valid base64; encode it again", key=key) from None

@@ -6,15 +6,17 @@ say where they belong.
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gemma_tuner.errors import DataError
 from gemma_tuner.modalities import MediaKind, kind_of, kind_of_suffix
 from gemma_tuner.records import Audio, Example, Image, Part, Role, Text, Turn
-from gemma_tuner.sources.columns import Columns, list_media_columns
+from gemma_tuner.sources.columns import Columns, list_media_columns, read_unit_seconds
 from gemma_tuner.sources.messages import (
     describe_type,
     parse_json,
@@ -26,6 +28,9 @@ IMAGE_PROMPT = "Describe this image."
 """The prompt of rows that hold an image, a text, and no prompt."""
 AUDIO_PROMPT = "Transcribe this audio."
 """The prompt of rows that hold a clip, a text, and no prompt."""
+
+_SEGMENT = ("start", "end", "duration")
+_ROUNDING_SECONDS = 0.1  # that numbers of one row may differ by
 
 
 @dataclass(slots=True)
@@ -70,7 +75,8 @@ class RowReader:
             turns = _place_media(turns, unplaced, key)
         else:
             self._check_media(key, has_media=bool(media))
-            turns = (self._read_prompt(row, media, key), self._read_response(row, key))
+            prompt, response = self._read_prompt(row, media, key), self._read_response(row, key)
+            turns = (*self._read_history(row, media, key), prompt, response)
         system = self._read_text(row, "system", key) if "system" in self.columns.names else ""
         if system:
             if turns[0].role == "system":
@@ -117,6 +123,8 @@ class RowReader:
         if part == "system" and self.columns.names[part] not in row:
             return ""
         value = self._read_field(row, part, key)
+        if isinstance(value, Mapping) and value.keys() == {"text", "answer_start"}:  # SQuAD's
+            value = next(iter(value["text"] or ()), "")
         if value is not None and not isinstance(value, str):
             raise DataError(
                 f"its column {self.columns.names[part]!r} is {describe_type(value)}, and the "
@@ -148,12 +156,38 @@ class RowReader:
             prompt = "\n\n".join(text for text in (prompt, context) if text)
         return Turn("user", (*media, Text(prompt)) if prompt else tuple(media))
 
+    def _read_history(
+        self, row: Mapping[str, Any], media: list[Image | Audio], key: str
+    ) -> tuple[Turn, ...]:
+        """Read the turns before the prompt: pairs of a question and its answer, or messages."""
+        column = self.columns.names.get("history")
+        history = row.get(column) if column else None
+        if isinstance(history, str):
+            history = parse_json(history.strip() or "[]", f"its column {column!r}", key=key)
+        if not history:
+            return ()
+        if isinstance(history, list) and all(map(_is_pair, history)):
+            roles = ("user", "assistant")
+            history = [
+                {"role": role, "content": text}
+                for pair in history
+                for role, text in zip(roles, pair, strict=True)
+            ]
+        turns, _ = read_turns(history, key=key, media={}, unused_fields=self._unused_fields)
+        if media or turns[-1].role != "assistant":
+            what = "belongs to a row with media" if media else "does not end with an answer"
+            raise DataError(
+                f"its column {column!r} {what}: what comes after what is not told; write messages",
+                key=key,
+            )
+        return turns
+
     def _choose_prompt(self, media: list[Image | Audio], key: str) -> str:
         kinds = {type(part) for part in media}
         if len(kinds) > 1:
             raise DataError(
-                "it holds an image and a clip, for which there is no default prompt; name a "
-                "column by prompt=",
+                f"it holds an image and a clip ({self._name_media()}), for which there is no "
+                "default prompt; name a column by prompt=",
                 key=key,
             )
         prompt = IMAGE_PROMPT if Image in kinds else AUDIO_PROMPT
@@ -176,16 +210,92 @@ class RowReader:
                     key=key,
                 )
             parts += found
-        if "file" in self.columns.names:
-            value = row.get(self.columns.names["file"])
-            names = value if isinstance(value, list) else [value]
+        column = self.columns.names.get("file")
+        if column is not None:
+            value = row.get(column)
+            names = [name for name in (value if isinstance(value, list) else [value]) if name]
+            if any(kind in self.columns.names for kind in kinds):
+                self._check_names(row, names, key)
+                names = []
             for kind in kinds:
-                parts += read_media_list(
-                    [name for name in names if name and _guess_kind(name, key) == kind],
-                    kind,
+                of_kind = [name for name in names if _guess_kind(name, column, key) == kind]
+                if kind not in self.columns.switched_off:
+                    parts += read_media_list(of_kind, kind, key=key)
+        return self._cut(parts, row, key)
+
+    def _check_names(self, row: Mapping[str, Any], names: list[Any], key: str) -> None:
+        """Refuse a file beside a column of media that is not in it: it would be passed over."""
+        column = self.columns.names["file"]
+        held: set[str] = set()
+        kinds: set[MediaKind] = set()
+        for kind, other in self.columns.names.items():
+            if kind in ("image", "audio"):
+                found = _list_file_names(row.get(other))
+                held |= found
+                kinds |= set() if found else {kind}  # bytes alone: of which file, none can say
+        for name in names:
+            is_held = isinstance(name, str) and _last(name) in held
+            if not (is_held or _guess_kind(name, column, key) in kinds):
+                raise DataError(
+                    f"its column {column!r} names another file than is among its media "
+                    f"({self._name_media()}); put all into one list, or leave it out by "
+                    f"ignore=({column!r},)",
                     key=key,
                 )
-        return parts
+
+    def _cut(
+        self, parts: list[Image | Audio], row: Mapping[str, Any], key: str
+    ) -> list[Image | Audio]:
+        """Give the clip of a row the segment that its columns name."""
+        start, end, duration = (self._read_seconds(row, part, key) for part in _SEGMENT)
+        if start is None and end is None and duration is None:
+            return parts
+        if start is not None and end is not None:
+            if duration is not None and abs(end - start - duration) > _ROUNDING_SECONDS:
+                raise DataError(
+                    f"its clip is {end - start:,.2f} seconds long by start and end, and "
+                    f"{duration:,.2f} by {self.columns.names['duration']!r}; correct it, or leave "
+                    "it out by ignore=",
+                    key=key,
+                )
+            duration = end - start
+        if duration is None or (start is None and end is not None):
+            raise DataError(
+                "it says where the part of a clip begins or where it ends; fill in the other",
+                key=key,
+            )
+        if (start or 0.0) < 0 or duration <= 0:
+            raise DataError(
+                f"its part of a clip begins at {start or 0.0:,.2f} and lasts {duration:,.2f} "
+                "seconds; correct that, or remove the row",
+                key=key,
+            )
+        clips = [part for part in parts if isinstance(part, Audio)]
+        if len(clips) != 1:
+            raise DataError(
+                f"it names a part of a clip, and holds {len(clips)} clips; give it one, or leave "
+                "the part empty",
+                key=key,
+            )
+        cut = replace(clips[0], start_seconds=start, duration_seconds=duration)
+        return [cut if part is clips[0] else part for part in parts]
+
+    def _read_seconds(self, row: Mapping[str, Any], part: str, key: str) -> float | None:
+        column = self.columns.names.get(part)
+        value = row.get(column) if column else None
+        if column is None or value in (None, ""):
+            return None
+        try:
+            seconds = math.nan if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError):
+            seconds = math.nan
+        if not math.isfinite(seconds):
+            raise DataError(
+                f"its column {column!r} is {describe_type(value)}, and the {part} of a clip is a "
+                "number; correct it",
+                key=key,
+            )
+        return seconds * read_unit_seconds(column)
 
     def _check_media(self, key: str, *, has_media: bool) -> None:
         """Refuse a set whose rows hold media here and none there: one of them is a mistake."""
@@ -197,13 +307,15 @@ class RowReader:
             raise self._explain_lack(key)
 
     def _explain_lack(self, key: str) -> DataError:
-        columns = " and ".join(map(repr, list_media_columns(self.columns.names)))
         return DataError(
-            f"it has nothing in {columns}, and other rows have; fill it, read rows without media "
-            'as a stream of their own, or use messages with {"type": "image"} or '
+            f"it has nothing in {self._name_media()}, and other rows have; fill it, read rows "
+            'without media as a stream of their own, or use messages with {"type": "image"} or '
             '{"type": "audio"} where media belong',
             key=key,
         )
+
+    def _name_media(self) -> str:
+        return " and ".join(map(repr, list_media_columns(self.columns.names)))
 
     def _read_tools(self, row: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], ...]:
         column = self.columns.names.get("tools")
@@ -221,15 +333,31 @@ class RowReader:
         return tuple(tools)
 
 
-def _guess_kind(name: Any, key: str) -> MediaKind:
+def _guess_kind(name: Any, column: str, key: str) -> MediaKind:
     suffix = f".{name.rpartition('.')[2].lower()}" if isinstance(name, str) else ""
     if kind := kind_of_suffix(suffix):
         return kind
     raise DataError(
-        f"its file_name is {describe_type(name)} ending in {suffix[:12]!r}, which is no known "
-        "image or clip; name the column by image= or audio=",
+        f"its {column} is {describe_type(name)} ending in {suffix[:12]!r}, which is no known "
+        f"image or clip; name the column by image= or audio=, or leave it out by "
+        f"ignore=({column!r},)",
         key=key,
     )
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
+
+
+def _list_file_names(value: Any) -> set[str]:
+    """List the names of the files that a column of media holds, where it tells them."""
+    items = value if isinstance(value, list) else [value]
+    places = (item.get("path") if isinstance(item, Mapping) else item for item in items)
+    return {_last(place) for place in places if isinstance(place, str) and place}
+
+
+def _last(path: str) -> str:
+    return re.split(r"[/\\]", path)[-1]
 
 
 def _group_by_kind(media: list[Image | Audio]) -> dict[MediaKind, list[Image | Audio]]:

@@ -15,8 +15,9 @@ rows at which shards begin, how much media there is to fetch, and the source's s
                                   checksum (8 and 4 bytes)
 
 A stored object stands in the payload as ``["image", {"stored": [uri, generation, num_bytes,
-crc32c, start]}]``. The fingerprint leaves the pins out: whoever mends a file and reads the source
-anew (``refresh=True``) goes on with the run.
+crc32c, start]}]``, and behind a part of a recording stand its start and duration in seconds:
+``["audio", "a.wav", 2.0, 1.5]``. The fingerprint leaves the pins out: whoever mends a file and
+reads the source anew (``refresh=True``) goes on with the run.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class Manifest:
         turns = tuple(
             Turn(
                 turn["role"],
-                tuple(_unpack_part(kind, value, media, pins) for kind, value in turn["parts"]),
+                tuple(_unpack_part(media, pins, *part) for part in turn["parts"]),
                 turn.get("fields", {}),
             )
             for turn in document.get("turns", ())
@@ -307,10 +308,13 @@ def _pack_part(part: Part, media: list[bytes]) -> list[Any]:
     if isinstance(part, Text):
         return ["text", part.text]
     kind = kind_of(part)
+    segment: list[float | None] = []
+    if isinstance(part, Audio) and part.duration_seconds is not None:
+        segment = [part.start_seconds, part.duration_seconds]
     if isinstance(part.source, StoredObject):
-        return [kind, {"stored": list(astuple(part.source))}]
+        return [kind, {"stored": list(astuple(part.source))}, *segment]
     if isinstance(part.source, PinnedFile):
-        return [kind, part.source.path]
+        return [kind, part.source.path, *segment]
     place: dict[str, Any] = {"inline": len(media)}
     if isinstance(part.source, bytes):
         media.append(part.source)
@@ -319,11 +323,15 @@ def _pack_part(part: Part, media: list[bytes]) -> list[Any]:
         media.append(part.source.astype("<f4").tobytes())
     else:
         raise TypeError(f"a source gives media encoded, and gave a {type(part.source).__name__}")
-    return [kind, place]
+    return [kind, place, *segment]
 
 
 def _unpack_part(
-    kind: str, value: Any, media: list[bytes], pins: Iterator[tuple[int, int]]
+    media: list[bytes],
+    pins: Iterator[tuple[int, int]],
+    kind: str,
+    value: Any,
+    *segment: float | None,
 ) -> Part:
     if kind == "text":
         return Text(value)
@@ -336,8 +344,9 @@ def _unpack_part(
     if kind == "image":
         return Image(source)
     if isinstance(value, dict) and "sample_rate_hz" in value and isinstance(source, bytes):
-        return Audio(np.frombuffer(source, dtype="<f4").copy(), value["sample_rate_hz"])
-    return Audio(source)
+        samples = np.frombuffer(source, dtype="<f4").copy()
+        return Audio(samples, value["sample_rate_hz"], *segment)
+    return Audio(source, None, *segment)
 
 
 def list_stored(example: Example) -> list[StoredObject]:

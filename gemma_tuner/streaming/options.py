@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from gemma_tuner.checks import check_fields, suggest
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.sources.columns import KEYWORDS, Keywords
+from gemma_tuner.sources.columns import KEYWORDS, Keywords, read_ignored
 from gemma_tuner.storage.config import FetchConfig
 
 if TYPE_CHECKING:
@@ -31,10 +31,14 @@ class StreamKeywords(TypedDict, total=False):
     prompt: Column
     response: Column
     text: Column
+    context: Column
+    history: Column
     system: Column
+    tools: Column
     image: Column
     audio: Column
     id: Column
+    ignore: Sequence[str]
     seed: int
     shuffle: bool
     locality: Locality | None
@@ -50,9 +54,9 @@ class StreamKeywords(TypedDict, total=False):
 class StreamOptions:
     """What every ``stream_`` function takes, as keywords.
 
-    Each of ``messages prompt response text system image audio id`` names the column that plays
-    this part; None takes the conventional one (:mod:`gemma_tuner.sources.columns` lists them),
-    False takes none.
+    Each of ``messages prompt response text context history system tools image audio id`` names the
+    column that plays this part; None takes the one whose name says so
+    (:mod:`gemma_tuner.sources.columns` lists them), False takes none.
 
     Args:
         messages: Conversations.
@@ -60,11 +64,15 @@ class StreamOptions:
             ``report()`` states.
         response: What the model shall learn to answer.
         text: Plain documents, trained on as a whole.
+        context: What is asked about; it goes below the prompt.
+        history: Earlier turns: pairs of a question and its answer, or messages.
         system: System turns.
+        tools: Declarations of tools.
         image: An image, or a list of them: a path relative to the data file, a ``gs://`` URI,
             or bytes.
         audio: A clip, or a list of them.
         id: Keys of the rows. False numbers them (``train.jsonl:7``).
+        ignore: Columns to leave out, whatever their names or values mean.
         seed: Decides the order, with the epoch.
         shuffle: Whether the order is another in each epoch, or that of the rows.
         locality: "shard" shuffles whole files, and the rows within each, instead of all rows.
@@ -87,10 +95,14 @@ class StreamOptions:
     prompt: Column = None
     response: Column = None
     text: Column = None
+    context: Column = None
+    history: Column = None
     system: Column = None
+    tools: Column = None
     image: Column = None
     audio: Column = None
     id: Column = None
+    ignore: Sequence[str] = ()
     seed: int = 0
     shuffle: bool = True
     locality: Locality | None = None
@@ -103,6 +115,8 @@ class StreamOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if not all(isinstance(name, str) for name in self.ignore):
+            raise ConfigError("ignore= holds what is no text; give names of columns")
 
     @classmethod
     def read(cls, function: Callable[..., Any], keywords: Mapping[str, Any]) -> StreamOptions:
@@ -130,7 +144,10 @@ class StreamOptions:
     @property
     def columns(self) -> Keywords:
         """The column by part."""
-        return {part: getattr(self, part) for part in KEYWORDS}
+        return {
+            **{part: getattr(self, part) for part in KEYWORDS},
+            "ignore": read_ignored({"ignore": self.ignore}),
+        }
 
     @property
     def folder(self) -> Path:

@@ -22,6 +22,7 @@ _JSON_FIELD = (b"ARROW:extension:name", b"google:sqlType:json")
 _TEXT = ("STRING", "JSON")
 _CONVERSATION = ("STRING", "JSON", "REPEATED RECORD")
 _NAMES = ("STRING", "REPEATED STRING")
+_NUMBERS = ("FLOAT", "FLOAT64", "INTEGER", "NUMERIC", "BIGNUMERIC", "STRING")
 _MEDIA = (*_NAMES, "BYTES", "REPEATED BYTES", "RECORD", "REPEATED RECORD")
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "prompt": _TEXT,
@@ -30,13 +31,17 @@ _KINDS: Mapping[str, tuple[str, ...]] = {
     "text": _TEXT,
     "system": _TEXT,
     "messages": _CONVERSATION,
+    "history": _CONVERSATION,
     "tools": _CONVERSATION,
     "image": _MEDIA,
     "audio": _MEDIA,
     "file": _NAMES,
     "id": ("STRING", "INTEGER"),
+    "start": _NUMBERS,
+    "end": _NUMBERS,
+    "duration": _NUMBERS,
 }
-_PARSED = ("messages", "tools")  # whose JSON is read as what it says
+_PARSED = ("messages", "history", "tools")  # whose JSON is read as what it says
 
 
 def check_kinds(available: Sequence[Column], columns: Columns) -> None:
@@ -49,6 +54,12 @@ def check_kinds(available: Sequence[Column], columns: Columns) -> None:
                 f"the column {name!r} is {kinds[name]}, and the {part} is one of "
                 f"{', '.join(expected)}; name another by {part}=, or convert it in a query (CAST, "
                 "TO_JSON_STRING)"
+            )
+    for name in columns.unused:  # what they hold is not read, and names alone tell little
+        if kinds[name] in ("BYTES", "REPEATED BYTES"):
+            raise SourceError(
+                f"the column {name!r} is {kinds[name]}: media, it may be, and would be "
+                f"passed over; name it by image= or audio=, or leave it out by ignore=({name!r},)"
             )
 
 

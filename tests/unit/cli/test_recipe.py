@@ -129,7 +129,7 @@ def test_splits_are_by_name_or_a_tenth():
     train, held_out = open_splits(open_stream, "test")
     assert (len(train), len(held_out)) == (66, 22)
     train, held_out = open_splits(open_stream, None)
-    assert len(train) + len(held_out) == 88
+    assert len(train) + len(held_out) == 66
     assert 0 < len(held_out) < 22
 
 

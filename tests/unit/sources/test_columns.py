@@ -1,4 +1,4 @@
-"""Which column plays which part: the conventions, their precedence, and what keywords change."""
+"""Which column plays which part: by its name, by keyword, or by none, which is an error."""
 
 import pytest
 
@@ -67,19 +67,97 @@ def test_conventional_names_are_recognised(available, layout, names):
 
 
 @pytest.mark.parametrize(
-    ("available", "layout", "unused"),
+    ("available", "layout", "names"),
     [
-        (["messages", "prompt", "prompt_id"], "chat", ("prompt", "prompt_id")),
-        (["messages", "prompt", "completion"], "chat", ("completion", "prompt")),
-        (["instruction", "input", "output", "text"], PAIR, ("text",)),
-        (["prompt", "response", "answer"], PAIR, ("answer",)),
-        (["image", "file_name", "caption"], "caption", ("file_name",)),
-        (["text", "system"], "document", ("system",)),
+        (["question", "answer", "context"], PAIR, {"prompt": "question", "context": "context"}),
+        (["prompt", "input", "response"], PAIR, {"prompt": "prompt", "context": "input"}),
+        (["question", "answers", "passage"], PAIR, {"response": "answers", "context": "passage"}),
+        (["instruction", "input", "output", "history"], PAIR, {"history": "history"}),
+        (["text", "summary"], PAIR, {"prompt": "text", "response": "summary"}),
+        (["article", "highlights"], PAIR, {"prompt": "article", "response": "highlights"}),
+        (["dialogue", "summary"], PAIR, {"prompt": "dialogue", "response": "summary"}),
+        (["dialogue"], "chat", {"messages": "dialogue"}),
+        (["query", "answers", "tools"], PAIR, {"prompt": "query", "tools": "tools"}),
+        (["system", "conversation", "functions"], "chat", {"tools": "functions"}),
+        (["image", "input", "output"], PAIR, {"prompt": "input", "response": "output"}),
+        (["image_file_name", "text"], "caption", {"image": "image_file_name"}),
+        (["audio_filepath", "duration", "text"], "caption", {"duration": "duration"}),
+        (["audio", "offset", "duration", "text"], "caption", {"start": "offset"}),
+        (["audio", "startTime", "endTime", "text"], "caption", {"end": "endTime"}),
+        (["Question", "Answer", "Context"], PAIR, {"prompt": "Question", "context": "Context"}),
+        (["imagePath", "Caption"], "caption", {"image": "imagePath", "response": "Caption"}),
+        (["path", "audio", "sentence"], "caption", {"audio": "audio", "file": "path"}),
     ],
 )
-def test_what_loses_by_precedence_is_named_as_unused(available, layout, unused):
+def test_habitual_names_are_used_as_they_are_meant(available, layout, names):
     columns = recognise_columns(available, {})
-    assert (columns.layout, columns.unused) == (layout, unused)
+    assert columns.layout == layout
+    assert names.items() <= columns.names.items()
+    assert columns.unused == ()
+
+
+@pytest.mark.parametrize(
+    ("available", "words"),
+    [
+        (["messages", "prompt"], "'prompt' may be the prompt.*give messages='messages'"),
+        (["messages", "prompt", "completion"], "'prompt'.*give messages='messages'"),
+        (["instruction", "input", "output", "text"], "'text'.*context="),
+        (["prompt", "response", "answer"], "'response', 'answer' could each.*response="),
+        (["text", "system"], "'system'.*no place.*prompt= and response="),
+        (["text", "label"], "'label'.*prompt='text', response='label'.*ignore="),
+        (["prompt", "completion", "label"], "'label'.*marks bad answers.*ignore="),
+        (["prompt", "chosen", "rejected"], "'chosen' tells good answers.*response="),
+        (["question", "choices", "answer"], "'choices'.*into the question"),
+        (["prompt", "response", "video"], "'video' holds videos.*image=.*ignore="),
+        (["audio", "start", "text"], "'start'.*begins, and none where it ends"),
+        (["audio", "end", "text"], "'end'.*ends, and none where it begins"),
+        (["start", "end", "text"], "'start' and 'end'.*no column holds clips.*audio="),
+        (["image", "image_url", "caption"], "'image', 'image_url'.*image=.*ignore="),
+        (["image", "text", "answer"], "'answer'.*response="),
+        (["prompt", "text"], "no response.*'text'.*response="),
+    ],
+)
+def test_what_would_be_passed_over_is_refused_with_the_argument_that_decides(available, words):
+    with pytest.raises(SourceError, match=words):
+        recognise_columns(available, {})
+
+
+@pytest.mark.parametrize(
+    ("available", "keywords", "unused"),
+    [
+        (["messages", "prompt", "completion"], {"messages": "messages"}, ("completion", "prompt")),
+        (
+            ["prompt", "response", "answer", "context"],
+            {"prompt": "prompt", "response": "response"},
+            ("answer", "context"),
+        ),
+        (["image", "caption", "text"], {"response": "caption"}, ("text",)),
+        (["text", "summary"], {"text": "text"}, ("summary",)),
+        (["text", "label"], {"text": "text", "ignore": ("label",)}, ()),
+        (["prompt", "response", "text"], {"text": False}, ("text",)),
+        (["prompt", "response", "wav", "start"], {"audio": False}, ("start", "wav")),
+        (["prompt", "response", "file"], {"image": False, "audio": False}, ("file",)),
+    ],
+)
+def test_keywords_decide_what_is_left_and_the_report_names_it(available, keywords, unused):
+    assert recognise_columns(available, keywords).unused == unused
+
+
+@pytest.mark.parametrize(
+    "strict", ["image_path", "video", "score", "label", "weight", "chosen", "start"]
+)
+def test_no_layout_by_keyword_passes_over_media_marks_and_weights(strict):
+    available = ["prompt", "response", strict]
+    keywords = {"prompt": "prompt", "response": "response", "image": "prompt"}
+    with pytest.raises(SourceError, match=repr(strict)):
+        recognise_columns(available, keywords)
+    columns = recognise_columns(available, {**keywords, "ignore": (strict,)})
+    assert columns.ignored == (strict,)
+
+
+def test_a_column_cannot_be_used_and_left_out():
+    with pytest.raises(ConfigError, match="'a' is named by prompt= and by ignore="):
+        recognise_columns(["a", "response"], {"prompt": "a", "ignore": ("a",)})
 
 
 @pytest.mark.parametrize(
@@ -106,7 +184,7 @@ def test_two_columns_for_one_part_are_an_error_that_names_both_and_the_keyword(a
     [
         (["title", "body"], ["no response", "'body', 'title'", "response="]),
         (["prompt"], ["no response", "'prompt'"]),
-        (["response"], ["no response"]),
+        (["response"], ["no prompt"]),
         (["image", "answer"], ["no response", "'answer'"]),
     ],
 )
@@ -119,11 +197,11 @@ def test_columns_that_make_no_example_are_named(available, named):
 
 def test_keywords_win_over_conventions():
     available = ["prompt", "response", "frage", "antwort", "bild", "image"]
-    keywords = {"prompt": "frage", "response": "antwort", "image": "bild"}
+    keywords = {"prompt": "frage", "response": "antwort", "image": "bild", "ignore": ("image",)}
     columns = recognise_columns(available, keywords)
     assert columns.names == {"prompt": "frage", "response": "antwort", "image": "bild"}
     assert columns.by_keyword == {"prompt", "response", "image"}
-    assert columns.unused == ("image", "prompt", "response")
+    assert columns.unused == ("prompt", "response")
 
 
 @pytest.mark.parametrize(

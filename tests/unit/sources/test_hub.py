@@ -413,3 +413,24 @@ def test_torch_is_not_imported_for_map_style(tmp_path):
         timeout=60,
     )
     assert ended.returncode == 0, ended.stderr
+
+
+@STREAMING
+def test_media_that_no_column_name_tells_are_refused(tmp_path, streaming):
+    pair = {"prompt": ["Q"] * 60, "response": ["A"] * 60}
+    rows = {**pair, "xyz": [None] * 50 + [png()] * 10, "number": [1] * 60}
+    Dataset.from_dict(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    source = HubSource(str(tmp_path / "data"), streaming=streaming)
+    with pytest.raises(SourceError, match=r"'xyz' holds image.*image=.*ignore="):
+        list(source)
+    free = HubSource(str(tmp_path / "data"), streaming=streaming, keywords={"ignore": ("xyz",)})
+    assert len(list(free)) == 60
+    assert free.read_summary()["unused"] == ["number"]
+
+
+def test_rows_that_are_marked_as_of_another_split_are_left_out(tmp_path):
+    pair = {"prompt": ["Q"] * 4, "response": ["A"] * 4, "split": ["train", "test"] * 2}
+    Dataset.from_dict(pair).to_parquet(tmp_path / "data" / "train.parquet")
+    source = HubSource(str(tmp_path / "data"))
+    assert len(list(source)) == 2
+    assert "rows of other splits not read (test): 2" in source.read_summary()["notes"]

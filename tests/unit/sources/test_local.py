@@ -52,7 +52,9 @@ def test_a_split_column_keeps_its_rows_and_is_counted(tmp_path):
     assert source.read_summary()["splits"] == {"train": 2, "valid": 1, "(none)": 1}
     for name in ("valid", "validation", "val"):
         assert keys_of(LocalSource(path, split=name)) == ["a.jsonl:2"]
-    assert len(keys_of(LocalSource(path))) == 4
+    source = LocalSource(path)
+    assert keys_of(source) == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:4"]
+    assert source.read_summary()["notes"] == ["rows of other splits not read (valid): 1"]
     with pytest.raises(SourceError, match=r"no split 'test'; .*: \(none\), train, valid"):
         keys_of(LocalSource(path, split="test"))
 
@@ -114,6 +116,7 @@ def test_a_missing_media_file_is_found_before_training(tmp_path):
         ("https://secret.example/b.png?token=1", "https: URI"),
         ("a\0b.png", "does not exist|cannot be read"),
         (".", "does not exist"),
+        ("QUJD" * 100, "image with a name of 400 characters cannot be read"),
     ):
         path = write_lines(tmp_path / "a.jsonl", [good, good, pair(image=bad)])
         outcomes = list(LocalSource(path))
@@ -156,7 +159,7 @@ def test_a_column_that_comes_late_and_matters_is_refused(tmp_path):
 
 def test_files_with_other_columns_are_told_by_the_row(tmp_path):
     write_lines(tmp_path / "a.jsonl", [pair()])
-    write_lines(tmp_path / "b.jsonl", [{"prompt": "Q", "label": 3}])
+    write_lines(tmp_path / "b.jsonl", [{"prompt": "Q", "level": 3}])
     (error,) = errors_of(LocalSource(tmp_path))
     assert "no column 'response'" in str(error)
     assert error.key == "b.jsonl:1"
@@ -201,15 +204,23 @@ REAL = {
     "multiturn": (330, {"train": 300, "test": 30}, Counter()),
 }
 
+KEYWORDS = {  # of sets with a second answer
+    "gsm8k": {"prompt": "prompt", "response": "response"},
+    "tuxpaint": {"prompt": "prompt", "response": "response"},
+}
+
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_data_are_read_whole(shared_data, name):
     num_rows, splits, media = REAL[name]
-    source = LocalSource(shared_data / name)
+    keywords = KEYWORDS.get(name, {})
+    source = LocalSource(shared_data / name, keywords={**keywords, "ignore": ("split",)})
     examples = [example for _, example in source]
     lines = (shared_data / name / "manifest.jsonl").read_text().split("\n")
     rows = [json.loads(line) for line in lines if line]
     assert len(examples) == num_rows == len(rows)
+    source = LocalSource(shared_data / name, keywords=keywords)
+    assert len(list(source)) == splits["train"]
     assert source.read_summary()["splits"] == splits
     assert Counter(type(part).__name__ for e in examples for part in e.media) == media
     for example, row in zip(examples, rows, strict=True):

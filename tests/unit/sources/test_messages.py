@@ -14,6 +14,21 @@ PNG = b"\x89PNG not really"
 ENCODED = base64.b64encode(PNG).decode()
 
 
+@pytest.mark.parametrize("kind", ["image", "audio"])
+def test_base64_is_read_with_or_without_lines_and_never_shown(kind):
+    content = (b"\x89PNG\r\n\x1a\n" if kind == "image" else b"fLaC") + bytes(200)
+    part = Image if kind == "image" else Audio
+    plain, lines = base64.b64encode(content).decode(), base64.encodebytes(content).decode()
+    for text in (plain, lines):
+        for value in (text, f"data:{kind}/x;base64,{text}", {"bytes": text}):
+            assert read_media(value, kind, key="k") == part(content)
+    for value in ("QUJD" * 2000, "words " * 1000, {"bytes": plain + "!"}):
+        with pytest.raises(DataError, match="base64") as caught:
+            read_media(value, kind, key="k")
+        assert len(str(caught.value)) < 250
+        assert "QUJD" not in str(caught.value)
+
+
 def turns_of(messages, media=None):
     return read_turns(messages, key="k", media=media or {}, unused_fields=Counter())[0]
 

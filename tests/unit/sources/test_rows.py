@@ -250,3 +250,117 @@ def test_errors_hold_nothing_of_the_contents():
             read(row)
         assert "tell no one" not in str(caught.value)
         assert "secret" not in str(caught.value)
+
+
+SEGMENTS = {"audio": "a.wav", "text": "A"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "segment"),
+    [
+        ({"offset": 2, "duration": 1.5}, (2.0, 1.5)),
+        ({"offset": "2", "duration": "1.5"}, (2.0, 1.5)),
+        ({"start": 2.0, "end": 3.5}, (2.0, 1.5)),
+        ({"begin_time": 2.0, "end_time": 3.5}, (2.0, 1.5)),
+        ({"start_time": 2.0, "end_time": 3.5, "duration": 1.5}, (2.0, 1.5)),
+        ({"start_ms": 2000, "end_ms": 3500}, (2.0, 1.5)),
+        ({"startMs": 2000, "durationMs": 1500}, (2.0, 1.5)),
+        ({"start_seconds": 2, "end_seconds": 3.5}, (2.0, 1.5)),
+        ({"duration": 1.5}, (None, 1.5)),
+        ({"duration_ms": 1500}, (None, 1.5)),
+        ({"offset": None, "duration": 1.5}, (None, 1.5)),
+        ({"start": None, "end": ""}, (None, None)),
+    ],
+)
+def test_segments_are_read_in_seconds_whatever_their_columns_are_called(columns, segment):
+    (clip,) = read({**SEGMENTS, **columns}).media
+    assert clip == Audio("a.wav", None, *segment)
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"offset": "x", "duration": 1}, "'offset' is text, and the start"),
+        ({"offset": True, "duration": 1}, "'offset' is true or false"),
+        ({"offset": 1, "duration": float("nan")}, "'duration' is a number"),
+        ({"start": 2, "end": 1}, "lasts -1"),
+        ({"start": -1, "end": 1}, "begins at -1"),
+        ({"offset": 2, "duration": None}, "fill in the other"),
+        ({"start": None, "end": 2}, "fill in the other"),
+        ({"start": 1, "end": 2, "duration": 5}, "1.00 seconds long by start and end"),
+        ({"start": 1, "end": 2, "audio": ["a.wav", "b.wav"]}, "holds 2 clips"),
+    ],
+)
+def test_each_fault_of_a_segment_is_told(columns, words):
+    with pytest.raises(DataError, match=words):
+        read({**SEGMENTS, **columns})
+
+
+def test_segments_of_a_chat_cut_the_clip_of_its_row():
+    messages = [{"role": "user", "content": "<audio>"}, {"role": "assistant", "content": "A"}]
+    row = {"messages": messages, "audio": "a.wav", "start": 1, "end": 2}
+    assert list(read(row).media) == [Audio("a.wav", None, 1.0, 1.0)]
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        [["Q1", "A1"]],
+        '[["Q1", "A1"]]',
+        [{"role": "user", "content": "Q1"}, {"role": "assistant", "content": "A1"}],
+    ],
+)
+def test_history_stands_before_the_prompt(history):
+    row = {"instruction": "Q", "input": "", "output": "A", "history": history}
+    assert read(row).turns == (user("Q1"), assistant("A1"), user("Q"), assistant("A"))
+
+
+@pytest.mark.parametrize("history", [None, [], "", " "])
+def test_a_history_may_be_empty(history):
+    row = {"instruction": "Q", "output": "A", "history": history}
+    assert read(row).turns == (user("Q"), assistant("A"))
+
+
+@pytest.mark.parametrize(
+    ("history", "words"),
+    [
+        ("x", "'history' is not valid JSON"),
+        ([["Q1"]], "message 1 is a list"),
+        ([["Q1", 2]], "message 1 is a list"),
+        ([{"role": "user", "content": "Q1"}], "'history' does not end with an answer"),
+        ([["Q1", "A1"]], "'history' belongs to a row with media"),
+    ],
+)
+def test_each_fault_of_a_history_is_told(history, words):
+    media = {"image": "a.png"} if "media" in words else {}
+    with pytest.raises(DataError, match=words):
+        read({"prompt": "Q", "response": "A", "history": history, **media})
+
+
+def test_answers_as_squad_keeps_them_are_the_first():
+    answers = {"text": ["Oslo", "in Oslo"], "answer_start": [0, 3]}
+    row = {"question": "Q", "context": "C", "answers": answers}
+    assert read(row).turns == (user("Q\n\nC"), assistant("Oslo"))
+    with pytest.raises(DataError, match="empty answer"):
+        read({**row, "answers": {"text": [], "answer_start": []}})
+
+
+@pytest.mark.parametrize(
+    ("audio", "path", "is_same"),
+    [
+        ({"bytes": b"1", "path": "x/a.wav"}, "/data/a.wav", True),
+        ({"bytes": b"1", "path": None}, "/data/a.wav", True),
+        ({"bytes": b"1", "path": None}, "/data/a.png", False),
+        ("a.wav", "clips/a.wav", True),
+        ("a.wav", "clips\\a.wav", True),
+        ("a.wav", "b.wav", False),
+        ("a.wav", None, True),
+    ],
+)
+def test_a_file_beside_media_is_one_of_them_or_refused(audio, path, is_same):
+    row = {"audio": audio, "path": path, "sentence": "A"}
+    if is_same:
+        assert len(list(read(row).media)) == 1
+    else:
+        with pytest.raises(DataError, match=r"'path' names another file.*'audio'.*ignore="):
+            read(row)
