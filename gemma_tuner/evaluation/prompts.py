@@ -20,6 +20,8 @@ from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.modalities import MediaKind, kind_of
 from gemma_tuner.records import Audio, Example, Image, Text, Turn
 from gemma_tuner.sources.messages import read_media, read_turns
+from gemma_tuner.sources.places import Places
+from gemma_tuner.sources.tools import pair_responses
 
 if TYPE_CHECKING:
     from gemma_tuner.collators.text import TextCollator
@@ -92,9 +94,10 @@ def add_placeholder(example: Example) -> Example:
 
 
 def end_with_answer(example: Example) -> Example | None:
-    """Drop the turns after an example's last answer; None if it has no answer."""
+    """Drop the turns after the last answer to learn; None if there is none."""
     for index in range(len(example.turns), 0, -1):
-        if example.turns[index - 1].role == "assistant":
+        turn = example.turns[index - 1]
+        if turn.role == "assistant" and turn.is_trained:
             return replace(example, turns=example.turns[:index])
     return None
 
@@ -151,13 +154,10 @@ def _read_prompt(prompt: Any, given: Mapping[MediaKind, Any], key: str) -> Examp
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         messages, media = _take_out_objects(messages, media, key)
         unused: Counter[str] = Counter()
-        turns, unplaced = read_turns(
-            messages,
-            key=key,
-            media={kind: parts for kind, parts in media.items() if parts},
-            unused_fields=unused,
-        )
-        tools = ()
+        # Who gives no images asks about the letters of a tag.
+        places = Places(media, key, letters=[kind for kind, parts in media.items() if not parts])
+        turns = pair_responses(read_turns(messages, places, unused_fields=unused), key=key)
+        unplaced, tools = places.list_unplaced(), ()
         if unused:
             raise DataError(
                 f"its messages have fields that nothing reads: {', '.join(sorted(unused))}; take "

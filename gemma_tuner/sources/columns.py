@@ -52,7 +52,7 @@ _CONVENTIONS: Mapping[str, tuple[str, ...]] = {
     "audio": ("audio", "audios"),
     "file": ("file_name",),
     "id": ("id",),
-    "tools": ("tools",),
+    "tools": ("tools", "functions"),
     "split": ("split",),
 }
 
@@ -66,6 +66,7 @@ class Columns:
     names: Mapping[str, str]
     by_keyword: frozenset[str] = frozenset()
     unused: tuple[str, ...] = ()
+    without: frozenset[str] = frozenset()  # parts that the user said no column plays
 
 
 def recognise_columns(available: Collection[str], keywords: Keywords) -> Columns:
@@ -83,7 +84,8 @@ def recognise_columns(available: Collection[str], keywords: Keywords) -> Columns
     if layout == "document":  # with or without text=
         _check_keywords({**chosen, "text": recogniser.names["text"]})
     unused = tuple(sorted(set(available) - set(recogniser.names.values())))
-    return Columns(layout, recogniser.names, frozenset(chosen), unused)
+    without = frozenset(part for part, column in keywords.items() if column is False)
+    return Columns(layout, recogniser.names, frozenset(chosen), unused, without)
 
 
 def _check_keywords(chosen: Mapping[str, str]) -> None:

@@ -190,6 +190,7 @@ class HubRows:
             return {
                 name: self._restore(value[name], inner, column, key)
                 for name, inner in feature.items()
+                if value[name] is not None  # a struct has the fields that any row has
             }
         if isinstance(feature, datasets.List | datasets.LargeList):
             if isinstance(feature.feature, datasets.Value):

@@ -7,20 +7,18 @@ say where they belong.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gemma_tuner.errors import DataError
 from gemma_tuner.modalities import MediaKind, kind_of, kind_of_suffix
-from gemma_tuner.records import Audio, Example, Image, Part, Role, Text, Turn
+from gemma_tuner.records import Audio, Example, Image, Part, Role, Turn
 from gemma_tuner.sources.columns import Columns, list_media_columns
-from gemma_tuner.sources.messages import (
-    describe_type,
-    parse_json,
-    read_media_list,
-    read_turns,
-)
+from gemma_tuner.sources.json_text import describe_type, write_json
+from gemma_tuner.sources.messages import is_messages, read_media_list, read_turns
+from gemma_tuner.sources.places import Places
+from gemma_tuner.sources.tools import pair_responses, read_declarations
 
 IMAGE_PROMPT = "Describe this image."
 """The prompt of rows that hold an image, a text, and no prompt."""
@@ -56,21 +54,24 @@ class RowReader:
     def read_example(self, row: Mapping[str, Any], key: str) -> Example:
         """Make an example of one row."""
         if self.columns.layout == "document":
-            return Example(key, document=self._read_text(row, "text", key, may_be_empty=False))
+            document = self._read_text(row, "text", key, may_be_empty=False)
+            for _ in self._find_places((), key).split(document, "the document"):
+                pass  # a tag without its image is refused
+            return Example(key, document=document)
         media = self._read_media(row, key)
+        places = self._find_places(media, key)
         if self.columns.layout == "chat":
-            turns, unplaced = read_turns(
-                self._read_field(row, "messages", key),
-                key=key,
-                media=_group_by_kind(media),
-                unused_fields=self._unused_fields,
-            )
+            messages = self._read_field(row, "messages", key)
+            turns = read_turns(messages, places, unused_fields=self._unused_fields)
             if not any(map(_list_media, turns)):
-                self._check_media(key, has_media=bool(unplaced))
-            turns = _place_media(turns, unplaced, key)
+                self._check_media(key, has_media=bool(media))
         else:
             self._check_media(key, has_media=bool(media))
-            turns = (self._read_prompt(row, media, key), self._read_response(row, key))
+            turns = (
+                *self._read_prompt(row, media, places),
+                *self._read_response(row, places),
+            )
+        turns = _place_media(turns, places.list_unplaced(), key)
         system = self._read_text(row, "system", key) if "system" in self.columns.names else ""
         if system:
             if turns[0].role == "system":
@@ -80,8 +81,13 @@ class RowReader:
                     "the one in the messages",
                     key=key,
                 )
-            turns = (Turn("system", (Text(system),)), *turns)
+            turns = (Turn("system", tuple(places.split(system, "the system"))), *turns)
+        turns = pair_responses(turns, key=key)
         _check_turns(turns, key)
+        self.counts["answers read and not trained on"] += sum(not t.is_trained for t in turns)
+        self.counts["earlier answers with a thought, which templates leave out: read only"] += (
+            _count_earlier_thoughts(turns)
+        )
         example = Example(key, turns, tools=self._read_tools(row, key))
         for part in example.media:
             self.counts["pictures" if isinstance(part, Image) else "sounds"] += 1
@@ -96,7 +102,7 @@ class RowReader:
 
     def read_notes(self) -> dict[str, int]:
         """Return what the rows read so far held, defaulted or left unused, with its count."""
-        notes = dict(self.counts)
+        notes = {what: count for what, count in self.counts.items() if count}
         for name, count in sorted(self._unused_fields.items()):
             notes[f"message field {name!r} not used"] = count
         return notes
@@ -133,20 +139,46 @@ class RowReader:
             return ""
         return value
 
-    def _read_response(self, row: Mapping[str, Any], key: str) -> Turn:
-        return Turn(
-            "assistant", (Text(self._read_text(row, "response", key, may_be_empty=False)),)
-        )
+    def _find_places(self, media: Sequence[Image | Audio], key: str) -> Places:
+        return Places(_group_by_kind(media), key, self.columns.without)
 
-    def _read_prompt(self, row: Mapping[str, Any], media: list[Image | Audio], key: str) -> Turn:
-        if "prompt" in self.columns.names:
-            prompt = self._read_text(row, "prompt", key)
+    def _read_response(self, row: Mapping[str, Any], places: Places) -> tuple[Turn, ...]:
+        """Read an answer: text, messages, or an object or a list, which is learned as JSON."""
+        value = row.get(self.columns.names["response"])
+        messages = [value] if isinstance(value, Mapping) else value
+        if is_messages(messages):
+            return read_turns(messages, places, unused_fields=self._unused_fields)
+        if value and isinstance(value, Mapping | list):
+            self.counts["answers written as JSON"] += 1
+            text = write_json(
+                value, f"its column {self.columns.names['response']!r}", key=places.key
+            )
         else:
+            text = self._read_text(row, "response", places.key, may_be_empty=False)
+        return (Turn("assistant", tuple(places.split(text, "the answer"))),)
+
+    def _read_prompt(
+        self, row: Mapping[str, Any], media: list[Image | Audio], places: Places
+    ) -> tuple[Turn, ...]:
+        key = places.key
+        if "prompt" not in self.columns.names:
             prompt = self._choose_prompt(media, key)
+        elif is_messages(asked := row.get(self.columns.names["prompt"])):
+            turns = read_turns(asked, places, unused_fields=self._unused_fields)
+            if row.get(self.columns.names.get("context", "")):
+                raise DataError(
+                    f"its prompt is messages, beside which {self.columns.names['context']!r} has "
+                    "no place; write it into a message",
+                    key=key,
+                )
+            # The answer to learn is the other column; those in the prompt are read.
+            return tuple(replace(t, is_trained=t.role != "assistant") for t in turns)
+        else:
+            prompt = self._read_text(row, "prompt", key)
         if "context" in self.columns.names and self.columns.names["context"] in row:
             context = self._read_text(row, "context", key)
             prompt = "\n\n".join(text for text in (prompt, context) if text)
-        return Turn("user", (*media, Text(prompt)) if prompt else tuple(media))
+        return (Turn("user", tuple(places.split(prompt, "the prompt", holds_media=True))),)
 
     def _choose_prompt(self, media: list[Image | Audio], key: str) -> str:
         kinds = {type(part) for part in media}
@@ -208,17 +240,7 @@ class RowReader:
     def _read_tools(self, row: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], ...]:
         column = self.columns.names.get("tools")
         tools = row.get(column) if column else None
-        if isinstance(tools, str) and tools:
-            tools = parse_json(tools, f"its column {column!r}", key=key)
-        if not tools:
-            return ()
-        if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-            raise DataError(
-                f"its column {column!r} is {describe_type(tools)}; a list of tool declarations "
-                "is expected",
-                key=key,
-            )
-        return tuple(tools)
+        return read_declarations(tools, f"its column {column!r}", key=key) if tools else ()
 
 
 def _guess_kind(name: Any, key: str) -> MediaKind:
@@ -232,7 +254,7 @@ def _guess_kind(name: Any, key: str) -> MediaKind:
     )
 
 
-def _group_by_kind(media: list[Image | Audio]) -> dict[MediaKind, list[Image | Audio]]:
+def _group_by_kind(media: Sequence[Image | Audio]) -> dict[MediaKind, list[Image | Audio]]:
     groups: dict[MediaKind, list[Image | Audio]] = {}
     for part in media:
         groups.setdefault(kind_of(part), []).append(part)
@@ -251,15 +273,26 @@ def _place_media(
         return turns
     for index, turn in enumerate(turns):
         if turn.role == "user":
-            placed = Turn("user", (*media, *turn.parts), turn.fields)
+            placed = replace(turn, parts=(*media, *turn.parts))
             return (*turns[:index], placed, *turns[index + 1 :])
     raise DataError("it holds media and no user turn to put them in; add one", key=key)
+
+
+def _count_earlier_thoughts(turns: tuple[Turn, ...]) -> int:
+    last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=0)
+    return sum(bool({"reasoning", "reasoning_content"} & t.fields.keys()) for t in turns[:last])
 
 
 def _check_turns(turns: tuple[Turn, ...], key: str) -> None:
     roles: set[Role] = {turn.role for turn in turns}
     if "assistant" not in roles:
         raise DataError("no turn is the assistant's: nothing to train on; add the answer", key=key)
+    if not any(turn.role == "assistant" and turn.is_trained for turn in turns):
+        raise DataError(
+            "each of its answers is marked as not trained (weight, train or loss): nothing to "
+            "learn; remove the row, or the mark of one",
+            key=key,
+        )
     if turns[-1].role != "assistant":
         raise DataError(
             f"the conversation ends with the {turns[-1].role}'s turn; end it with the assistant's",
