@@ -62,7 +62,7 @@ def render_prompt(
     options: dict[str, Any] = {"enable_thinking": enable_thinking} if family.has_thinking else {}
 
     def apply_template(
-        messages: Sequence[Any], tools: Sequence[Any] = tools, *, for_generation: bool = False
+        messages: list[Any], tools: Sequence[Any] = tools, *, for_generation: bool = False
     ) -> str:
         try:
             return processor.apply_chat_template(

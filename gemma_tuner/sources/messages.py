@@ -72,6 +72,8 @@ _DESCRIPTIONS = frozenset(("detail", "format", "sampling_rate"))  # of a value, 
 def read_media(value: Any, kind: MediaKind, *, key: str) -> Image | Audio | None:
     """Make a media part of one value, still encoded; None where it holds nothing."""
     part = Image if kind == "image" else Audio
+    if isinstance(value, part):
+        return value
     if isinstance(value, Mapping):
         if kind == "audio" and value.get("array") is not None:
             return _read_samples(value, key)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from gemma_tuner.checks import is_whole_number
 from gemma_tuner.errors import DataError
 from gemma_tuner.modalities import MediaKind
-from gemma_tuner.records import Audio, Image, Part, Text
+from gemma_tuner.records import Audio, Image, Part, Text, Turn
 
 _TAG = re.compile(
     r"\n?<(?P<bar>\|?)(?:start_of_)?(?P<kind>image|audio|video)"
@@ -43,15 +44,15 @@ class Places:
     def take(self, kind: MediaKind, where: str, index: Any = None) -> Image | Audio:
         """Take the next item of a kind, or the one with an index from 0."""
         items, taken = self._media.get(kind, ()), self._taken[kind]
+        if index is None and len(taken) == len(items):
+            raise DataError(
+                f"{where} has a place for one more {kind} than the row holds ({len(items)}); "
+                f"fill the {kind} column, name it by {kind}=, or take the place out "
+                f"({kind}=False leaves a tag as letters)",
+                key=self.key,
+            )
         if index is None:
-            index = next((i for i in range(len(items)) if i not in taken), len(items))
-            if index == len(items):
-                raise DataError(
-                    f"{where} has a place for one more {kind} than the row holds ({len(items)}); "
-                    f"fill the {kind} column, name it by {kind}=, or take the place out "
-                    f"({kind}=False leaves a tag as letters)",
-                    key=self.key,
-                )
+            index = min(set(range(len(items))) - taken)
         elif not is_whole_number(index) or not 0 <= index < len(items):
             raise DataError(
                 f"{where} names an item of {kind} that is none of the row's {len(items)}; an "
@@ -103,3 +104,16 @@ class Places:
                 )
             unplaced += parts[num_placed:]
         return unplaced
+
+
+def place_media(
+    turns: tuple[Turn, ...], media: Sequence[Image | Audio], key: str
+) -> tuple[Turn, ...]:
+    """Put media without a place before the text of the first user turn."""
+    if not media:
+        return turns
+    for index, turn in enumerate(turns):
+        if turn.role == "user":
+            placed = replace(turn, parts=(*media, *turn.parts))
+            return (*turns[:index], placed, *turns[index + 1 :])
+    raise DataError("it holds media and no user turn to put them in; add one", key=key)

@@ -17,7 +17,7 @@ from gemma_tuner.records import Audio, Example, Image, Part, Role, Turn
 from gemma_tuner.sources.columns import Columns, list_media_columns
 from gemma_tuner.sources.json_text import describe_type, write_json
 from gemma_tuner.sources.messages import is_messages, read_media_list, read_turns
-from gemma_tuner.sources.places import Places
+from gemma_tuner.sources.places import Places, place_media
 from gemma_tuner.sources.tools import pair_responses, read_declarations
 
 IMAGE_PROMPT = "Describe this image."
@@ -71,7 +71,7 @@ class RowReader:
                 *self._read_prompt(row, media, places),
                 *self._read_response(row, places),
             )
-        turns = _place_media(turns, places.list_unplaced(), key)
+        turns = place_media(turns, places.list_unplaced(), key)
         system = self._read_text(row, "system", key) if "system" in self.columns.names else ""
         if system:
             if turns[0].role == "system":
@@ -263,19 +263,6 @@ def _group_by_kind(media: Sequence[Image | Audio]) -> dict[MediaKind, list[Image
 
 def _list_media(turn: Turn) -> list[Part]:
     return [part for part in turn.parts if isinstance(part, Image | Audio)]
-
-
-def _place_media(
-    turns: tuple[Turn, ...], media: list[Image | Audio], key: str
-) -> tuple[Turn, ...]:
-    """Put media before the text of the first user turn."""
-    if not media:
-        return turns
-    for index, turn in enumerate(turns):
-        if turn.role == "user":
-            placed = replace(turn, parts=(*media, *turn.parts))
-            return (*turns[:index], placed, *turns[index + 1 :])
-    raise DataError("it holds media and no user turn to put them in; add one", key=key)
 
 
 def _count_earlier_thoughts(turns: tuple[Turn, ...]) -> int:

@@ -111,7 +111,8 @@ def _list_objects(value: Any, what: str, key: str) -> Iterator[Mapping[str, Any]
 def _read_declaration(tool: Mapping[str, Any], what: str, key: str) -> Mapping[str, Any]:
     inner = tool.get("function")
     is_wrapped = isinstance(inner, Mapping)
-    function = dict(inner) if is_wrapped else {n: v for n, v in tool.items() if n != "type"}
+    given = inner if isinstance(inner, Mapping) else {**tool, "type": None}
+    function = {name: value for name, value in given.items() if value is not None}
     _need_name(function, what, key)
     parameters = function.pop("input_schema", None) or function.get("parameters")
     if isinstance(parameters, str):
@@ -145,7 +146,9 @@ def _read_call(call: Mapping[str, Any], where: str, key: str) -> dict[str, Any]:
     arguments = _read_pairs({} if given is None else given, "a tool call's arguments", key)
     refuse_depth(arguments, "a tool call's arguments", key=key)
     outer = call if isinstance(inner, Mapping) else {"type": "function", "id": call.get("id")}
-    kept = {name: value for name, value in outer.items() if value is not None}
+    kept = {name: value for name, value in outer.items() if value not in (None, "")}
+    if not isinstance(kept.get("id", ""), str | int):
+        raise DataError(f"{where} has a call whose id is neither text nor a number", key=key)
     return {**kept, "function": {"name": function["name"], "arguments": arguments}}
 
 

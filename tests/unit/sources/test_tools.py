@@ -45,6 +45,7 @@ def read(row):
             "parameters": {**SCHEMA, "properties": {"city": {"type": "string"}, "a": None}},
         },
         {"function_declarations": [FUNCTION]},
+        {**FUNCTION, "strict": None},
     ],
 )
 def test_each_form_of_a_declaration_is_wrapped(tool):
@@ -171,6 +172,7 @@ def test_parallel_responses_find_their_calls_by_id_name_or_order(order):
         (calls_named("a", ids="1"), [{"tool_call_id": "2"}], "responds to no call that waits"),
         (calls_named("a", ids="1"), [{"tool_call_id": "1", "name": "b"}], "responds to no call"),
         (calls_named("a", "b", ids="11"), [{}, {}], "two calls with one id"),
+        (calls_named("a", ids=[{}]), [{}], "neither text nor a number"),
     ],
 )
 def test_responses_that_answer_no_call_are_refused(calls, responses, words):
