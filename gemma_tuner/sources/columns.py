@@ -79,6 +79,12 @@ def recognise_columns(available: Collection[str], keywords: Keywords) -> Columns
                 f"{_list_columns(available)}: give one of them{suggest(column, available)}"
             )
     _check_keywords(chosen)
+    if (turn := {"role", "from", "speaker"} & set(available)) and not chosen:
+        raise SourceError(
+            f"the column {min(turn)!r} says that each row is one turn; group the rows of a "
+            "conversation into one with a column messages ([{'role': …, 'content': …}, …]), or "
+            "name the columns to use by keyword"
+        )
     recogniser = _Recogniser(available, keywords, dict(chosen))
     layout = recogniser.find_layout()
     if layout == "document":  # with or without text=
