@@ -18,12 +18,15 @@ Two columns for one part at the same rank are an error that names both and the k
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from gemma_tuner.checks import suggest
 from gemma_tuner.errors import ConfigError, SourceError
+
+_TURN = re.compile(r"content|value|(conversation|conv|dialog|dialogue|chat|thread|session)_?id")
 
 Layout = Literal["chat", "prompt and response", "caption", "document"]
 Keywords = Mapping[str, "str | Literal[False] | None"]
@@ -79,7 +82,8 @@ def recognise_columns(available: Collection[str], keywords: Keywords) -> Columns
                 f"{_list_columns(available)}: give one of them{suggest(column, available)}"
             )
     _check_keywords(chosen)
-    if (turn := {"role", "from", "speaker"} & set(available)) and not chosen:
+    turn = {"role", "from", "speaker"} & set(available)
+    if turn and not chosen and any(_TURN.fullmatch(name.lower()) for name in available):
         raise SourceError(
             f"the column {min(turn)!r} says that each row is one turn; group the rows of a "
             "conversation into one with a column messages ([{'role': …, 'content': …}, …]), or "

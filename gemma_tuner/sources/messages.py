@@ -72,8 +72,6 @@ _DESCRIPTIONS = frozenset(("detail", "format", "sampling_rate"))  # of a value, 
 def read_media(value: Any, kind: MediaKind, *, key: str) -> Image | Audio | None:
     """Make a media part of one value, still encoded; None where it holds nothing."""
     part = Image if kind == "image" else Audio
-    if isinstance(value, part):
-        return value
     if isinstance(value, Mapping):
         if kind == "audio" and value.get("array") is not None:
             return _read_samples(value, key)
@@ -256,7 +254,8 @@ def _read_part(fields: Mapping[str, Any], kind: str, where: str, places: Places)
     given = [fields[name] for name in names if fields.get(name) is not None]
     if is_whole_number(value):  # {"type": "image", "image": 1}
         given, value = [*given, value], None
-    part = read_media(value, medium, key=places.key)
+    is_made = isinstance(value, Image | Audio)  # by whoever had it opened
+    part = value if is_made else read_media(value, medium, key=places.key)
     if given and (part is not None or len(given) > 1):
         raise DataError(
             f"{where} has a part with an index and another {medium} or index beside it; keep one",

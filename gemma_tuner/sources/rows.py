@@ -123,6 +123,9 @@ class RowReader:
         if part == "system" and self.columns.names[part] not in row:
             return ""
         value = self._read_field(row, part, key)
+        if part == "response" and value and isinstance(value, Mapping | list):
+            self.counts["answers written as JSON"] += 1
+            value = write_json(value, f"its column {self.columns.names[part]!r}", key=key)
         if value is not None and not isinstance(value, str):
             raise DataError(
                 f"its column {self.columns.names[part]!r} is {describe_type(value)}, and the "
@@ -143,18 +146,12 @@ class RowReader:
         return Places(_group_by_kind(media), key, self.columns.without)
 
     def _read_response(self, row: Mapping[str, Any], places: Places) -> tuple[Turn, ...]:
-        """Read an answer: text, messages, or an object or a list, which is learned as JSON."""
+        """Read an answer: messages, or text; an object or a list is learned as its JSON."""
         value = row.get(self.columns.names["response"])
         messages = [value] if isinstance(value, Mapping) else value
         if is_messages(messages):
             return read_turns(messages, places, unused_fields=self._unused_fields)
-        if value and isinstance(value, Mapping | list):
-            self.counts["answers written as JSON"] += 1
-            text = write_json(
-                value, f"its column {self.columns.names['response']!r}", key=places.key
-            )
-        else:
-            text = self._read_text(row, "response", places.key, may_be_empty=False)
+        text = self._read_text(row, "response", places.key, may_be_empty=False)
         return (Turn("assistant", tuple(places.split(text, "the answer"))),)
 
     def _read_prompt(

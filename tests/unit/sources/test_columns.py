@@ -208,3 +208,7 @@ def test_one_turn_a_row_is_refused_with_the_remedy(name, text):
     with pytest.raises(SourceError, match="each row is one turn; group the rows"):
         recognise_columns(available, {})
     assert recognise_columns(available, {"text": text}).layout == "document"
+
+
+def test_whose_voice_it_is_says_nothing_of_turns():
+    assert recognise_columns(["audio", "text", "speaker"], {}).layout == "caption"
