@@ -161,6 +161,8 @@ class TextCollator:
         """
         left_out = {"processor", "max_tokens", "too_long", "max_seconds", "long_audio"}
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        if not self.text_is_rendered:  # so that runs from before it was one go on
+            left_out.add("text_is_rendered")
         for name in left_out & own.keys():
             del own[name]
         template = self.processor.chat_template or ""
