@@ -141,7 +141,7 @@ def _follow_prefix(text: str, prefix: str, example: Example, family: Family) -> 
         raise DataError(
             "its last answer holds reasoning, and without enable_thinking this checkpoint is "
             "asked behind an empty thought, where it would never think; set enable_thinking=True "
-            "(--thinking), or take the reasoning out",
+            "(--enable-thinking), or take the reasoning out",
             key=example.key,
         )
     return text[:header_end] + prefix[header_end:] + text[header_end:]

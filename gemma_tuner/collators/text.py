@@ -53,7 +53,7 @@ class TextCollator:
         train_on: ``assistant`` trains every assistant turn, ``last`` the last one, ``all`` every
             token. Documents are trained whole in any case.
         enable_thinking: Passed to the chat template. What is trained with it is asked with it:
-            ``generate(enable_thinking=...)`` and ``--thinking`` of the commands.
+            ``generate(enable_thinking=...)``, ``--enable-thinking`` of the commands.
         text_is_rendered: Documents are conversations that went through this checkpoint's own chat
             template, and are trained on as ``train_on`` says.
 
