@@ -107,11 +107,13 @@ class Turn:
         parts: Text and media in reading order.
         fields: What a chat template may read beside the content, under the names that it uses
             (``reasoning``, ``tool_calls``, ``tool_call_id``, ``name``).
+        is_trained: Whether an assistant turn is an answer to learn; one that is not is read only.
     """
 
     role: Role
     parts: tuple[Part, ...]
     fields: Mapping[str, Any] = field(default_factory=dict)
+    is_trained: bool = True
 
     @property
     def text(self) -> str:

@@ -15,7 +15,9 @@ import jinja2
 from gemma_tuner.collators.refusals import (
     check_conversation,
     check_document,
+    check_own_template,
     check_rendered,
+    check_spelling,
     reasoning_of,
 )
 from gemma_tuner.collators.settings import TrainOn
@@ -23,6 +25,7 @@ from gemma_tuner.errors import DataError
 from gemma_tuner.modalities import kind_of
 from gemma_tuner.models.families import tokenizer_of
 from gemma_tuner.records import Example, Text, Turn
+from gemma_tuner.sources.tools import pair_responses, read_declarations
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -31,7 +34,12 @@ if TYPE_CHECKING:
 
 
 def render_prompt(
-    processor: ProcessorMixin, family: Family, example: Example, *, enable_thinking: bool = False
+    processor: ProcessorMixin,
+    family: Family,
+    example: Example,
+    *,
+    enable_thinking: bool = False,
+    text_is_rendered: bool = False,
 ) -> str:
     """Render an example to text, one placeholder for each image or clip."""
     # The last answer follows exactly the prefix that inference will use. Some templates end the
@@ -39,37 +47,53 @@ def render_prompt(
     # then the stub is put where inference puts it, so that training and inference agree.
     tokenizer = tokenizer_of(processor)
     control_tokens = family.control_tokens(tokenizer)
+    if example.document is not None and text_is_rendered:
+        check_own_template(example, example.document, family, control_tokens)
+        return tokenizer.bos_token + example.document.removeprefix(tokenizer.bos_token)
     if example.document is not None:
         check_document(example, example.document, control_tokens)
         return f"{tokenizer.bos_token}{example.document}{tokenizer.eos_token}"
     check_conversation(example, family, control_tokens)
-    messages = [_message(turn) for turn in example.turns]
-
+    turns, tools = example.turns, example.tools
+    if any(turn.role == "tool" or "tool_calls" in turn.fields for turn in turns):
+        turns = pair_responses(turns, key=example.key)
+    if tools:
+        tools = read_declarations(tools, "its declarations", key=example.key)
     options: dict[str, Any] = {"enable_thinking": enable_thinking} if family.has_thinking else {}
 
-    def apply_template(messages: list[dict[str, Any]], *, for_generation: bool = False) -> str:
+    def apply_template(
+        messages: list[Any], tools: Sequence[Any] = tools, *, for_generation: bool = False
+    ) -> str:
         try:
             return processor.apply_chat_template(
                 messages,
-                tools=[dict(tool) for tool in example.tools] or None,
+                tools=list(tools) or None,
                 tokenize=False,
                 add_generation_prompt=for_generation,
                 **options,
             )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
+        except Exception as error:
+            what = error if isinstance(error, jinja2.TemplateError) else type(error).__name__
             roles = ", ".join(turn.role for turn in example.turns)
             raise DataError(
-                f"the chat template refuses this conversation (roles: {roles}): {error}; "
+                f"the chat template refuses this conversation (roles: {roles}): {what}; "
                 "bring the turns into the order and form that this model's template knows",
                 key=example.key,
             ) from error
 
+    messages = [_message(turn) for turn in turns]
     text = apply_template(messages)
+    check_spelling(text, [messages, tools], apply_template, control_tokens, key=example.key)
     answer = _final_answer_index(example)
+    check_rendered(text, example, answer, family)
     if answer > 0:
         prefix = apply_template(messages[:answer], for_generation=True)
         text = _follow_prefix(text, prefix, example, family)
-    check_rendered(text, example, answer, family)
+    if enable_thinking:
+        for index in reversed(range(answer + 1, len(turns))):
+            if turns[index].role == "assistant" and turns[index - 1].role == "tool":
+                prefix = apply_template(messages[:index], for_generation=True)
+                text = _open_thought(text, prefix, example)
     return text
 
 
@@ -114,8 +138,27 @@ def _follow_prefix(text: str, prefix: str, example: Example, family: Family) -> 
             key=example.key,
         )
     if reasoning_of(example.turns[_final_answer_index(example)]):
-        return text
+        raise DataError(
+            "its last answer holds reasoning, and without enable_thinking this checkpoint is "
+            "asked behind an empty thought, where it would never think; set enable_thinking=True "
+            "(--enable-thinking), or take the reasoning out",
+            key=example.key,
+        )
     return text[:header_end] + prefix[header_end:] + text[header_end:]
+
+
+def _open_thought(text: str, prefix: str, example: Example) -> str:
+    """Put an empty thought where inference opens one after a tool's response."""
+    before, close, opened = prefix.rpartition("<tool_response|>")
+    if not opened or text.startswith(prefix):
+        return text
+    if not text.startswith(before + close):
+        raise DataError(
+            "the chat template moves text that stands beside a tool call behind the response, "
+            "where inference opens a thought; move that text into reasoning, or take it out",
+            key=example.key,
+        )
+    return f"{prefix}<channel|>{text[len(before + close) :]}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,23 +210,67 @@ class TurnMarkers:
         )
 
 
-def mark_targets(ids: Sequence[int], markers: TurnMarkers, train_on: TrainOn) -> list[bool]:
+def mark_targets(
+    ids: Sequence[int],
+    markers: TurnMarkers,
+    train_on: TrainOn,
+    example: Example | None = None,
+) -> list[bool]:
     """Mark the tokens of a rendered conversation that carry loss."""
     # ::
     #     <bos> <|turn> user \n 2 + 2 ? <turn|> \\n <|turn> model \n 4 <turn|> \n
     #       .      .     .   .  . . . .    .    .     .      .   .  x    x     .
     # ids: Token ids ``[T]``, media placeholders already expanded.
+    # example: What they were rendered from, where its turns may be marked as not trained.
     # Returns: ``[T]`` booleans. A tool's response is not the model's, save the
     # ``<|tool_response>`` right after a call: there generation stops (it is among the checkpoint's
     # eos ids).
-    if train_on == "all":
-        return [token not in markers.untrained for token in ids]
     spans = list(_model_turns(ids, markers))
-    targets = [False] * len(ids)
-    for start, end in spans[-1:] if train_on == "last" else spans:
-        for position in _spoken_positions(ids, start, end, markers):
-            targets[position] = True
+    marks: list[list[bool]] = []
+    if example and any(not turn.is_trained or turn.fields for turn in example.turns):
+        marks = _list_marks(example, len(spans))
+    targets = [train_on == "all" and token not in markers.untrained for token in ids]
+    for index, (start, end) in enumerate(spans):
+        if train_on == "last" and index < len(spans) - 1:
+            continue
+        pieces = marks[index] if index < len(marks) else [True]
+        for position, piece in _spoken_positions(ids, start, end, markers):
+            targets[position] = pieces[min(piece, len(pieces) - 1)]
     return targets
+
+
+def _list_marks(example: Example, num_spans: int) -> list[list[bool]]:
+    """Say of each rendered model turn, and of its pieces between responses, if it is trained."""
+    # The template leaves out what was thought before an earlier answer: that answer would be
+    # learned as one without a thought.
+    last = _final_answer_index(example)
+    groups: list[list[Turn]] = []
+    marks: list[list[bool]] = []
+    previous = None
+    for index, turn in enumerate(example.turns):
+        if turn.role == "assistant":
+            if previous not in {"assistant", "tool"}:
+                groups.append([])
+                marks.append([])
+            groups[-1].append(turn)
+            marks[-1].append(turn.is_trained and not (index < last and reasoning_of(turn)))
+        previous = turn.role
+    are_apart = (
+        len(marks) == num_spans
+        and not any(
+            turn.text.strip() or turn.fields.get("tool_responses")  # rendered behind the response
+            for group, mark in zip(groups, marks, strict=True)
+            if len(set(mark)) > 1
+            for turn in group[:-1]
+        )
+    )
+    if not are_apart and not all(map(all, marks)):
+        raise DataError(
+            "some of its answers are not trained on, and the chat template does not keep them "
+            "apart from those that are; put a user's turn between them",
+            key=example.key,
+        )
+    return marks
 
 
 def mark_removable(
@@ -237,16 +324,20 @@ def _model_turns(ids: Sequence[int], markers: TurnMarkers) -> Iterator[tuple[int
 
 def _spoken_positions(
     ids: Sequence[int], start: int, end: int, markers: TurnMarkers
-) -> Iterator[int]:
-    """Yield the positions of a model turn that the model wrote: all but the tools' responses."""
-    inside_response = False
+) -> Iterator[tuple[int, int]]:
+    """Yield the positions of a model turn that the model wrote, and how many responses precede."""
+    inside_response = follows_response = False
+    piece = 0
     for position in range(start, end):
         token = ids[position]
         if token == markers.tool_response_open:
             inside_response = True
             if ids[position - 1] == markers.tool_call_close:
-                yield position
-        elif not inside_response and token not in markers.untrained:
-            yield position
+                yield position, piece
+        elif not inside_response:
+            piece += follows_response
+            follows_response = False
+            if token not in markers.untrained:
+                yield position, piece
         if token == markers.tool_response_close:
-            inside_response = False
+            inside_response, follows_response = False, True

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gemma_tuner.errors import DataError
@@ -10,6 +11,31 @@ from gemma_tuner.records import Audio, Example, Image, Turn
 
 if TYPE_CHECKING:
     from gemma_tuner.models.families import Family
+
+# What chat templates write that no text has by itself, by the models that have them.
+_OTHER_TEMPLATES = {
+    "Gemma 2, 3 or 3n": r"<(?:start|end)_of_(?:turn|image|audio)>"
+    r"|<(?:image|audio)_soft_token>",
+    "Gemma 4": r"<\|(?:turn|channel|tool|tool_call|tool_response|image|audio)>"
+    r"|<(?:turn|channel|tool|tool_call|tool_response|image|audio)\|>",
+    "ChatML, as Qwen's": r"<\|im_(?:start|end|sep)\|>|<\|endoftext\|>"
+    r"|<\|(?:vision|image|audio|video)_(?:start|end|pad|bos|eos)\|>",
+    "Llama 2 or Mistral": r"\[/?INST\]|<</?SYS>>|\[/?SYSTEM_PROMPT\]"
+    r"|\[/?(?:AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]|\A[^<]*</s>\s*\Z",
+    "Llama 3 or 4": r"<\|(?:start|end)_header_id\|>|<\|header_(?:start|end)\|>"
+    r"|<\|eo[tm](?:_id)?\|>|<\|(?:begin|end)_of_text\|>",
+    "Phi, Zephyr or GLM": r"<\|(?:user|assistant|system|observation|end)\|>",
+    "gpt-oss": r"<\|(?:start|message|channel|return|call)\|>",
+    "DeepSeek": r"<[｜|](?:User|Assistant)[｜|]>|<｜(?:begin|end)▁of▁sentence｜>",
+    "Cohere": r"<\|(?:START|END)_OF_TURN_TOKEN\|>|<\|(?:CHATBOT|USER|SYSTEM)_TOKEN\|>",
+    "OpenChat or Granite": r"<\|end_of_turn\|>|GPT4 Correct (?:User|Assistant):"
+    r"|<\|(?:start|end)_of_role\|>",
+}
+# Words alone, which in a question may be what is asked about. The first is looked for once.
+_PLAIN_TEMPLATES = {
+    "Alpaca": r"(?s)\A(?>.*?### Instruction:).*### Response:",
+    "Guanaco": r"(?s)\A(?>.*?### Human:).*### Assistant:",
+}
 
 
 def check_conversation(example: Example, family: Family, control_tokens: Sequence[str]) -> None:
@@ -26,10 +52,54 @@ def check_conversation(example: Example, family: Family, control_tokens: Sequenc
 
 
 def check_document(example: Example, document: str, control_tokens: Sequence[str]) -> None:
-    """Refuse a document without text, or with control tokens."""
-    _refuse_control_tokens(example, control_tokens, document, "the document")
+    """Refuse a document without text, or with control tokens, or in a chat template."""
+    remedy = (
+        "; or set text_is_rendered=True if it went through this checkpoint's own chat template"
+    )
+    _refuse_control_tokens(example, control_tokens, document, "the document", remedy)
+    _refuse_other_template(
+        example, document, "the document", {**_OTHER_TEMPLATES, **_PLAIN_TEMPLATES}
+    )
     if not document.strip():
         raise DataError("the document is empty; remove the row", key=example.key)
+
+
+def check_own_template(
+    example: Example, document: str, family: Family, control_tokens: Sequence[str]
+) -> None:
+    """Refuse a document that is said to be rendered and has no answer of this family's form."""
+    header, _, answer = document.rpartition(f"{family.turn_open}model\n")
+    if not header or family.turn_close not in answer:
+        raise DataError(
+            f"text_is_rendered is set, and the document does not end with a turn of {family.name} "
+            f"({family.turn_open}model … {family.turn_close}); give the conversation as messages",
+            key=example.key,
+        )
+    _refuse_other_template(example, document, "the document", _OTHER_TEMPLATES, control_tokens)
+
+
+def check_spelling(
+    text: str,
+    data: Sequence[Any],
+    render: Callable[..., str],
+    control_tokens: Sequence[str],
+    *,
+    key: str,
+) -> None:
+    """Refuse a rendered prompt whose control tokens are not all the template's own."""
+    # Templates trim and join: what is no control token in any one text may be one in the prompt.
+    # So the same is rendered with no text that can begin one, and both must have the same tokens.
+    openers = {token[0] for token in control_tokens}
+    if not any(opener in each for each in _texts(data) for opener in openers):
+        return
+    pattern = re.compile("|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))))
+    harmless = render(*_replace_texts(data, str.maketrans(dict.fromkeys(openers, "("))))
+    if pattern.findall(text) != pattern.findall(harmless):
+        raise DataError(
+            "its texts spell a control token once the chat template has joined them, which would "
+            "change the structure of the prompt; write them differently",
+            key=key,
+        )
 
 
 def check_rendered(text: str, example: Example, answer: int, family: Family) -> None:
@@ -70,7 +140,6 @@ def _refuse_text_between_turns(text: str, example: Example, family: Family) -> N
 
 
 def _check_tools(example: Example, family: Family) -> None:
-    """Calls and responses in pairs; templates drop or garble what stands alone."""
     if not family.has_tools and (
         example.tools or any(turn.fields.get("tool_calls") for turn in example.turns)
     ):
@@ -79,25 +148,6 @@ def _check_tools(example: Example, family: Family) -> None:
             "them into the text, or use a model that has tools",
             key=example.key,
         )
-    may_respond = waits = False
-    for number, turn in enumerate(example.turns, 1):
-        if turn.role == "tool":
-            if not may_respond:
-                raise DataError(
-                    f"turn {number} (tool) responds to no call; put it right after the assistant "
-                    "turn with the tool_calls",
-                    key=example.key,
-                )
-            waits = False
-            continue
-        if waits:
-            raise DataError(
-                f"turn {number} ({turn.role}) follows a tool call without a response; add the "
-                "tool turn, or end the conversation with the call",
-                key=example.key,
-            )
-        may_respond = bool(turn.fields.get("tool_calls"))
-        waits = may_respond and not turn.fields.get("tool_responses")
 
 
 def _check_turn(example: Example, index: int, turn: Turn, control_tokens: Sequence[str]) -> None:
@@ -108,7 +158,17 @@ def _check_turn(example: Example, index: int, turn: Turn, control_tokens: Sequen
             key=example.key,
         )
     _refuse_control_tokens(example, control_tokens, [turn.text, turn.fields], where)
+    _refuse_other_template(example, turn.text, where, _OTHER_TEMPLATES)
     if turn.role == "assistant":
+        before = example.turns[index - 1] if index else None
+        ends = before and before.role == "assistant" and not before.fields.get("tool_calls")
+        if before and ends and not before.fields.get("tool_responses"):
+            raise DataError(
+                f"{where} follows another of the assistant's, and templates join the two without "
+                "the end of the first; join consecutive assistant turns into one, or put the "
+                "user's turn between them",
+                key=example.key,
+            )
         if not turn.text.strip() and not turn.fields.get("tool_calls"):
             raise DataError(
                 f"{where} is an empty answer; fill it or remove the row", key=example.key
@@ -121,29 +181,57 @@ def _check_turn(example: Example, index: int, turn: Turn, control_tokens: Sequen
 
 
 def _refuse_control_tokens(
-    example: Example, control_tokens: Sequence[str], value: Any, where: str
+    example: Example, control_tokens: Sequence[str], value: Any, where: str, remedy: str = ""
 ) -> None:
     """Text that spells a control token would open turns or claim media that are not there."""
     for text in _texts(value):
-        if "<" not in text:
-            continue
         for token in control_tokens:
             if token in text:
                 raise DataError(
                     f"{where} contains the control token {token!r}, which would change the "
-                    "structure of the prompt; remove it or write it differently",
+                    f"structure of the prompt; remove it or write it differently{remedy}",
                     key=example.key,
                 )
 
 
+def _refuse_other_template(
+    example: Example,
+    text: str,
+    where: str,
+    templates: Mapping[str, str],
+    own: Sequence[str] = (),
+) -> None:
+    """What another chat template wrote would be learned letter by letter, prompts and all."""
+    for name, pattern in templates.items():
+        found = re.search(pattern, text)
+        if found and found[0] not in own:
+            raise DataError(
+                f"{where} went through the chat template of another model ({name}); give the "
+                "conversation itself, as messages or as prompt and response, and this "
+                "checkpoint's template writes it",
+                key=example.key,
+            )
+
+
 def _texts(value: Any) -> Iterator[str]:
     """Every piece of text in a tree of mappings and lists, names included."""
+    waiting = [value]
+    while waiting:  # and no recursion: data may be nested deeper than Python's stack
+        item = waiting.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping):
+            waiting += [*item.values(), *item.keys()]
+        elif isinstance(item, Sequence) and not isinstance(item, bytes):
+            waiting += item
+
+
+def _replace_texts(value: Any, table: Mapping[int, str]) -> Any:
+    """The same tree with the characters of its texts replaced."""
     if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for name, item in value.items():
-            yield from _texts(name)
-            yield from _texts(item)
-    elif isinstance(value, Sequence) and not isinstance(value, bytes):
-        for item in value:
-            yield from _texts(item)
+        return value.translate(table)
+    if isinstance(value, Mapping):
+        return {_replace_texts(n, table): _replace_texts(v, table) for n, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes):
+        return [_replace_texts(item, table) for item in value]
+    return value

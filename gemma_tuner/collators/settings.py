@@ -26,6 +26,7 @@ class CollatorSettings:
             of the prompt and counts it.
         train_on: 'assistant' trains every answer, 'last' the last one, 'all' every token.
         enable_thinking: Lets the model think before it answers, where its family can.
+        text_is_rendered: Documents are conversations that this model's own template has written.
         image_tokens: Of an image: 70, 140, 280, 560 or 1120; by default as the model's processor
             says.
         max_seconds: The longest clip.
@@ -39,6 +40,7 @@ class CollatorSettings:
     too_long: TooLong = "error"
     train_on: TrainOn = "assistant"
     enable_thinking: bool = False
+    text_is_rendered: bool = False
     image_tokens: int | None = field(default=None, metadata=bounds(at_least=1))
     max_seconds: float = field(default=30.0, metadata=bounds(above=0))
     long_audio: LongAudio = "error"

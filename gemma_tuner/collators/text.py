@@ -52,7 +52,10 @@ class TextCollator:
             answer is never cut: a row whose answer alone is too long always raises.
         train_on: ``assistant`` trains every assistant turn, ``last`` the last one, ``all`` every
             token. Documents are trained whole in any case.
-        enable_thinking: Passed to the chat template.
+        enable_thinking: Passed to the chat template. What is trained with it is asked with it:
+            ``generate(enable_thinking=...)``, ``--enable-thinking`` of the commands.
+        text_is_rendered: Documents are conversations that went through this checkpoint's own chat
+            template, and are trained on as ``train_on`` says.
 
     Raises:
         ConfigError: A setting outside its range.
@@ -64,6 +67,7 @@ class TextCollator:
     too_long: TooLong = CollatorSettings.too_long
     train_on: TrainOn = CollatorSettings.train_on
     enable_thinking: bool = CollatorSettings.enable_thinking
+    text_is_rendered: bool = CollatorSettings.text_is_rendered
 
     family: Family = field(init=False, repr=False)
     media_types: ClassVar[tuple[type, ...]] = ()
@@ -114,7 +118,11 @@ class TextCollator:
         self._check_media_types(example)
         example, counts = self.prepare_media(load_media(example))
         text = render_prompt(
-            self.processor, self.family, example, enable_thinking=self.enable_thinking
+            self.processor,
+            self.family,
+            example,
+            enable_thinking=self.enable_thinking,
+            text_is_rendered=self.text_is_rendered,
         )
         features = self._process(example, text)
         ids = features["input_ids"][0]
@@ -124,8 +132,9 @@ class TextCollator:
         media = {name: features[name] for name in names if name in features}
         self._check_row(example, ids, media)
 
-        train_on = "all" if example.document is not None else self.train_on
-        targets = mark_targets(ids.tolist(), self._markers, train_on)
+        is_whole = example.document is not None and not self.text_is_rendered
+        train_on = "all" if is_whole else self.train_on
+        targets = mark_targets(ids.tolist(), self._markers, train_on, example)
         if not any(targets):
             raise DataError("no token of this row would be trained on", key=example.key)
         keep = self._fit(example, ids.tolist(), targets)
@@ -152,6 +161,8 @@ class TextCollator:
         """
         left_out = {"processor", "max_tokens", "too_long", "max_seconds", "long_audio"}
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        if not self.text_is_rendered:  # so that runs from before it was one go on
+            left_out.add("text_is_rendered")
         for name in left_out & own.keys():
             del own[name]
         template = self.processor.chat_template or ""

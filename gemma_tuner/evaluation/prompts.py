@@ -20,6 +20,8 @@ from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.modalities import MediaKind, kind_of
 from gemma_tuner.records import Audio, Example, Image, Text, Turn
 from gemma_tuner.sources.messages import read_media, read_turns
+from gemma_tuner.sources.places import Places, place_media
+from gemma_tuner.sources.tools import pair_responses
 
 if TYPE_CHECKING:
     from gemma_tuner.collators.text import TextCollator
@@ -92,9 +94,10 @@ def add_placeholder(example: Example) -> Example:
 
 
 def end_with_answer(example: Example) -> Example | None:
-    """Drop the turns after an example's last answer; None if it has no answer."""
+    """Drop the turns after the last answer to learn; None if there is none."""
     for index in range(len(example.turns), 0, -1):
-        if example.turns[index - 1].role == "assistant":
+        turn = example.turns[index - 1]
+        if turn.role == "assistant" and turn.is_trained:
             return replace(example, turns=example.turns[:index])
     return None
 
@@ -149,22 +152,19 @@ def _read_prompt(prompt: Any, given: Mapping[MediaKind, Any], key: str) -> Examp
         key = prompt.key
     else:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        messages, media = _take_out_objects(messages, media, key)
+        messages = [_wrap_objects(message, key) for message in messages]
         unused: Counter[str] = Counter()
-        turns, unplaced = read_turns(
-            messages,
-            key=key,
-            media={kind: parts for kind, parts in media.items() if parts},
-            unused_fields=unused,
-        )
-        tools = ()
+        # Who gives no images asks about the letters of a tag.
+        places = Places(media, key, letters=[kind for kind, parts in media.items() if not parts])
+        turns = pair_responses(read_turns(messages, places, unused_fields=unused), key=key)
+        unplaced, tools = places.list_unplaced(), ()
         if unused:
             raise DataError(
                 f"its messages have fields that nothing reads: {', '.join(sorted(unused))}; take "
                 "them out",
                 key=key,
             )
-    turns = _place_media(turns, unplaced, key)
+    turns = place_media(turns, unplaced, key)
     if not any(part for turn in turns for part in turn.parts if part != Text("")):
         raise DataError("it is empty; give text, an image or a clip", key=key)
     if turns[-1].role == "assistant":
@@ -201,43 +201,21 @@ def _read_medium(value: Any, kind: MediaKind, key: str) -> Image | Audio:
     return part
 
 
-def _take_out_objects(
-    messages: Messages, media: Mapping[MediaKind, Sequence[Image | Audio]], key: str
-) -> tuple[list[dict[str, Any]], dict[MediaKind, list[Image | Audio]]]:
-    """Move opened images and clips out of messages; leave a place for each, in the same order."""
-    # Messages in JSON hold paths or bytes; those made in Python also hold what was opened already.
-    waiting = {kind: list(parts) for kind, parts in media.items()}
-    ordered: dict[MediaKind, list[Image | Audio]] = {kind: [] for kind in media}
+def _wrap_objects(message: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """Give opened images and clips in a message the form that messages of data have."""
 
-    def replaced(part: Any) -> Any:
+    def wrapped(part: Any) -> Any:
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in ordered:
-            return part
-        value = part.get(kind)
-        if isinstance(value, PIL.Image.Image | Image | Audio):
-            ordered[kind].append(_read_medium(value, kind, key))
-        elif set(part) == {"type"} and waiting[kind]:
-            ordered[kind].append(waiting[kind].pop(0))
-        else:
-            return part
-        return {"type": kind}
+        value = part.get(kind) if kind else None
+        if (kind == "image" or kind == "audio") and isinstance(
+            value, PIL.Image.Image | Image | Audio
+        ):
+            return {**part, kind: _read_medium(value, kind, key)}
+        return part
 
-    taken = [
-        {**message, "content": [replaced(part) for part in message["content"]]}
-        if isinstance(message.get("content"), list)
-        else dict(message)
-        for message in messages
-    ]
-    return taken, {kind: [*ordered[kind], *waiting[kind]] for kind in media}
-
-
-def _place_media(
-    turns: tuple[Turn, ...], media: Sequence[Image | Audio], key: str
-) -> tuple[Turn, ...]:
-    if not media:
-        return turns
-    for index, turn in enumerate(turns):
-        if turn.role == "user":
-            placed = replace(turn, parts=(*media, *turn.parts))
-            return (*turns[:index], placed, *turns[index + 1 :])
-    raise DataError("it has media, but no user turn to put them into", key=key)
+    content = message.get("content")
+    return (
+        {**message, "content": list(map(wrapped, content))}
+        if isinstance(content, list)
+        else message
+    )

@@ -31,6 +31,8 @@ from typing import Literal
 from gemma_tuner.checks import suggest
 from gemma_tuner.errors import ConfigError, SourceError
 
+_TURN = re.compile(r"content|value|(conversation|conv|dialog|dialogue|chat|thread|session)_?id")
+
 Layout = Literal["chat", "prompt and response", "caption", "document"]
 Keywords = Mapping[str, "str | Sequence[str] | Literal[False] | None"]
 """The user's column by part, and under ``ignore`` the columns to leave out."""
@@ -181,6 +183,13 @@ def recognise_columns(available: Collection[str], keywords: Keywords) -> Columns
     _check_keywords(chosen)
     # In the order of the data, so that messages are the same each time.
     free = [name for name in dict.fromkeys(available) if name not in ignored]
+    turn = {"role", "from", "speaker"} & set(free)
+    if turn and not chosen and any(_TURN.fullmatch(name.lower()) for name in free):
+        raise SourceError(
+            f"the column {min(turn)!r} says that each row is one turn; group the rows of a "
+            "conversation into one with a column messages ([{'role': …, 'content': …}, …]), or "
+            "name the columns to use by keyword"
+        )
     recogniser = _Recogniser(free, keywords, dict(chosen))
     recogniser.refuse_what_cannot_be_used()
     layout = recogniser.find_layout()

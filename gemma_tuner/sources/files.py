@@ -24,7 +24,7 @@ import pyarrow.parquet
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.columns import Columns
-from gemma_tuner.sources.messages import describe_type, parse_json
+from gemma_tuner.sources.json_text import describe_type, drop_padding, parse_json
 
 RowFormat = Literal["jsonl", "csv", "parquet"]
 """Formats of files that hold rows."""
@@ -227,7 +227,7 @@ def _read_parquet(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=names):
                 for values in batch.to_pylist():
                     number += 1
-                    yield number, values
+                    yield number, {name: drop_padding(item) for name, item in values.items()}
         except (pyarrow.ArrowException, OSError) as error:
             raise SourceError(
                 f"{_last(file)!r} is damaged after row {number:,} ({type(error).__name__}); write "

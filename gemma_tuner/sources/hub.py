@@ -29,7 +29,7 @@ from gemma_tuner.sources.hub_loading import (
     open_split,
     quiet_libraries,
 )
-from gemma_tuner.sources.messages import parse_json
+from gemma_tuner.sources.json_text import parse_json
 
 _BLOCK_ROWS = 16  # small, as rows may hold media
 
@@ -204,6 +204,7 @@ class HubRows:
             return {
                 name: self._restore(value[name], inner, column, key)
                 for name, inner in feature.items()
+                if value[name] is not None  # a struct has the fields that any row has
             }
         if isinstance(feature, datasets.List | datasets.LargeList):
             if isinstance(feature.feature, datasets.Value):

@@ -33,7 +33,7 @@ from gemma_tuner.sources.examples import ExampleReader, Outcome
 from gemma_tuner.sources.files import Row
 from gemma_tuner.sources.hub import HubRows, locate_file
 from gemma_tuner.sources.hub_loading import HubName, OpenedSplit
-from gemma_tuner.sources.messages import describe_type
+from gemma_tuner.sources.json_text import describe_type
 
 MAX_GENERATED_ROWS = 100_000
 """Rows that are taken from a generator: it may have no end."""

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
-import re
-from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,7 +19,9 @@ from gemma_tuner.checks import is_whole_number
 from gemma_tuner.errors import DataError
 from gemma_tuner.media.encoded import read_base64_media
 from gemma_tuner.modalities import MediaKind
-from gemma_tuner.records import Audio, Image, Part, Role, StoredObject, Text, Turn
+from gemma_tuner.records import Audio, Image, Part, Role, StoredObject, Turn
+from gemma_tuner.sources.json_text import describe_type, parse_json, write_json
+from gemma_tuner.sources.places import Places
 from gemma_tuner.storage.stores import is_stored, list_schemes
 
 ROLE_NAMES: Mapping[str, Role] = {
@@ -32,7 +32,13 @@ ROLE_NAMES: Mapping[str, Role] = {
     "assistant": "assistant",
     "gpt": "assistant",
     "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
     "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+    "ipython": "tool",
 }
 """From the names of roles in data to the names here."""
 
@@ -46,7 +52,10 @@ PASSED_FIELDS = (
 )
 """Fields of a message that chat templates read; they go into ``Turn.fields``."""
 
-_CONTENT_FIELDS = ("role", "from", "content", "value")
+_CONTENT_FIELDS = ("role", "from", "content", "value", "function_call")
+_CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's: the content is the call
+_MARKS = ("weight", "loss_weight", "trainable", "train", "training", "loss", "mask")
+"""Fields of a message that say whether it is trained on."""
 _PART_KINDS: Mapping[str, MediaKind] = {
     "image": "image",
     "image_url": "image",
@@ -57,25 +66,9 @@ _PART_KINDS: Mapping[str, MediaKind] = {
 }
 _PART_VALUES = ("path", "url", "bytes", "data")
 _BASE64 = ("bytes", "data")  # JSON has no bytes: text under these names is base64
+_TEXT_KINDS = ("text", "input_text", "output_text")
 _DESCRIPTIONS = frozenset(("detail", "format", "sampling_rate"))  # of a value, and none themselves
 _LONGEST_PATH = 4096  # Source: PATH_MAX of Linux; macOS has 1,024
-_TAG = re.compile(r"\n?<(image|audio)>\n?")
-
-
-def describe_type(value: object) -> str:
-    """Name a value's type as users of JSON know it, and nothing of the value."""
-    for kinds, name in (
-        (type(None), "null"),
-        (bool, "true or false"),
-        (int | float, "a number"),
-        (str, "text"),
-        (bytes, "bytes"),
-        (Mapping, "an object"),
-        (Sequence, "a list"),
-    ):
-        if isinstance(value, kinds):
-            return name
-    return type(value).__name__
 
 
 def read_media(value: Any, kind: MediaKind, *, key: str) -> Image | Audio | None:
@@ -135,155 +128,150 @@ def read_media_list(value: Any, kind: MediaKind, *, key: str) -> list[Image | Au
     return whole
 
 
-def read_turns(
-    messages: Any,
-    *,
-    key: str,
-    media: Mapping[MediaKind, Sequence[Image | Audio]],
-    unused_fields: Counter[str],
-) -> tuple[tuple[Turn, ...], list[Image | Audio]]:
-    """Make turns of a row's messages; return them, and the media that have no place in them."""
-    # A part without content (``{"type": "image"}``), or the tag ``<image>`` or ``<audio>`` within
-    # the text of a row that has such media, takes the next of the row's own media.
+def is_messages(value: Any) -> bool:
+    """Tell messages from other lists: objects of which each has a role."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(item, Mapping) and {"role", "from"} & item.keys() for item in value)
+    )
+
+
+def read_turns(messages: Any, places: Places, *, unused_fields: Counter[str]) -> tuple[Turn, ...]:
+    """Make turns of a row's messages, with the row's media in their places."""
     if isinstance(messages, str):
-        messages = parse_json(messages, "its messages", key=key)
+        messages = parse_json(messages, "its messages", key=places.key)
     if not isinstance(messages, list) or not messages:
         what = "an empty list" if messages == [] else describe_type(messages)
-        raise DataError(f"its messages are {what}; a list of messages is expected", key=key)
-    waiting: dict[MediaKind, deque[Image | Audio]] = {
-        kind: deque(parts) for kind, parts in media.items()
-    }
-    turns = tuple(
-        _read_turn(message, f"message {number}", key, waiting, unused_fields)
+        raise DataError(f"its messages are {what}; a list of messages is expected", key=places.key)
+    return tuple(
+        _read_turn(message, f"message {number}", places, unused_fields)
         for number, message in enumerate(messages, 1)
     )
-    for kind, parts in media.items():
-        if 0 < len(waiting[kind]) < len(parts):
-            raise DataError(
-                f"its messages have places for {len(parts) - len(waiting[kind])} of its "
-                f"{len(parts)} {kind} items; add a place for each, or none to put all of them "
-                "before the first user turn's text",
-                key=key,
-            )
-    return turns, [part for parts in waiting.values() for part in parts]
 
 
-def parse_json(text: str, what: str, *, key: str) -> Any:
-    """Parse JSON, with an error that tells nothing of the text."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        column = (
-            f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
-        )
-        raise DataError(f"{what} is not valid JSON{column}; write it again", key=key) from None
-
-
-def _read_turn(
-    message: Any,
-    where: str,
-    key: str,
-    waiting: Mapping[MediaKind, deque[Image | Audio]],
-    unused_fields: Counter[str],
-) -> Turn:
+def _read_turn(message: Any, where: str, places: Places, unused_fields: Counter[str]) -> Turn:
+    key = places.key
     if not isinstance(message, Mapping):
         raise DataError(f"{where} is {describe_type(message)} and not an object", key=key)
-    name = message.get("role", message.get("from"))
+    name = message.get("role") or message.get("from")
     role = ROLE_NAMES.get(name) if isinstance(name, str) else None
     if role is None:
         shown = repr(name[:40]) if isinstance(name, str) else describe_type(name)
         raise DataError(
             f"{where} has the unknown role {shown}; known are {', '.join(ROLE_NAMES)}", key=key
         )
-    content = message.get("content", message.get("value"))
-    fields = {}
+    where = f"{where} ({role})"
+    content = message.get("content")
+    if content is None:
+        content = message.get("value")
+    is_trained = _read_marks(message, role, where, key, unused_fields)
+    fields: dict[str, Any] = {}
     for field, value in message.items():
-        if field in _CONTENT_FIELDS or value is None:
+        if field in _CONTENT_FIELDS or field in _MARKS or value is None:
             continue
         if field in PASSED_FIELDS:
-            fields[field] = _read_tool_calls(value, key) if field == "tool_calls" else value
+            fields[field] = value
         else:
             unused_fields[field] += 1
-    return Turn(role, tuple(_read_content(content, where, key, waiting)), fields)
+    calls = content if name in _CALL_ROLES else message.get("function_call")
+    if calls is not None:
+        if fields.get("tool_calls"):
+            raise DataError(f"{where} has tool_calls and another call; keep one form", key=key)
+        fields["tool_calls"] = calls
+        content = None if calls is content else content
+    if not fields.get("tool_calls", True):
+        del fields["tool_calls"]
+    return Turn(role, tuple(_read_content(content, role, where, places)), fields, is_trained)
 
 
-def _read_content(
-    content: Any, where: str, key: str, waiting: Mapping[MediaKind, deque[Image | Audio]]
-) -> Iterator[Part]:
+def _read_marks(
+    message: Mapping[str, Any], role: Role, where: str, key: str, unused_fields: Counter[str]
+) -> bool:
+    """Tell whether a message is trained on, as its own marks say."""
+    marks = {name: message[name] for name in _MARKS if message.get(name) is not None}
+    if "mask" in marks:
+        raise DataError(
+            f"{where} has a mask, which some data set for what is trained on and some for what is "
+            'not; write "train": true or false instead',
+            key=key,
+        )
+    for name, value in marks.items():
+        if value not in (0, 1):  # and so False and True
+            raise DataError(
+                f"{where} has a {name} that is neither 0 nor 1, nor true or false; an answer is "
+                "trained on or not",
+                key=key,
+            )
+    if len({bool(value) for value in marks.values()}) > 1:
+        raise DataError(f"{where} has {' and '.join(marks)} that differ; keep one", key=key)
+    if role != "assistant":  # never trained on: a mark that says so says nothing new
+        unused_fields.update(name for name, value in marks.items() if value)
+    return role != "assistant" or all(marks.values())
+
+
+def _read_content(content: Any, role: Role, where: str, places: Places) -> Iterator[Part]:
+    holds_media = role in {"user", "tool"}
     if content is None:
         return
+    if isinstance(content, Mapping):
+        is_part = content.get("type") in (*_TEXT_KINDS, *_PART_KINDS)
+        content = [content] if is_part else write_json(content, where, key=places.key)
+    is_parts = isinstance(content, list) and all(map(_is_part, content))
+    if role == "tool" and not (is_parts or isinstance(content, str)):
+        content = write_json(content, where, key=places.key)  # what the tool returned
     if isinstance(content, str):
-        yield from _split_tags(content, where, key, waiting)
+        yield from places.split(content, where, holds_media=holds_media)
         return
     if not isinstance(content, list):
         raise DataError(
             f"{where} has {describe_type(content)} as content; it is text or a list of parts",
-            key=key,
+            key=places.key,
         )
     for part in content:
-        if isinstance(part, str):
-            yield Text(part)
-            continue
         fields: Mapping[str, Any] = part if isinstance(part, Mapping) else {}
-        kind = fields.get("type")
-        if kind == "text" and isinstance(fields.get("text"), str):
-            yield Text(fields["text"])
+        text = part if isinstance(part, str) else fields.get("text")
+        kind = "text" if isinstance(part, str) else fields.get("type")
+        if kind in _TEXT_KINDS and isinstance(text, str):
+            yield from places.split(text, where, holds_media=holds_media)
         elif isinstance(kind, str) and kind in _PART_KINDS:
-            media_kind = _PART_KINDS[kind]
-            names = (kind, media_kind, *_PART_VALUES)
-            value = next((fields[name] for name in names if fields.get(name) is not None), None)
-            if isinstance(value, str) and value in (fields.get(name) for name in _BASE64):
-                value = {"data": value}
-            yield read_media(value, media_kind, key=key) or _take(media_kind, where, key, waiting)
+            yield _read_part(fields, kind, where, places)
         else:
             shown = repr(kind[:40]) if isinstance(kind, str) else describe_type(kind)
             raise DataError(
                 f"{where} has a part of type {shown} that cannot be read; known are text (with "
                 f"its text), {', '.join(_PART_KINDS)}",
-                key=key,
+                key=places.key,
             )
 
 
-def _split_tags(
-    text: str, where: str, key: str, waiting: Mapping[MediaKind, deque[Image | Audio]]
-) -> Iterator[Part]:
-    start = 0
-    for tag in _TAG.finditer(text):
-        kind: MediaKind = "image" if tag[1] == "image" else "audio"
-        if kind not in waiting:
-            continue  # a row without such media: the tag is text like any other
-        if text[start : tag.start()]:
-            yield Text(text[start : tag.start()])
-        yield _take(kind, where, key, waiting)
-        start = tag.end()
-    if text[start:]:
-        yield Text(text[start:])
+def _is_part(part: Any) -> bool:
+    return isinstance(part, str) or (
+        isinstance(part, Mapping) and isinstance(part.get("type"), str)
+    )
 
 
-def _take(
-    kind: MediaKind, where: str, key: str, waiting: Mapping[MediaKind, deque[Image | Audio]]
-) -> Image | Audio:
-    if not waiting.get(kind):
+def _read_part(fields: Mapping[str, Any], kind: str, where: str, places: Places) -> Image | Audio:
+    """Read a part with media of its own, or with the place of the row's next item or of one."""
+    medium = _PART_KINDS[kind]
+    value = next(
+        (fields[name] for name in (kind, medium, *_PART_VALUES) if fields.get(name) is not None),
+        None,
+    )
+    if isinstance(value, str) and value in (fields.get(name) for name in _BASE64):
+        value = {"data": value}
+    names = ("index", f"{medium}_index", f"{medium}_idx", "idx")
+    given = [fields[name] for name in names if fields.get(name) is not None]
+    if is_whole_number(value):  # {"type": "image", "image": 1}
+        given, value = [*given, value], None
+    is_made = isinstance(value, Image | Audio)  # by whoever had it opened
+    part = value if is_made else read_media(value, medium, key=places.key)
+    if given and (part is not None or len(given) > 1):
         raise DataError(
-            f"{where} has a place for one more {kind} than the row holds; fill the {kind} column "
-            "or take the place out",
-            key=key,
+            f"{where} has a part with an index and another {medium} or index beside it; keep one",
+            key=places.key,
         )
-    return waiting[kind].popleft()
-
-
-def _read_tool_calls(calls: Any, key: str) -> Any:
-    """Parse arguments that are kept as JSON text, as OpenAI's API gives them."""
-    if not isinstance(calls, list):
-        raise DataError(f"its tool_calls are {describe_type(calls)} and not a list", key=key)
-    parsed = []
-    for call in calls:
-        function = call.get("function") if isinstance(call, Mapping) else None
-        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
-            arguments = parse_json(function["arguments"], "a tool call's arguments", key=key)
-            call = {**call, "function": {**function, "arguments": arguments}}  # noqa: PLW2901
-        parsed.append(call)
-    return parsed
+    return part or places.take(medium, where, *given)
 
 
 def _describe_forms(kind: MediaKind) -> str:

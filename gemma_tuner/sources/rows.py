@@ -9,20 +9,18 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from gemma_tuner.errors import DataError
 from gemma_tuner.modalities import MediaKind, kind_of, kind_of_suffix
-from gemma_tuner.records import Audio, Example, Image, Part, Role, Text, Turn
+from gemma_tuner.records import Audio, Example, Image, Part, Role, Turn
 from gemma_tuner.sources.columns import Columns, list_media_columns, read_unit_seconds
-from gemma_tuner.sources.messages import (
-    describe_type,
-    parse_json,
-    read_media_list,
-    read_turns,
-)
+from gemma_tuner.sources.json_text import describe_type, parse_json, write_json
+from gemma_tuner.sources.messages import is_messages, read_media_list, read_turns
+from gemma_tuner.sources.places import Places, place_media
+from gemma_tuner.sources.tools import pair_responses, read_declarations
 
 IMAGE_PROMPT = "Describe this image."
 """The prompt of rows that hold an image, a text, and no prompt."""
@@ -61,22 +59,25 @@ class RowReader:
     def read_example(self, row: Mapping[str, Any], key: str) -> Example:
         """Make an example of one row."""
         if self.columns.layout == "document":
-            return Example(key, document=self._read_text(row, "text", key, may_be_empty=False))
+            document = self._read_text(row, "text", key, may_be_empty=False)
+            for _ in self._find_places((), key).split(document, "the document"):
+                pass  # a tag without its image is refused
+            return Example(key, document=document)
         media = self._read_media(row, key)
+        places = self._find_places(media, key)
         if self.columns.layout == "chat":
-            turns, unplaced = read_turns(
-                self._read_field(row, "messages", key),
-                key=key,
-                media=_group_by_kind(media),
-                unused_fields=self._unused_fields,
-            )
+            messages = self._read_field(row, "messages", key)
+            turns = read_turns(messages, places, unused_fields=self._unused_fields)
             if not any(map(_list_media, turns)):
-                self._check_media(key, has_media=bool(unplaced))
-            turns = _place_media(turns, unplaced, key)
+                self._check_media(key, has_media=bool(media))
         else:
             self._check_media(key, has_media=bool(media))
-            prompt, response = self._read_prompt(row, media, key), self._read_response(row, key)
-            turns = (*self._read_history(row, media, key), prompt, response)
+            turns = (
+                *self._read_history(row, media, places),
+                *self._read_prompt(row, media, places),
+                *self._read_response(row, places),
+            )
+        turns = place_media(turns, places.list_unplaced(), key)
         system = self._read_text(row, "system", key) if "system" in self.columns.names else ""
         if system:
             if turns[0].role == "system":
@@ -86,8 +87,13 @@ class RowReader:
                     "the one in the messages",
                     key=key,
                 )
-            turns = (Turn("system", (Text(system),)), *turns)
+            turns = (Turn("system", tuple(places.split(system, "the system"))), *turns)
+        turns = pair_responses(turns, key=key)
         _check_turns(turns, key)
+        self.counts["answers read and not trained on"] += sum(not t.is_trained for t in turns)
+        self.counts["earlier answers with a thought, which templates leave out: read only"] += (
+            _count_earlier_thoughts(turns)
+        )
         example = Example(key, turns, tools=self._read_tools(row, key))
         for part in example.media:
             self.counts["pictures" if isinstance(part, Image) else "sounds"] += 1
@@ -102,7 +108,7 @@ class RowReader:
 
     def read_notes(self) -> dict[str, int]:
         """Return what the rows read so far held, defaulted or left unused, with its count."""
-        notes = dict(self.counts)
+        notes = {what: count for what, count in self.counts.items() if count}
         for name, count in sorted(self._unused_fields.items()):
             notes[f"message field {name!r} not used"] = count
         return notes
@@ -125,6 +131,9 @@ class RowReader:
         value = self._read_field(row, part, key)
         if isinstance(value, Mapping) and value.keys() == {"text", "answer_start"}:  # SQuAD's
             value = next(iter(value["text"] or ()), "")
+        if part == "response" and value and isinstance(value, Mapping | list):
+            self.counts["answers written as JSON"] += 1
+            value = write_json(value, f"its column {self.columns.names[part]!r}", key=key)
         if value is not None and not isinstance(value, str):
             raise DataError(
                 f"its column {self.columns.names[part]!r} is {describe_type(value)}, and the "
@@ -141,26 +150,46 @@ class RowReader:
             return ""
         return value
 
-    def _read_response(self, row: Mapping[str, Any], key: str) -> Turn:
-        return Turn(
-            "assistant", (Text(self._read_text(row, "response", key, may_be_empty=False)),)
-        )
+    def _find_places(self, media: Sequence[Image | Audio], key: str) -> Places:
+        return Places(_group_by_kind(media), key, self.columns.switched_off)
 
-    def _read_prompt(self, row: Mapping[str, Any], media: list[Image | Audio], key: str) -> Turn:
-        if "prompt" in self.columns.names:
-            prompt = self._read_text(row, "prompt", key)
-        else:
+    def _read_response(self, row: Mapping[str, Any], places: Places) -> tuple[Turn, ...]:
+        """Read an answer: messages, or text; an object or a list is learned as its JSON."""
+        value = row.get(self.columns.names["response"])
+        messages = [value] if isinstance(value, Mapping) else value
+        if is_messages(messages):
+            return read_turns(messages, places, unused_fields=self._unused_fields)
+        text = self._read_text(row, "response", places.key, may_be_empty=False)
+        return (Turn("assistant", tuple(places.split(text, "the answer"))),)
+
+    def _read_prompt(
+        self, row: Mapping[str, Any], media: list[Image | Audio], places: Places
+    ) -> tuple[Turn, ...]:
+        key = places.key
+        if "prompt" not in self.columns.names:
             prompt = self._choose_prompt(media, key)
+        elif is_messages(asked := row.get(self.columns.names["prompt"])):
+            turns = read_turns(asked, places, unused_fields=self._unused_fields)
+            if row.get(self.columns.names.get("context", "")):
+                raise DataError(
+                    f"its prompt is messages, beside which {self.columns.names['context']!r} has "
+                    "no place; write it into a message",
+                    key=key,
+                )
+            # The answer to learn is the other column; those in the prompt are read.
+            return tuple(replace(t, is_trained=t.role != "assistant") for t in turns)
+        else:
+            prompt = self._read_text(row, "prompt", key)
         if "context" in self.columns.names and self.columns.names["context"] in row:
             context = self._read_text(row, "context", key)
             prompt = "\n\n".join(text for text in (prompt, context) if text)
-        return Turn("user", (*media, Text(prompt)) if prompt else tuple(media))
+        return (Turn("user", tuple(places.split(prompt, "the prompt", holds_media=True))),)
 
     def _read_history(
-        self, row: Mapping[str, Any], media: list[Image | Audio], key: str
+        self, row: Mapping[str, Any], media: list[Image | Audio], places: Places
     ) -> tuple[Turn, ...]:
         """Read the turns before the prompt: pairs of a question and its answer, or messages."""
-        column = self.columns.names.get("history")
+        column, key = self.columns.names.get("history"), places.key
         history = row.get(column) if column else None
         if isinstance(history, str):
             history = parse_json(history.strip() or "[]", f"its column {column!r}", key=key)
@@ -173,7 +202,7 @@ class RowReader:
                 for pair in history
                 for role, text in zip(roles, pair, strict=True)
             ]
-        turns, _ = read_turns(history, key=key, media={}, unused_fields=self._unused_fields)
+        turns = read_turns(history, places, unused_fields=self._unused_fields)
         if media or turns[-1].role != "assistant":
             what = "belongs to a row with media" if media else "does not end with an answer"
             raise DataError(
@@ -320,17 +349,7 @@ class RowReader:
     def _read_tools(self, row: Mapping[str, Any], key: str) -> tuple[Mapping[str, Any], ...]:
         column = self.columns.names.get("tools")
         tools = row.get(column) if column else None
-        if isinstance(tools, str) and tools:
-            tools = parse_json(tools, f"its column {column!r}", key=key)
-        if not tools:
-            return ()
-        if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-            raise DataError(
-                f"its column {column!r} is {describe_type(tools)}; a list of tool declarations "
-                "is expected",
-                key=key,
-            )
-        return tuple(tools)
+        return read_declarations(tools, f"its column {column!r}", key=key) if tools else ()
 
 
 def _guess_kind(name: Any, column: str, key: str) -> MediaKind:
@@ -360,7 +379,7 @@ def _last(path: str) -> str:
     return re.split(r"[/\\]", path)[-1]
 
 
-def _group_by_kind(media: list[Image | Audio]) -> dict[MediaKind, list[Image | Audio]]:
+def _group_by_kind(media: Sequence[Image | Audio]) -> dict[MediaKind, list[Image | Audio]]:
     groups: dict[MediaKind, list[Image | Audio]] = {}
     for part in media:
         groups.setdefault(kind_of(part), []).append(part)
@@ -371,23 +390,21 @@ def _list_media(turn: Turn) -> list[Part]:
     return [part for part in turn.parts if isinstance(part, Image | Audio)]
 
 
-def _place_media(
-    turns: tuple[Turn, ...], media: list[Image | Audio], key: str
-) -> tuple[Turn, ...]:
-    """Put media before the text of the first user turn."""
-    if not media:
-        return turns
-    for index, turn in enumerate(turns):
-        if turn.role == "user":
-            placed = Turn("user", (*media, *turn.parts), turn.fields)
-            return (*turns[:index], placed, *turns[index + 1 :])
-    raise DataError("it holds media and no user turn to put them in; add one", key=key)
+def _count_earlier_thoughts(turns: tuple[Turn, ...]) -> int:
+    last = max((i for i, turn in enumerate(turns) if turn.role == "user"), default=0)
+    return sum(bool({"reasoning", "reasoning_content"} & t.fields.keys()) for t in turns[:last])
 
 
 def _check_turns(turns: tuple[Turn, ...], key: str) -> None:
     roles: set[Role] = {turn.role for turn in turns}
     if "assistant" not in roles:
         raise DataError("no turn is the assistant's: nothing to train on; add the answer", key=key)
+    if not any(turn.role == "assistant" and turn.is_trained for turn in turns):
+        raise DataError(
+            "each of its answers is marked as not trained (weight, train or loss): nothing to "
+            "learn; remove the row, or the mark of one",
+            key=key,
+        )
     if turns[-1].role != "assistant":
         raise DataError(
             f"the conversation ends with the {turns[-1].role}'s turn; end it with the assistant's",

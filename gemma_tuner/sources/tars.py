@@ -35,7 +35,7 @@ from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.modalities import MediaKind, kind_of_suffix
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.files import DataFile
-from gemma_tuner.sources.messages import describe_type, parse_json
+from gemma_tuner.sources.json_text import describe_type, parse_json
 
 PEEKED_SAMPLES = 100
 """How many samples of the first, middle and last tar decide which columns there are: to look into

@@ -141,6 +141,7 @@ class Manifest:
                 turn["role"],
                 tuple(_unpack_part(media, pins, *part) for part in turn["parts"]),
                 turn.get("fields", {}),
+                turn.get("is_trained", True),
             )
             for turn in document.get("turns", ())
         )
@@ -301,7 +302,11 @@ def _pack_turn(turn: Turn, media: list[bytes]) -> dict[str, Any]:
         "role": turn.role,
         "parts": [_pack_part(part, media) for part in turn.parts],
     }
-    return {**packed, "fields": dict(turn.fields)} if turn.fields else packed
+    if turn.fields:
+        packed["fields"] = dict(turn.fields)
+    if not turn.is_trained:
+        packed["is_trained"] = False
+    return packed
 
 
 def _pack_part(part: Part, media: list[bytes]) -> list[Any]:

@@ -12,7 +12,7 @@ from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.sources.bigquery.parts import Column, Part
 from gemma_tuner.sources.columns import Columns
 from gemma_tuner.sources.files import Row
-from gemma_tuner.sources.messages import parse_json
+from gemma_tuner.sources.json_text import drop_padding, parse_json
 from gemma_tuner.storage.stores import is_stored
 
 _SLICE_BYTES = 4 << 20
@@ -86,6 +86,7 @@ def read_rows(opened: Iterable[Part], columns: Columns, origin: str) -> Iterator
             for values in (row for piece in _slice(batch) for row in piece.to_pylist()):
                 number += 1
                 key = f"{origin}:{number}"
+                values = {name: drop_padding(item) for name, item in values.items()}  # noqa: PLW2901
                 try:
                     for name, fields in texts.items():
                         values[name] = _parse_fields(values[name], fields, key)

@@ -205,7 +205,7 @@ def test_settings_out_of_range(options, match):
 def test_a_collator_prints_its_settings_and_no_processor():
     assert repr(TextCollator(E2B, max_tokens=64)) == (
         "TextCollator(max_tokens=64, too_long='error', train_on='assistant', "
-        "enable_thinking=False)"
+        "enable_thinking=False, text_is_rendered=False)"
     )
     shown = str(MultimodalCollator(E2B))
     assert "image_tokens=None" in shown

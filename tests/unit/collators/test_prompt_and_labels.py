@@ -1,6 +1,8 @@
 """What is trained, with the released template, tokenizer and processor."""
 
+import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from transformers import AutoProcessor
@@ -9,6 +11,7 @@ from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.collators.preview import preview_row
 from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.errors import DataError
+from gemma_tuner.evaluation.prompts import encode_prompt
 from gemma_tuner.records import Example, Text, Turn
 from gemma_tuner.testing import FAMILIES, tiny_model
 from tests.examples import example, picture, sound
@@ -90,13 +93,128 @@ def test_reasoning_that_the_template_drops_is_an_error():
         TextCollator(processor)([Example("thought", turns)])
 
 
-def test_reasoning_is_refused_where_a_family_has_no_thinking_whatever_else_holds_it():
+def test_reasoning_is_refused_where_a_family_has_no_thinking_wherever_it_stands():
     _, processor = tiny_model("gemma3n")
-    ask = Turn("user", (Text("What is 2+2? <|channel>thought\n2+2<channel|>"),))
+    ask = Turn("user", (Text("What is 2+2?"),))
     think = Turn("assistant", (Text("4"),), {"reasoning": "2+2"})
     for turns in ((ask, think), (ask, think, ask, Turn("assistant", (Text("4"),)))):
         with pytest.raises(DataError, match="leaves the answer's reasoning out"):
             TextCollator(processor)([Example("thought", turns)])
+
+
+def test_an_earlier_answer_whose_thought_the_template_leaves_out_is_not_trained(processor):
+    collator = TextCollator(processor)
+    if not collator.family.has_thinking:
+        return
+    ask = Turn("user", (Text("Why?"),))
+    think = Turn("assistant", (Text("First"),), {"reasoning": "Because"})
+    last = Turn("assistant", (Text("Last"),))
+    row = Example("thought", (ask, think, ask, last))
+    assert trained_text(collator, row) == "Last<turn|>"
+
+
+def marked(*answers):
+    """A conversation whose answers say if they are trained on."""
+    turns = []
+    for text, is_trained in answers:
+        turns += [Turn("user", (Text("Q"),)), Turn("assistant", (Text(text),), {}, is_trained)]
+    return Example("marked", tuple(turns))
+
+
+@pytest.mark.parametrize("marks", list(itertools.product([True, False], repeat=3)))
+def test_an_answer_that_is_marked_as_not_trained_carries_no_targets(processor, marks):
+    close = TextCollator(processor).family.turn_close
+    row = marked(*zip("ABC", marks, strict=True))
+    expected = {
+        "assistant": "".join(f"{a}{close}" for a, mark in zip("ABC", marks, strict=True) if mark),
+        "last": f"C{close}" if marks[-1] else "",
+    }
+    for train_on, text in expected.items():
+        collator = TextCollator(processor, train_on=train_on)
+        if text:
+            assert trained_text(collator, row) == text
+        else:
+            with pytest.raises(DataError, match="no token of this row would be trained on"):
+                collator([row])
+    everything = trained_text(TextCollator(processor, train_on="all"), row)
+    assert [f"{a}{close}" in everything for a in "ABC"] == list(marks)
+    assert everything.count("Q") == 3
+
+
+@pytest.mark.parametrize(("first", "last"), [(True, False), (False, True), (False, False)])
+def test_marks_within_one_rendered_turn_follow_its_pieces(first, last):
+    _, processor = tiny_model("gemma4-e2b")
+    call = {"function": {"name": "f", "arguments": {}}}
+    turns = (
+        Turn("user", (Text("Q"),)),
+        Turn("assistant", (), {"tool_calls": [call, call]}, first),
+        Turn("tool", (Text("R"),)),
+        Turn("tool", (Text("R"),)),
+        Turn("assistant", (Text("A"),), {}, last),
+    )
+    collator = TextCollator(processor)
+    texts = ["<|tool_call>call:f{}<tool_call|>" * 2 + "<|tool_response>", "A<turn|>"]
+    expected = "".join(text for text, mark in zip(texts, (first, last), strict=True) if mark)
+    if expected:
+        assert trained_text(collator, Example("k", turns)) == expected
+    moved = (*turns[:1], replace(turns[1], parts=(Text("Wait."),)), *turns[2:])
+    if first != last:
+        with pytest.raises(DataError, match="does not keep them apart"):
+            collator([Example("k", moved)])
+
+
+@pytest.mark.parametrize("train_on", ["assistant", "last"])
+def test_a_document_in_the_own_template_trains_what_its_conversation_trains(processor, train_on):
+    row = example("How many?", answer="Two", system="Be brief", more=[("Sure?", "Yes")])
+    collator = TextCollator(processor, train_on=train_on)
+    messages = [{"role": turn.role, "content": turn.text} for turn in row.turns]
+    document = processor.apply_chat_template(messages, tokenize=False)
+    rendered = TextCollator(processor, train_on=train_on, text_is_rendered=True)
+    for text in (document, document.removeprefix("<bos>")):
+        assert trained_text(rendered, Example("d", document=text)) == trained_text(collator, row)
+    with pytest.raises(DataError, match="set text_is_rendered=True"):
+        collator([Example("d", document=document)])
+    for text in ("Once upon a time", document.rpartition(collator.family.turn_close)[0]):
+        with pytest.raises(DataError, match="does not end with a turn of"):
+            rendered([Example("d", document=text)])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("reasoning", ["", "Because"])
+def test_the_prompt_of_training_is_that_of_inference_or_the_row_is_refused(
+    family, thinking, reasoning
+):
+    _, processor = tiny_model(family)
+    check_prompt(processor, thinking, reasoning)
+
+
+def check_prompt(processor, thinking, reasoning):
+    """What an answer is trained behind is what plain transformers asks."""
+    if thinking and not TextCollator(processor).family.has_thinking:
+        return
+    collator = TextCollator(processor, train_on="last", enable_thinking=thinking)
+    fields = {"reasoning": reasoning} if reasoning else {}
+    asked = [{"role": "system", "content": "S"}, {"role": "user", "content": "Q"}]
+    turns = [Turn(m["role"], (Text(m["content"]),)) for m in asked]
+    row = Example("k", (*turns, Turn("assistant", (Text("A"),), fields)))
+    prefix = processor.apply_chat_template(
+        asked, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+    )
+    text = processor.apply_chat_template(
+        [*asked, {"role": "assistant", "content": "A", **fields}],
+        tokenize=False,
+        enable_thinking=thinking,
+    )
+    if reasoning and not (reasoning in text and text.startswith(prefix)):
+        with pytest.raises(DataError, match="reasoning"):
+            encode_prompt(collator, row)
+        return
+    prompt = encode_prompt(collator, row)
+    assert processor.tokenizer.decode(prompt.row.input_ids) == prefix
+    written = processor.tokenizer.decode(prompt.answer_ids)
+    assert written.endswith("A" + collator.family.turn_close)
+    assert reasoning in written
 
 
 @pytest.mark.parametrize("family", ["gemma4-26b-a4b", "gemma4-31b"])

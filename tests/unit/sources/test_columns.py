@@ -277,3 +277,16 @@ def test_documents_have_no_place_for_a_system_column_whoever_named_theirs():
     for keywords in ({"system": "sys"}, {"system": "sys", "text": "text"}):
         with pytest.raises(ConfigError, match=r"'text' makes plain documents.*system="):
             recognise_columns(["text", "sys"], keywords)
+
+
+@pytest.mark.parametrize("name", ["role", "from", "speaker"])
+@pytest.mark.parametrize("text", ["text", "content", "value", "prompt"])
+def test_one_turn_a_row_is_refused_with_the_remedy(name, text):
+    available = ["conversation_id", name, text]
+    with pytest.raises(SourceError, match="each row is one turn; group the rows"):
+        recognise_columns(available, {})
+    assert recognise_columns(available, {"text": text}).layout == "document"
+
+
+def test_whose_voice_it_is_says_nothing_of_turns():
+    assert recognise_columns(["audio", "text", "speaker"], {}).layout == "caption"

@@ -1,40 +1,32 @@
 """Chat messages and media values in the forms people keep them."""
 
 import base64
+import json
 from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gemma_tuner.errors import DataError
 from gemma_tuner.records import Audio, Image, StoredObject, Text, Turn
 from gemma_tuner.sources.messages import read_media, read_media_list, read_turns
+from gemma_tuner.sources.places import Places
 
 PNG = b"\x89PNG not really"
 ENCODED = base64.b64encode(PNG).decode()
 
 
-@pytest.mark.parametrize("kind", ["image", "audio"])
-def test_base64_is_read_with_or_without_lines_and_never_shown(kind):
-    content = (b"\x89PNG\r\n\x1a\n" if kind == "image" else b"fLaC") + bytes(200)
-    part = Image if kind == "image" else Audio
-    plain, lines = base64.b64encode(content).decode(), base64.encodebytes(content).decode()
-    for text in (plain, lines):
-        for value in (text, f"data:{kind}/x;base64,{text}", {"bytes": text}):
-            assert read_media(value, kind, key="k") == part(content)
-    for value in ("QUJD" * 2000, "words " * 1000, {"bytes": plain + "!"}):
-        with pytest.raises(DataError, match="base64") as caught:
-            read_media(value, kind, key="k")
-        assert len(str(caught.value)) < 250
-        assert "QUJD" not in str(caught.value)
+def turns_of(messages, media=None, letters=()):
+    places = Places(media or {}, "k", letters)
+    turns = read_turns(messages, places, unused_fields=Counter())
+    assert places.list_unplaced() == []
+    return turns
 
 
-def turns_of(messages, media=None):
-    return read_turns(messages, key="k", media=media or {}, unused_fields=Counter())[0]
-
-
-def parts_of(content, media=None):
-    return turns_of([{"role": "user", "content": content}], media)[0].parts
+def parts_of(content, media=None, letters=(), role="user"):
+    return turns_of([{"role": role, "content": content}], media, letters)[0].parts
 
 
 def test_several_turns_with_a_system_turn_keep_their_order():
@@ -113,38 +105,145 @@ def test_bare_parts_take_the_rows_media_in_order():
 
 
 def test_tags_within_text_take_the_rows_media_and_their_line_breaks():
-    media = {"image": [Image("1"), Image("2")]}
+    media = {"image": [Image("1"), Image("2")], "audio": [Audio("3")]}
     parts = parts_of("<image>\nWhat is this?\n<image>\nAnd this, <audio>?", media)
-    assert parts == (Image("1"), Text("What is this?"), Image("2"), Text("And this, <audio>?"))
-    assert parts_of("Write <image> in HTML.") == (Text("Write <image> in HTML."),)
+    assert parts == (
+        *(Image("1"), Text("What is this?"), Image("2"), Text("And this, ")),
+        *(Audio("3"), Text("?")),
+    )
+
+
+TAGS = ("<image>", "<Image>", "<|image|>", "<image_1>", "<image 1>", "<image1>", "<|image_1|>")
+HABITS = ("<image_placeholder>", "<|image_pad|>", "<start_of_image>", "<image_soft_token>")
+FORMS = {
+    "text": lambda text: text,
+    "list of text": lambda text: [text],
+    "text part": lambda text: [{"type": "text", "text": text}],
+    "input text": lambda text: [{"type": "input_text", "text": text}],
+}
+
+
+@pytest.mark.parametrize("tag", TAGS + HABITS)
+@pytest.mark.parametrize("kind", ["image", "audio"])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_each_form_of_a_tag_is_bound_or_refused_and_letters_where_the_user_says_so(
+    tag, kind, form
+):
+    text = f"What is {tag}?".replace("image", kind).replace("Image", kind.title())
+    item = Image("1") if kind == "image" else Audio("1")
+    assert parts_of(form(text), {kind: [item]}) == (Text("What is "), item, Text("?"))
+    assert parts_of(form(text), letters={kind}) == (Text(text),)
+    with pytest.raises(
+        DataError, match=f"the {kind} column, name it by {kind}=|none of the row's 0"
+    ):
+        parts_of(form(text))
+    for role in ("system", "assistant"):
+        with pytest.raises(DataError, match="media stand in user turns"):
+            parts_of(form(text), {kind: [item]}, role=role)
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_a_tag_of_a_video_is_refused(form):
+    for media in ({}, {"image": [Image("1")]}):
+        with pytest.raises(DataError, match="videos are not read"):
+            parts_of(form("<video>What is it?"), media)
+    assert parts_of(form("The <video> tag"), letters={"image"}) == (Text("The <video> tag"),)
+
+
+@given(
+    st.permutations(range(4)), st.lists(st.sampled_from(["tag", "index"]), min_size=4, max_size=4)
+)
+def test_numbers_and_indices_bind_the_item_that_they_name(order, forms):
+    media = {"image": [Image(str(index)) for index in range(4)]}
+    content = [
+        {"type": "image", "index": index} if form == "index" else f"<image {index + 1}>"
+        for index, form in zip(order, forms, strict=True)
+    ]
+    assert parts_of(content, media) == tuple(Image(str(index)) for index in order)
+    with pytest.raises(DataError, match="a second place for item"):
+        parts_of([*content, f"<image_{order[0] + 1}>"], media)
+    with pytest.raises(DataError, match="none of the row's 4"):
+        parts_of([*content, {"type": "image", "image_index": 4}], media)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ({"type": "image", "index": "0"}, "none of the row's 1"),
+        ({"type": "image", "index": -1}, "none of the row's 1"),
+        ({"type": "image", "index": True}, "none of the row's 1"),
+        ({"type": "image", "index": 0, "image_index": 0}, "keep one"),
+        ({"type": "image", "index": 0, "path": "a.png"}, "keep one"),
+        ("<image 0>", "none of the row's 1"),
+        ("<image 2>", "none of the row's 1"),
+    ],
+)
+def test_an_index_that_names_no_item_is_told(part, words):
+    with pytest.raises(DataError, match=words):
+        parts_of([part], {"image": [Image("1")]})
 
 
 def test_media_that_no_place_asked_for_come_back():
-    messages = [{"role": "user", "content": "Q"}]
-    _, unplaced = read_turns(
-        messages, key="k", media={"image": [Image("1")]}, unused_fields=Counter()
-    )
-    assert unplaced == [Image("1")]
+    places = Places({"image": [Image("1")]}, "k")
+    read_turns([{"role": "user", "content": "Q"}], places, unused_fields=Counter())
+    assert places.list_unplaced() == [Image("1")]
 
 
 def test_fields_for_the_template_pass_and_others_are_counted():
     unused = Counter()
-    call = {"id": "c", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    turns, _ = read_turns(
+    call = {"id": "c", "function": {"name": "f", "arguments": {"x": 1}}}
+    turns = read_turns(
         [
+            {"role": "user", "content": "Q", "weight": 1, "annotations": []},
             {"role": "assistant", "content": None, "tool_calls": [call], "weight": 1},
             {"role": "tool", "content": "2", "tool_call_id": "c", "name": "f"},
             {"role": "assistant", "content": "A", "reasoning_content": "R", "tool_calls": None},
         ],
-        key="k",
-        media={},
+        Places({}, "k"),
         unused_fields=unused,
     )
-    parsed = {"id": "c", "function": {"name": "f", "arguments": {"x": 1}}}
-    assert turns[0] == Turn("assistant", (), {"tool_calls": [parsed]})
-    assert turns[1].fields == {"tool_call_id": "c", "name": "f"}
-    assert turns[2].fields == {"reasoning_content": "R"}
-    assert unused == {"weight": 1}
+    assert turns[1] == Turn("assistant", (), {"tool_calls": [call]})
+    assert turns[2].fields == {"tool_call_id": "c", "name": "f"}
+    assert turns[3].fields == {"reasoning_content": "R"}
+    assert unused == {"annotations": 1, "weight": 1}
+
+
+@pytest.mark.parametrize(
+    "name", ["weight", "loss_weight", "trainable", "train", "training", "loss"]
+)
+def test_each_mark_says_whether_an_answer_is_trained_on(name):
+    def read(value, **more):
+        (turn,) = turns_of([{"role": "assistant", "content": "A", name: value, **more}])
+        assert turn.fields == {}
+        return turn.is_trained
+
+    for value in (0, 0.0, False):
+        assert not read(value)
+    for value in (1, 1.0, True, None):
+        assert read(value)
+    for value in (0.5, 2, "0", "false", [], {}):
+        with pytest.raises(DataError, match="neither 0 nor 1"):
+            read(value)
+    with pytest.raises(DataError, match="differ"):
+        read(0, **{"train" if name != "train" else "loss": 1})
+
+
+def test_a_mask_is_refused_since_it_means_both():
+    for value in (True, False):
+        with pytest.raises(DataError, match="has a mask"):
+            turns_of([{"role": "assistant", "content": "A", "mask": value}])
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+def test_content_that_is_an_object_is_its_json(role):
+    value = {"city": "Ås", "t": [1, None]}
+    assert parts_of(value, role=role) == (Text('{"city": "Ås", "t": [1, null]}'),)
+    assert parts_of({"type": "text", "text": "t"}, role=role) == (Text("t"),)
+
+
+@pytest.mark.parametrize("value", [[{"city": "Oslo"}], [1, 2], [], 42, True, ["a", 1]])
+def test_what_a_tool_returned_is_its_json(value):
+    assert parts_of(value, role="tool") == ((Text(json.dumps(value)),) if value != [] else ())
 
 
 @pytest.mark.parametrize(
@@ -153,7 +252,7 @@ def test_fields_for_the_template_pass_and_others_are_counted():
         ("[", {}, "not valid JSON"),
         ([3], {}, "message 1 is a number"),
         ([{"content": "Q"}], {}, "unknown role null"),
-        ([{"role": "function", "content": "Q"}], {}, "unknown role 'function'"),
+        ([{"role": "narrator", "content": "Q"}], {}, "unknown role 'narrator'"),
         ([{"role": "user", "content": 3}], {}, "a number as content"),
         ([{"role": "user", "content": [{"type": "video"}]}], {}, "part of type 'video'"),
         ([{"role": "user", "content": [{"type": "text", "text": 3}]}], {}, "part of type 'text'"),
@@ -165,11 +264,10 @@ def test_fields_for_the_template_pass_and_others_are_counted():
             {"image": [Image("1"), Image("2")]},
             "places for 1 of its 2 image",
         ),
-        ([{"role": "assistant", "tool_calls": "f()"}], {}, "tool_calls are text"),
         (
-            [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}],
+            [{"role": "assistant", "function_call": {"name": "f"}, "tool_calls": [{"name": "f"}]}],
             {},
-            "arguments is not valid JSON",
+            "keep one form",
         ),
     ],
 )

@@ -794,7 +794,7 @@ def test_messages_of_records_and_of_json(server, make):
     assert [part.source for part in good.media] == ["gs://b/a.jpg"]
     assert good.turns[0].parts[1] == Text("what?")
     assert good.turns[1].text == "a cat"
-    assert good.tools == ({"name": "look"},)
+    assert good.tools == ({"type": "function", "function": {"name": "look"}},)
     assert isinstance(bad, DataError)
     assert "its field 'content' is not valid JSON" in str(bad)
 

@@ -1,0 +1,81 @@
+"""Values as JSON has them: read from text, written to it, and named for errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gemma_tuner.errors import DataError
+
+_MAX_DEPTH = 64  # chat templates recurse; no schema that people write is half as deep
+
+
+def describe_type(value: object) -> str:
+    """Name a value's type as users of JSON know it, and nothing of the value."""
+    for kinds, name in (
+        (type(None), "null"),
+        (bool, "true or false"),
+        (int | float, "a number"),
+        (str, "text"),
+        (bytes, "bytes"),
+        (Mapping, "an object"),
+        (Sequence, "a list"),
+    ):
+        if isinstance(value, kinds):
+            return name
+    return type(value).__name__
+
+
+def parse_json(text: str, what: str, *, key: str) -> Any:
+    """Parse JSON, with an error that tells nothing of the text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        column = (
+            f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""
+        )
+        raise DataError(f"{what} is not valid JSON{column}; write it again", key=key) from None
+
+
+def write_json(value: Any, what: str, *, key: str) -> str:
+    """Write a value as the JSON text that the model reads or learns."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise DataError(
+            f"{what} holds a value that JSON has no form for (a date or bytes, say); make it text",
+            key=key,
+        ) from None
+
+
+def refuse_depth(value: Any, what: str, *, key: str) -> None:
+    """Refuse what is nested deeper than templates go, before one of them meets it."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for each in level
+            if isinstance(each, Mapping | list)
+            for item in (each.values() if isinstance(each, Mapping) else each)
+        ]
+        if not level:
+            return
+    raise DataError(
+        f"{what} are nested deeper than {_MAX_DEPTH} levels; make them flatter, or their inner "
+        "part JSON text",
+        key=key,
+    )
+
+
+def drop_padding(value: Any) -> Any:
+    """Take the null fields out of a columnar source's structs; make objects of Arrow's maps."""
+    # A struct has the fields that any row has, and null says that this row has not: a template
+    # would write it out. A list or a map has what its author put there, nulls too.
+    if isinstance(value, dict):
+        return {name: drop_padding(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list) and any(isinstance(item, dict | list | tuple) for item in value):
+        if all(isinstance(item, tuple) for item in value):
+            return {str(name): drop_padding(item) for name, item in value}
+        return [drop_padding(item) for item in value]
+    return value
