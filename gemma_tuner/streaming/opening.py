@@ -41,10 +41,10 @@ def stream_local(
     ``max_bad_fraction`` allows some: a file at hand is best mended.
 
     Args:
-        paths: A file (``.jsonl .json .csv .parquet .tar``), a glob, a folder, or a list of them;
-            :mod:`gemma_tuner.sources.folders` says what a folder means.
-        format: ``jsonl csv parquet webdataset captions``, for files of another name or mixed
-            folders.
+        paths: A file (``.jsonl .json .csv .tsv .parquet .arrow .tar .txt .md``), a glob, a
+            folder, or a list of them; :mod:`gemma_tuner.sources.folders` says what a folder means.
+        format: ``jsonl csv parquet arrow text webdataset captions transcripts kaldi``, for files
+            of another name or mixed folders.
         split: Keeps the rows whose column ``split`` has this value, or, where there is no such
             column, the files named by it. ``valid``, ``val`` and ``validation`` are one.
         **keywords: As :class:`StreamOptions`.
@@ -58,7 +58,13 @@ def stream_local(
         SourceError: Files, columns or splits that are not there or cannot be read.
     """
     options = StreamOptions.read(stream_local, keywords)
-    source = LocalSource(paths, file_format=format, split=split, keywords=options.columns)
+    source = LocalSource(
+        paths,
+        file_format=format,
+        split=split,
+        keywords=options.columns,
+        media_root=options.media_root,
+    )
     return _open_stream(options, source, _make_fetcher(options))
 
 
@@ -80,8 +86,7 @@ def stream_gcs(
             lines, CSV, Parquet (only the columns that are needed are read), webdataset tars, or
             a prefix of media with a ``manifest.jsonl`` or ``metadata.*`` that names them, or with
             a ``.txt`` beside each.
-        format: ``jsonl csv parquet webdataset captions``, for files of another name or mixed
-            prefixes.
+        format: As of :func:`stream_local`.
         split: Keeps the rows whose column ``split`` has this value, or the files named by it.
         **keywords: As :class:`StreamOptions`.
 
@@ -96,7 +101,14 @@ def stream_gcs(
     """
     options = StreamOptions.read(stream_gcs, keywords)
     fetcher = _make_fetcher(options)
-    source = BucketSource(uris, fetcher, file_format=format, split=split, keywords=options.columns)
+    source = BucketSource(
+        uris,
+        fetcher,
+        file_format=format,
+        split=split,
+        keywords=options.columns,
+        media_root=options.media_root,
+    )
     return _open_stream(options, source, fetcher)
 
 
@@ -161,6 +173,7 @@ def stream_bigquery(
         destination=destination,
         split=split,
         keywords=options.columns,
+        media_root=options.media_root,
         client=bigquery_client,
         read_client=bigquery_read_client,
         total_timeout_seconds=options.fetch.total_timeout_seconds,
@@ -212,6 +225,7 @@ def stream_hub(
         streaming=streaming,
         max_rows=max_rows,
         keywords=options.columns,
+        media_root=options.media_root,
     )
     return _open_stream(options, source, _make_fetcher(options))
 

@@ -35,6 +35,7 @@ class StreamKeywords(TypedDict, total=False):
     image: Column
     audio: Column
     id: Column
+    media_root: str | Path | None
     seed: int
     shuffle: bool
     locality: Locality | None
@@ -65,6 +66,8 @@ class StreamOptions:
             or bytes.
         audio: A clip, or a list of them.
         id: Keys of the rows. False numbers them (``train.jsonl:7``).
+        media_root: The folder, or the ``gs://`` prefix, that relative paths of media start from;
+            None is the folder of their data file.
         seed: Decides the order, with the epoch.
         shuffle: Whether the order is another in each epoch, or that of the rows.
         locality: "shard" shuffles whole files, and the rows within each, instead of all rows.
@@ -91,6 +94,7 @@ class StreamOptions:
     image: Column = None
     audio: Column = None
     id: Column = None
+    media_root: str | Path | None = None
     seed: int = 0
     shuffle: bool = True
     locality: Locality | None = None
