@@ -1156,3 +1156,11 @@ def test_a_folder_in_a_bucket_is_read_as_the_folder_here(name, tmp_path, collato
         )
         found = [describe(example, collator) for example in rows]
     assert found == list(layout.expected)
+
+
+def test_the_page_lists_what_is_tested_and_nothing_else():
+    page = (Path(__file__).parents[2] / "docs" / "data-formats.md").read_text()
+    table = page.partition("## Public layouts")[2]
+    listed = re.findall(r"^\| (.+?) \| .+ \|$", table, re.MULTILINE)
+    assert listed[1:] == [layout.name for layout in LAYOUTS]
+    assert len(set(listed)) == len(listed) > 60
