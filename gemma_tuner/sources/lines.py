@@ -7,7 +7,8 @@ import gzip
 import io
 import lzma
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
@@ -56,8 +57,8 @@ def read_lines(file: DataFile) -> Iterator[tuple[int, str]]:
     """Read lines of UTF-8 or marked UTF-16, split at line feeds alone, numbered from 1."""
     number = 0
     try:
-        with file.open() as stream:
-            for number, line in enumerate(_split(_unpack(stream), file), 1):
+        with file.open() as stream, closing(_split(_unpack(stream), file)) as lines:
+            for number, line in enumerate(lines, 1):
                 if isinstance(line, str):
                     yield number, line
                 elif len(line) > _MAX_LINE_BYTES:
@@ -107,19 +108,23 @@ def _unpack(stream: BinaryIO) -> BinaryIO:
     if head.startswith(b"\xfd7zXZ"):
         return cast("BinaryIO", lzma.open(stream))
     if head.startswith(b"\x28\xb5\x2f\xfd"):
-        return cast("BinaryIO", pyarrow.CompressedInputStream(stream, "zstd"))
+        unpacked: Any = pyarrow.CompressedInputStream(stream, "zstd")
+        return io.BufferedReader(unpacked)
     return stream
 
 
-def _split(stream: BinaryIO, file: DataFile) -> Iterator[bytes | str]:
-    lines = io.BufferedReader(cast("Any", stream))
-    head = lines.peek(4)[:4]
+def _split(stream: BinaryIO, file: DataFile) -> Generator[bytes | str]:
+    head = cast("io.BufferedReader", stream).peek(4)[:4]
     if head[:2] in _UTF_16:
-        yield from io.TextIOWrapper(lines, "utf-16", newline="\n")
+        lines = io.TextIOWrapper(stream, "utf-16", newline="\n")
+        try:
+            yield from lines
+        finally:
+            lines.detach()  # who opened the stream closes it
     elif b"\0" in head:
         raise SourceError(
             f"{name_last(file)!r} is no text: it begins with zero bytes, as UTF-16 without a byte "
             "order mark and binary files do; save it as UTF-8"
         )
     else:
-        yield from iter(partial(lines.readline, _MAX_LINE_BYTES + 1), b"")
+        yield from iter(partial(stream.readline, _MAX_LINE_BYTES + 1), b"")
