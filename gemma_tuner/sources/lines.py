@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import gzip
 import io
 import lzma
@@ -23,6 +24,7 @@ PACKED = (".gz", ".bz2", ".xz", ".zst")
 
 _MAX_LINE_BYTES = 1 << 29
 _MAX_DOCUMENT_CHARACTERS = 1 << 30
+_CHUNK_BYTES = 1 << 20
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -116,11 +118,13 @@ def _unpack(stream: BinaryIO) -> BinaryIO:
 def _split(stream: BinaryIO, file: DataFile) -> Generator[bytes | str]:
     head = cast("io.BufferedReader", stream).peek(4)[:4]
     if head[:2] in _UTF_16:
-        lines = io.TextIOWrapper(stream, "utf-16", newline="\n")
-        try:
-            yield from lines
-        finally:
-            lines.detach()  # who opened the stream closes it
+        decoder = codecs.getincrementaldecoder("utf-16")()
+        text = ""
+        while chunk := stream.read(_CHUNK_BYTES):
+            *lines, text = (text + decoder.decode(chunk)).split("\n")
+            yield from (f"{line}\n" for line in lines)
+        if text := text + decoder.decode(b"", final=True):
+            yield text
     elif b"\0" in head:
         raise SourceError(
             f"{name_last(file)!r} is no text: it begins with zero bytes, as UTF-16 without a byte "

@@ -1113,7 +1113,7 @@ def list_layouts():
         yield pytest.param(layout, id=layout.name, marks=marks)
 
 
-@pytest.mark.parametrize("layout", list_layouts())
+@pytest.mark.parametrize("layout", [*list_layouts()])
 def test_a_public_layout_is_read_as_it_is_meant_or_refused_by_name(layout, tmp_path, collator):
     if layout.refused:
         with pytest.raises(gt.GemmaTunerError, match=f"(?s){layout.refused}"):

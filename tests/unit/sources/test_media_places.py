@@ -26,7 +26,7 @@ def test_media_root_takes_the_longest_end_of_a_path(tmp_path, source):
         picture().save(tmp_path / folder / "1.png")
     ((_, example),) = LocalSource(path, media_root=tmp_path / "media")
     expected = "media/1.png" if source == "1.png" else "media/coco/1.png"
-    assert str(next(iter(example.media)).source.path).endswith(expected)
+    assert str(next(iter(example.media)).source).endswith(expected)
     ((_, error),) = LocalSource(path)
     assert isinstance(error, DataError)
     assert error.key == "a.jsonl:1"
