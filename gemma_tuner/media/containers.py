@@ -34,6 +34,7 @@ def read_container(
     """Decode the first sound track to mono samples ``[frames]`` float32 and their rate."""
     try:
         import av
+        import av.error
     except ImportError:
         raise DataError(
             f"{name} is of a container ({container}) that needs the package av: pip install "
@@ -44,12 +45,12 @@ def read_container(
     blocks: list[np.ndarray] = []
     num_frames = 0
     try:
-        with av.open(stream, format=container, metadata_errors="ignore") as opened:
+        with av.open(stream, "r", format=container, metadata_errors="ignore") as opened:
             if not opened.streams.audio:
                 raise DataError(f"{name} holds no sound; name a clip, or drop it", key=key)
             track = opened.streams.audio[0]
             rate_hz = track.rate or 0
-            promised = float(track.duration * track.time_base) if track.duration else 0.0
+            promised = float((track.duration or 0) * (track.time_base or 0))
             promised = promised or (opened.duration or 0) / av.time_base
             floats = av.AudioResampler(format="fltp")
             for frame in opened.decode(track):
