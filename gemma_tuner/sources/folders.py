@@ -124,6 +124,12 @@ def find_files(paths: Paths, file_format: str | None = None) -> LocalFiles:
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
         raise SourceError("no paths were given; name a file, a glob or a folder")
+    for item in given:
+        if not isinstance(item, str | Path):
+            raise ConfigError(
+                f"paths are text or Path, and one is a {type(item).__name__}; write the rows as "
+                "JSON lines and give that file"
+            )
     places = [place for item in given for place in _expand(item)]
     found: dict[Path, Format] = {}
     for place in places:

@@ -96,6 +96,7 @@ def test_format_reads_files_of_any_name(tmp_path):
         ("nothing/here.jsonl", None, SourceError, "no file, folder or match"),
         ("*.jsonl", None, SourceError, "no file, folder or match"),
         ([], None, SourceError, "no paths"),
+        ([{"text": "secret"}], None, ConfigError, "one is a dict;"),
         ("gs://bucket/a.jsonl", None, SourceError, "gs: URI"),
         (".", "xml", ConfigError, "format='xml'"),
         (".", None, SourceError, r"holds 1 \.md"),
