@@ -50,7 +50,7 @@ IMAGE = Medium(
     part=Image,
     suffixes=frozenset(
         {
-            *(".avif", ".bmp", ".gif", ".heic", ".jp2", ".jpeg", ".jpg"),
+            *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jpeg", ".jpg"),
             *(".png", ".ppm", ".tif", ".tiff", ".webp"),
         }
     ),
@@ -65,7 +65,12 @@ IMAGE = Medium(
 AUDIO = Medium(
     modality="audio",
     part=Audio,
-    suffixes=frozenset((".aif", ".aiff", ".flac", ".mp3", ".oga", ".ogg", ".opus", ".wav")),
+    suffixes=frozenset(
+        {
+            *(".aac", ".aif", ".aiff", ".amr", ".au", ".caf", ".flac", ".m4a", ".mka", ".mp3"),
+            *(".oga", ".ogg", ".opus", ".w64", ".wav", ".webm", ".wma"),
+        }
+    ),
     inputs=("input_features", "input_features_mask"),
     varies=True,
     config="audio_config",

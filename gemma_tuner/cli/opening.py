@@ -69,12 +69,14 @@ def open_streams(
 def divide(
     open_part: Callable[..., ExampleStream], held_out: str | None, whole: str | None = None
 ) -> tuple[ExampleStream, ExampleStream | None]:
-    """Open what is trained on and what is held out: a split, or a fraction, by default a tenth."""
+    """Open what is trained on, and held out: a split, a fraction, or validation files beside."""
     try:
         fraction = _HELD_OUT if held_out is None else float(held_out)
     except ValueError:  # a split's name
         return open_part(split=whole or "train"), open_part(split=held_out)
     stream = open_part(split=whole)
+    if held_out is None and "validation" in stream.report().splits_left_out:
+        return stream, open_part(split="validation")
     return stream.split(fraction) if fraction else (stream, None)
 
 

@@ -186,7 +186,7 @@ class DataSettings(_Settings):
             or owner/name; by default bundled samples.
         split: The split to train on.
         held_out: What is kept for evaluation: a fraction, 0 for nothing, or the name of a split,
-            such as valid; by default 0.1, of the samples their split test.
+            such as valid; by default the data's files of that split, or else 0.1.
         seed: Decides order, dropout and first weights.
     """
 

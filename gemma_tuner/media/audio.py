@@ -14,6 +14,7 @@ import numpy as np
 import soundfile
 
 from gemma_tuner.errors import DataError
+from gemma_tuner.media.containers import name_container, read_container
 from gemma_tuner.media.encoded import describe_source, open_encoded
 from gemma_tuner.media.mp3 import declare_length
 
@@ -44,12 +45,23 @@ _ROUNDING_SECONDS = 0.1
 
 _BLOCK_SAMPLES = 1 << 20  # decoded at once, all channels together: 4 MB
 
+_IN_BLOCKS = frozenset({"GSM610", "IMA_ADPCM", "MS_ADPCM"})  # whose last is filled up
+
 _UNKNOWN_FRAMES = 2**63 - 1  # what libsndfile says of a FLAC stream without a length
 
 # Rates that share no factor with 16,000 (44,099) would need a kernel of gigabytes, with one phase
 # for each sample of a second. They are resampled by the nearest ratio of this many phases: the
 # common rates exactly, the worst (a few Hz beside a round ratio) 0.24 ms off in each second.
 _MAX_PHASES = 2048
+
+# How much of each channel of 5.1 sound is heard in one; the deep effects are not. Arrays of
+# microphones and others of many channels, whose files say nothing of places, are the mean of all.
+# Source: ITU-R BS.775-4, annex 4, both sides together; the orders of WAVE_FORMAT_EXTENSIBLE and
+# FLAC, and of Vorbis and Opus (Vorbis I specification, 4.3.9).
+_SIDE, _SURROUND = 2**-0.5, 0.5
+_ORDER = (_SIDE, _SIDE, 1.0, 0.0, _SURROUND, _SURROUND)
+_OGG_ORDER = (_SIDE, 1.0, _SIDE, _SURROUND, _SURROUND, 0.0)
+_SHARES_OF_5_1 = {"WAVEX": _ORDER, "FLAC": _ORDER, "OGG": _OGG_ORDER}
 
 _FILTER_WIDTH, _ROLLOFF = 64, 0.9475937167399596
 
@@ -62,7 +74,7 @@ def decode_audio(
     start_seconds: float | None = None,
     duration_seconds: float | None = None,
 ) -> np.ndarray:
-    """Decode a clip, or a segment of it, to 16 kHz mono, the mean of its channels."""
+    """Decode a clip, or a segment of it, to 16 kHz mono; 5.1 sound is mixed as ITU says."""
     # WAV, FLAC, MP3 and OGG (Vorbis, Opus) among others, as libsndfile reads them. Samples beyond
     # ±1 in float data are kept: clipping them would distort. A clip cut short is refused where
     # its container says how long it is: WAV, AIFF, FLAC, OGG, and MP3 with a Xing or Info header;
@@ -80,8 +92,15 @@ def decode_audio(
         mono = _mix_array(source, rate_hz, name, key)
     else:
         with open_encoded(source, key=key, kind="audio") as stream:
-            _check_whole(stream, name, key)
-            mono, rate_hz = _read_stream(stream, segment, name, key)
+            container = name_container(stream)
+            if container is None:
+                _check_whole(stream, name, key)
+                mono, rate_hz = _read_stream(stream, segment, name, key)
+            else:
+                mono, rate_hz = read_container(stream, container, name, key, MAX_FRAMES)
+                if duration_seconds is not None:
+                    mono = mono[_find_segment(len(mono), rate_hz, segment, name, key)]
+                _check_length(len(mono), _check_rate(rate_hz, name, key), 1, name, key)
         if sample_rate_hz not in (None, rate_hz):
             raise DataError(
                 f"{name} is recorded at {rate_hz} Hz, and {sample_rate_hz} Hz is given beside "
@@ -99,15 +118,19 @@ def _read_stream(
     try:
         with soundfile.SoundFile(declare_length(stream), mode="r") as file:
             rate_hz = _check_rate(file.samplerate, name, key)
-            chosen = slice(0, file.frames)
-            if segment[1] is not None and 0 < file.frames < _UNKNOWN_FRAMES:
-                chosen = _find_segment(file.frames, rate_hz, segment, name, key)
+            num_all = _read_fact(stream) if file.subtype in _IN_BLOCKS else None
+            num_all = min(num_all or file.frames, file.frames)
+            chosen = slice(0, num_all)
+            if segment[1] is not None and 0 < num_all < _UNKNOWN_FRAMES:
+                chosen = _find_segment(num_all, rate_hz, segment, name, key)
             num_frames = chosen.stop - chosen.start
             _check_length(num_frames, rate_hz, file.channels, name, key)
             if chosen.start:
                 file.seek(chosen.start)
             mono = np.empty(num_frames, dtype=np.float32)
             num_read = 0
+            shares = _SHARES_OF_5_1.get(file.format, ()) if file.channels == 6 else ()
+            weights = np.array(shares, np.float32) / (sum(shares) or 1)
             # In blocks, so that many channels are never in memory at full length. SoundFile.blocks
             # would hand out uninitialised memory where a file ends before its header says.
             block_frames = max(1, _BLOCK_SAMPLES // file.channels)
@@ -115,7 +138,9 @@ def _read_stream(
                 wanted = min(block_frames, num_frames - num_read)
                 if not len(block := file.read(wanted, dtype="float32", always_2d=True)):
                     break
-                mono[num_read : num_read + len(block)] = block.mean(axis=1)
+                mono[num_read : num_read + len(block)] = (
+                    block @ weights if shares else block.mean(axis=1)
+                )
                 num_read += len(block)
     except DataError:
         raise
@@ -158,6 +183,18 @@ def _find_segment(
         )
     first = min(round(start * rate_hz), num_frames)
     return slice(first, min(round((start + duration) * rate_hz), num_frames))
+
+
+def _read_fact(stream: BinaryIO) -> int | None:
+    """Read how many frames a WAV says that it has, beside what its blocks hold."""
+    before, place, found = stream.tell(), 12, None  # libsndfile reads on from where it was
+    stream.seek(place)
+    while len(head := stream.read(8)) == 8 and head[:4] != b"data" and found is None:
+        found = int.from_bytes(stream.read(4), "little") if head[:4] == b"fact" else None
+        place += 8 + int.from_bytes(head[4:], "little")
+        stream.seek(place)
+    stream.seek(before)
+    return found
 
 
 def _mix_array(samples: np.ndarray, rate_hz: int, name: str, key: str) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import PIL.Image
@@ -26,8 +27,11 @@ Source: Pillow's own warning limit, PIL.Image.MAX_IMAGE_PIXELS (a quarter GiB at
 
 # Formats that Pillow recognises by a signature and decodes by itself. Left out: EPS and WMF, which
 # run other programs, and formats without a signature, which take any bytes for an image.
-# A phone's MPO opens as JPEG; HEIF counts once pillow-heif has registered it.
+# A phone's MPO opens as JPEG; HEIF is read where pillow-heif is installed.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000", "PPM", "ICO", "HEIF")
+
+# Source: ISO/IEC 23008-12, of HEVC alone: AVIF is Pillow's own.
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 # What Pillow's decoders raise on damaged input; Warning, where the user has made them errors.
 _DECODER_ERRORS = (
@@ -76,6 +80,7 @@ def decode_image(
         if isinstance(source, PIL.Image.Image):
             return _finish(source, name, key, max_pixels)
         with open_encoded(source, key=key, kind="image") as stream:
+            _register_heif(stream, name, key)
             # Pillow imports its format plugins on demand: all of them must be known to choose.
             PIL.Image.init()
             formats = [known for known in _FORMATS if known in PIL.Image.OPEN]
@@ -85,8 +90,8 @@ def decode_image(
         raise
     except PIL.UnidentifiedImageError:
         raise DataError(
-            f"{name} is not a picture of a known format; give JPEG, PNG, WebP, GIF, TIFF, BMP or "
-            "AVIF (HEIC needs the pillow-heif package, registered before)",
+            f"{name} is not a picture of a known format; give JPEG, PNG, WebP, GIF, TIFF, BMP, "
+            "AVIF or HEIC",
             key=key,
         ) from None  # whose message holds the path
     except _BOMBS as error:
@@ -101,6 +106,23 @@ def decode_image(
         raise DataError(
             f"{name} is truncated or damaged ({reason}); fetch it again or drop it", key=key
         ) from None
+
+
+def _register_heif(stream: BinaryIO, name: str, key: str) -> None:
+    """Let Pillow open a phone's HEIC, where the package is there that can."""
+    head = stream.read(12)
+    stream.seek(0)
+    if head[4:8] != b"ftyp" or head[8:12] not in _HEIF_BRANDS or "HEIF" in PIL.Image.OPEN:
+        return
+    try:
+        import pillow_heif
+    except ImportError:
+        raise DataError(
+            f"{name} is HEIC, which needs the package pillow-heif: pip install "
+            "'gemma_tuner[media]'; or save it as JPEG",
+            key=key,
+        ) from None
+    pillow_heif.register_heif_opener()
 
 
 def _finish(image: PIL.Image.Image, name: str, key: str, max_pixels: int) -> PIL.Image.Image:

@@ -17,24 +17,27 @@ from typing import BinaryIO
 _RATES_HZ = {3: (44_100, 48_000, 32_000), 2: (22_050, 24_000, 16_000), 0: (11_025, 12_000, 8_000)}
 _KBIT_MPEG1 = (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 _KBIT_MPEG2 = (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
+_HEAD_BYTES = 1 << 16  # in which the first frame is sought
+_OTHERS = (b"fLaC", b"RIFF", b"OggS")
 _TAGS = (b"Xing", b"Info", b"VBRI")
 
 
 def declare_length(stream: BinaryIO) -> BinaryIO:
     """Put a header that counts the frames before a layer III stream that has none."""
     stream.seek(0)
-    head = stream.read(3)
-    if head != b"ID3" and head[:1] != b"\xff":
-        stream.seek(0)
+    tag_bytes = _measure_tag(stream.read(10))
+    stream.seek(tag_bytes)
+    head = stream.read(_HEAD_BYTES)
+    stream.seek(0)
+    start, length = next(_find_frames(head), (0, 0))
+    # A player's tag may stand before FLAC too; and what says how long it is needs no header.
+    is_other = head.startswith(_OTHERS) or not (tag_bytes or head.startswith(b"\xff"))
+    if is_other or not length or any(tag in head[start : start + length] for tag in _TAGS):
         return stream
-    content = head + stream.read()
+    content = stream.read()
     stream.seek(0)
     frames = list(_find_frames(content))
-    if not frames:
-        return stream
-    start, length = frames[0]
-    if any(tag in content[start : start + length] for tag in _TAGS):
-        return stream
+    start = frames[0][0]
     header = bytearray(content[start : start + 4])
     is_mpeg1 = header[1] >> 3 & 3 == 3
     is_mono = header[3] >> 6 == 3
@@ -50,12 +53,7 @@ def declare_length(stream: BinaryIO) -> BinaryIO:
 
 def _find_frames(content: bytes) -> Iterator[tuple[int, int]]:
     """Yield where each frame begins, and its bytes; a last one that is cut short is none."""
-    place = 0
-    if content[:3] == b"ID3" and len(content) > 10:  # sizes in it have seven bits a byte
-        size = 0
-        for byte in content[6:10]:
-            size = size << 7 | byte & 0x7F
-        place = 10 + size
+    place = _measure_tag(content[:10])
     while 0 <= place <= len(content) - 4:
         length = _measure_frame(content[place : place + 4])
         following = place + (length or 0)
@@ -68,6 +66,16 @@ def _find_frames(content: bytes) -> Iterator[tuple[int, int]]:
             return
         else:
             place = content.find(b"\xff", place + 1)
+
+
+def _measure_tag(head: bytes) -> int:
+    """Bytes of a player's tag before the sound; sizes in it have seven bits a byte."""
+    if head[:3] != b"ID3" or len(head) < 10:
+        return 0
+    size = 0
+    for byte in head[6:10]:
+        size = size << 7 | byte & 0x7F
+    return 10 + size
 
 
 def _measure_frame(header: bytes | bytearray) -> int | None:

@@ -11,7 +11,7 @@ from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.columns import Keywords
 from gemma_tuner.sources.examples import Outcome, is_in_bucket
-from gemma_tuner.sources.files import DataFile, Format
+from gemma_tuner.sources.files import Format
 from gemma_tuner.sources.filesets import FileSet, FileSetReader
 from gemma_tuner.sources.folders import (
     MANIFESTS,
@@ -20,7 +20,10 @@ from gemma_tuner.sources.folders import (
     choose_manifest,
     choose_one_format,
     name_format,
+    pair_texts,
 )
+from gemma_tuner.sources.lines import DataFile
+from gemma_tuner.sources.media_places import MediaPlaces, check_media_root
 from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.storage.objects import GLOB, ObjectChangedError, name_folder
 from gemma_tuner.storage.stores import list_schemes, split_uri
@@ -67,6 +70,7 @@ class BucketSource:
         file_format: str | None = None,
         split: str | None = None,
         keywords: Keywords | None = None,
+        media_root: str | Path | None = None,
     ) -> None:
         self.uris = (uris,) if isinstance(uris, str) else tuple(uris)
         if not self.uris:
@@ -76,7 +80,10 @@ class BucketSource:
         for uri in self.uris:
             split_uri(uri)
         self._format: Format | None = check_format(file_format)
-        self._reader = FileSetReader(keywords or {}, split)
+        root = check_media_root(media_root, is_remote=True)
+        self._reader = FileSetReader(keywords or {}, split, root)
+        self._listed: frozenset[str] = frozenset()  # the URIs in a folder that was listed
+        self._places = MediaPlaces(())
         self._fetcher = fetcher
 
     def read_identity(self) -> dict[str, Any]:
@@ -87,6 +94,7 @@ class BucketSource:
             "format": self._format,
             "split": self._reader.split,
             "keywords": dict(self._reader.keywords),
+            **({"media_root": self._reader.media_root} if self._reader.media_root else {}),
         }
 
     def read_summary(self) -> dict[str, Any]:
@@ -112,17 +120,19 @@ class BucketSource:
             uri: ObjectFile(stored, uri.removeprefix(root), self._fetcher)
             for uri, stored in objects.items()
         }
+        self._listed = frozenset(objects) if is_folder else frozenset()
+        self._places = MediaPlaces(self._listed)
         kind = choose_one_format({files[uri].name: formats[uri] for uri in formats})
         captions: dict[str, DataFile] = {}
         notes = []
         if kind == "captions":
             texts = {uri for uri in files if uri.endswith(".txt")}
-            for uri in formats:
-                text = f"{uri.rpartition('.')[0]}.txt"
-                if text in texts:
-                    captions[files[uri].name] = files[text]
-            if len(texts) > len(captions):
-                notes.append(f".txt files without media: {len(texts) - len(captions):,}")
+            by_name = {file.name: file for file in files.values()}
+            pairs = pair_texts([files[uri].name for uri in formats], by_name)
+            captions = {medium: by_name[text] for medium, text in pairs.items()}
+            num_unread = len({files[uri].name for uri in texts}.difference(pairs.values()))
+            if num_unread:
+                notes.append(f".txt files without media: {num_unread:,}")
         yield from self._reader.read(
             FileSet([files[uri] for uri in formats], kind, is_folder, captions, notes),
             self._locate,
@@ -172,7 +182,14 @@ class BucketSource:
                 )
             elif part != ".":
                 parts.append(part)
-        return f"{scheme}://{bucket}/{'/'.join(parts)}"
+        uri = f"{scheme}://{bucket}/{'/'.join(parts)}"
+        if self._listed and self._reader.media_root is None and uri not in self._listed:
+            found = self._places.find(kind, source, key)
+            self._reader.counts[f"{kind} files found by the end of their path"] += (
+                found is not None
+            )
+            return found or uri
+        return uri
 
 
 def _last(uri: str) -> str:

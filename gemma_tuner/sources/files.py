@@ -1,32 +1,39 @@
-"""Rows of files, one at a time: JSON lines, CSV and Parquet, wherever the files lie.
+"""Rows of files, one at a time, wherever the files lie: JSON, CSV, Parquet, Arrow, plain text.
 
-Every reader holds one row, one Parquet batch, or one ``.json`` array at most. What is wrong with
-one row is handed out in its place; what is wrong with a file is raised.
+Every reader holds one row, one batch, or one document at most. What is wrong with one row is
+handed out in its place; what is wrong with a file is raised.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import io
-import json
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, Protocol, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.columns import Columns
-from gemma_tuner.sources.json_text import describe_type, drop_padding, parse_json
+from gemma_tuner.sources.corpora import (
+    SEGMENT_COLUMNS,
+    TRANSCRIPT_COLUMNS,
+    read_kaldi,
+    read_transcripts,
+)
+from gemma_tuner.sources.delimited import list_csv_columns, read_csv
+from gemma_tuner.sources.json_rows import read_json
+from gemma_tuner.sources.json_text import drop_padding
+from gemma_tuner.sources.lines import DataFile, name_last, read_text
 
-RowFormat = Literal["jsonl", "csv", "parquet"]
+RowFormat = Literal["jsonl", "csv", "parquet", "arrow", "text", "transcripts", "kaldi"]
 """Formats of files that hold rows."""
 Format = RowFormat | Literal["webdataset", "captions"]
 """Rows, samples in a tar, or an image or a clip with a text beside it."""
@@ -35,29 +42,7 @@ PEEKED_ROWS = 1000
 """JSON lines name their columns row by row: this many rows of each file decide what there is."""
 _PARQUET_ROWS = 64  # small, as rows may hold media
 _PEEKED_AT_ONCE = 16
-_GZIP_MAGIC = b"\x1f\x8b"  # by content: an object may be stored zipped under a plain name
-
-
-class DataFile(Protocol):
-    """A file of rows or samples."""
-
-    @property
-    def name(self) -> str:
-        """What origins call it: its path from the data's root."""
-        ...
-
-    @property
-    def folder(self) -> str | Path:
-        """Where relative paths in it start: a folder, or a URI ending in a slash."""
-        ...
-
-    def open(self) -> BinaryIO:
-        """Open it for reading from its first byte; seekable, to be closed by the caller."""
-        ...
-
-    def cut(self, start: int, num_bytes: int) -> StoredObject:
-        """Return a part of it, as examples refer to it."""
-        ...
+_HEADER = re.compile(r"\w+(,\w+|\t\w+|;\w+|\|\w+)+")  # the first line of a table
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,133 +75,116 @@ class Row:
     folder: str | Path = ""  # where its relative paths start; a URI ends in a slash
 
 
-def list_columns(files: Sequence[DataFile], file_format: RowFormat) -> list[str]:
+def list_columns(
+    files: Sequence[DataFile], file_format: RowFormat, named: Collection[str] = ()
+) -> list[str]:
     """List the columns of all files, in the order in which they appear."""
-    names: dict[str, None] = {}
-    for file in files:
-        if file_format == "parquet":
-            with _open_parquet(file) as table:
-                names.update(dict.fromkeys(table.schema_arrow.names))
-        elif file_format == "csv":
-            names.update(dict.fromkeys(_read_header(file)))
-        else:
-            for _, values in islice(_read_json(file), PEEKED_ROWS):
-                if not isinstance(values, DataError):
-                    names.update(dict.fromkeys(values))
-                elif not names:
-                    raise values
+    # named: those that the user names by keyword.
+    names = dict.fromkeys(
+        name for file in files for name in _list_columns_of(file, file_format, named)
+    )
     if not names:
-        raise SourceError(f"{_last(files[0])!r} holds no rows; write one example on each line")
+        raise SourceError(f"{name_last(files[0])!r} holds no rows; write one example on each line")
     return list(names)
 
 
+def _list_columns_of(
+    file: DataFile, file_format: RowFormat, named: Collection[str]
+) -> Iterable[str]:
+    match file_format:
+        case "parquet":
+            with _open_parquet(file) as table:
+                return table.schema_arrow.names
+        case "arrow":
+            with _open_arrow(file) as batches:
+                return batches.schema.names
+        case "csv":
+            return list_csv_columns(file, named)
+        case "text":
+            return ("text",)
+        case "transcripts":
+            return TRANSCRIPT_COLUMNS
+        case "kaldi":
+            is_cut = name_last(file) == "segments"
+            return (*TRANSCRIPT_COLUMNS, *SEGMENT_COLUMNS) if is_cut else TRANSCRIPT_COLUMNS
+        case _:
+            return _peek_names(file)
+
+
+def _peek_names(file: DataFile) -> dict[str, None]:
+    names: dict[str, None] = {}
+    for _, values in islice(read_json(file), PEEKED_ROWS):
+        if not isinstance(values, DataError):
+            names.update(dict.fromkeys(values))
+        elif not names:
+            raise values
+    return names
+
+
 def read_rows(
-    file: DataFile, file_format: RowFormat, columns: Columns
+    file: DataFile, file_format: RowFormat, columns: Columns, files: Sequence[DataFile] = ()
 ) -> Iterator[tuple[int, Mapping[str, Any] | DataError]]:
     """Read the rows of a file, numbered from 1; Parquet reads no other columns than these."""
+    # files: the data set's, among them those that belong to this one.
+    match file_format:
+        case "parquet":
+            return _read_parquet(file, set(columns.names.values()))
+        case "arrow":
+            return _read_arrow(file, set(columns.names.values()))
+        case "csv":
+            return read_csv(file)
+        case "text":
+            return iter([(1, {"text": _read_document(file)})])
+        case "transcripts":
+            return read_transcripts(file)
+        case "kaldi":
+            beside = {name_last(each): each for each in files if each.folder == file.folder}
+            return read_kaldi(file, beside) if name_last(file) == "text" else iter(())
+        case _:
+            return read_json(file)
+
+
+def peek_columns(
+    file: DataFile, file_format: Format, columns: Mapping[str, int]
+) -> Iterator[tuple[str, Any]]:
+    """Read the first values that are not null, so many of each, of what :func:`read_rows` skips."""
     if file_format == "parquet":
-        return _read_parquet(file, set(columns.names.values()))
-    return _read_csv(file) if file_format == "csv" else _read_json(file)
+        with _open_parquet(file, ahead=False) as table:
+            for field in table.schema_arrow:
+                left = {field.name: columns.get(field.name, 0)}
+                batches = table.iter_batches(batch_size=_PEEKED_AT_ONCE, columns=[field.name])
+                if not pyarrow.types.is_primitive(field.type):
+                    yield from _peek(batches, left)
+    elif file_format == "arrow":
+        with _open_arrow(file) as batches:
+            names = {
+                name: count for name, count in columns.items() if name in batches.schema.names
+            }
+            yield from _peek(_list_batches(batches), names)
 
 
-def peek_parquet(file: DataFile, columns: Mapping[str, int]) -> Iterator[tuple[str, Any]]:
-    """Read the first values of columns that are not null, so many of each, and no other page."""
-    with _open_parquet(file, ahead=False) as table:
-        for field in table.schema_arrow:
-            left = 0 if pyarrow.types.is_primitive(field.type) else columns.get(field.name, 0)
-            batches = table.iter_batches(batch_size=_PEEKED_AT_ONCE, columns=[field.name])
-            while left and (batch := next(batches, None)) is not None:
-                values = batch.column(0).drop_null().to_pylist()[:left]
-                left -= len(values)
-                yield from ((field.name, value) for value in values)
+def _peek(
+    batches: Iterator[pyarrow.RecordBatch], left: dict[str, int]
+) -> Iterator[tuple[str, Any]]:
+    while any(left.values()) and (batch := next(batches, None)) is not None:
+        for name in (name for name, count in left.items() if count):
+            values = batch.column(name).drop_null()[: left[name]].to_pylist()
+            left[name] -= len(values)
+            yield from ((name, value) for value in values)
 
 
-def read_text(file: DataFile) -> str:
-    """Read a whole text file."""
-    return "".join(line for _, line in _read_lines(file))
-
-
-def _last(file: DataFile) -> str:
-    return file.name.rpartition("/")[2]
-
-
-def _read_json(file: DataFile) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
-    may_be_array = file.name.lower().removesuffix(".gz").endswith(".json")
-    for number, line in _read_lines(file):
-        if may_be_array and line.lstrip().startswith("["):
-            yield from _read_array(file)
-            return
-        if line.strip():
-            may_be_array = False
-            try:
-                row = parse_json(line, "the line", key=f"{file.name}:{number}")
-            except DataError as error:
-                yield number, error
-            else:
-                yield number, _check_object(row, file, number)
-
-
-def _read_array(file: DataFile) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
-    try:
-        rows = json.loads(read_text(file))
-    except (ValueError, RecursionError):
+def _read_document(file: DataFile) -> str:
+    """Read a plain text, and refuse rows under a name that says nothing of them."""
+    text = read_text(file)
+    first = text.lstrip().partition("\n")[0].strip()
+    kind = "csv" if _HEADER.fullmatch(first) else "jsonl" if first.startswith(("{", "[{")) else ""
+    if kind:
         raise SourceError(
-            f"{_last(file)!r} begins like a JSON array and is not valid JSON"
-        ) from None
-    for number, row in enumerate(rows, 1):
-        yield number, _check_object(row, file, number)
-
-
-def _check_object(value: Any, file: DataFile, number: int) -> dict[str, Any] | DataError:
-    if isinstance(value, dict):
-        return value
-    return DataError(
-        f"the row is {describe_type(value)} and not an object of columns",
-        key=f"{file.name}:{number}",
-    )
-
-
-def _read_header(file: DataFile) -> list[str]:
-    for _, fields in _read_fields(file):
-        return fields
-    return []
-
-
-def _read_csv(file: DataFile) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
-    fields_by_number = _read_fields(file)
-    _, header = next(fields_by_number)
-    for number, fields in fields_by_number:
-        if len(fields) == len(header):
-            yield number, dict(zip(header, fields, strict=True))
-        else:
-            yield (
-                number,
-                DataError(
-                    f"it has {len(fields)} fields and the header {len(header)}; put quotes around "
-                    "fields that hold commas or line breaks",
-                    key=f"{file.name}:{number}",
-                ),
-            )
-
-
-def _read_fields(file: DataFile) -> Iterator[tuple[int, list[str]]]:
-    """Read the header of a CSV file as number 0, then its records."""
-    # The limit is the csv module's own, for all its readers: 131,072 characters unless raised.
-    csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
-    reader = csv.reader((line for _, line in _read_lines(file)), strict=True)
-    try:
-        header = next(reader, None)
-        if not header:
-            raise SourceError(f"{_last(file)!r} has no header; name the columns in its first line")
-        if len(set(header)) < len(header):
-            double = next(column for column in header if header.count(column) > 1)
-            raise SourceError(f"{_last(file)!r} names the column {double!r} twice; rename one")
-        yield 0, header
-        yield from enumerate((fields for fields in reader if fields), 1)
-    except csv.Error as error:
-        raise SourceError(
-            f"{_last(file)!r} is not valid CSV at line {reader.line_num} ({error})"
-        ) from error
+            f"{name_last(file)!r} is a plain text by its name, and its first line reads like "
+            f"{'names of columns' if kind == 'csv' else 'JSON'}; set format={kind!r}, or rename "
+            "it"
+        )
+    return text
 
 
 def _read_parquet(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -230,9 +198,54 @@ def _read_parquet(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[
                     yield number, {name: drop_padding(item) for name, item in values.items()}
         except (pyarrow.ArrowException, OSError) as error:
             raise SourceError(
-                f"{_last(file)!r} is damaged after row {number:,} ({type(error).__name__}); write "
-                "or fetch it again"
+                f"{name_last(file)!r} is damaged after row {number:,} ({type(error).__name__}); "
+                "write or fetch it again"
             ) from None
+
+
+def _read_arrow(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
+    with _open_arrow(file) as batches:
+        names = [name for name in batches.schema.names if name in needed]
+        try:
+            for batch in _list_batches(batches):
+                for start in range(0, batch.num_rows, _PARQUET_ROWS):
+                    for values in batch.select(names).slice(start, _PARQUET_ROWS).to_pylist():
+                        number += 1
+                        yield number, {name: drop_padding(item) for name, item in values.items()}
+        except (pyarrow.ArrowException, OSError) as error:
+            raise SourceError(
+                f"{name_last(file)!r} is damaged after row {number:,} ({type(error).__name__}); "
+                "write or fetch it again"
+            ) from None
+
+
+def _list_batches(opened: Any) -> Iterator[pyarrow.RecordBatch]:
+    if isinstance(opened, pyarrow.ipc.RecordBatchFileReader):
+        batches = map(opened.get_batch, range(opened.num_record_batches))
+    else:
+        batches = iter(opened)
+    for batch in batches:
+        batch.validate(full=True)  # what is damaged would end the process
+        yield batch
+
+
+@contextmanager
+def _open_arrow(file: DataFile) -> Iterator[Any]:
+    """Open Arrow's file format (Feather too), or its stream, which ``save_to_disk`` writes."""
+    with ExitStack() as opened:
+        try:
+            stream = opened.enter_context(file.open())
+            is_file = stream.read(6) == b"ARROW1"
+            stream.seek(0)
+            read = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+            batches = opened.enter_context(read(stream))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise SourceError(
+                f"{name_last(file)!r} cannot be read as Arrow ({type(error).__name__}); write or "
+                "fetch it again"
+            ) from None
+        yield batches
 
 
 @contextmanager
@@ -248,30 +261,7 @@ def _open_parquet(file: DataFile, *, ahead: bool = True) -> Iterator[pyarrow.par
             table = opened.enter_context(parquet)
         except (pyarrow.ArrowException, OSError) as error:
             raise SourceError(
-                f"{_last(file)!r} cannot be read as Parquet ({type(error).__name__}); write or "
-                "fetch it again"
+                f"{name_last(file)!r} cannot be read as Parquet ({type(error).__name__}); write "
+                "or fetch it again"
             ) from None  # whose message holds the path
         yield table
-
-
-def _read_lines(file: DataFile) -> Iterator[tuple[int, str]]:
-    """Read lines as UTF-8, split at line feeds alone, with their numbers from 1."""
-    number = 0
-    try:
-        with file.open() as stream:
-            is_zipped = stream.read(2) == _GZIP_MAGIC
-            stream.seek(0)
-            lines = gzip.GzipFile(fileobj=stream) if is_zipped else stream
-            for number, line in enumerate(lines, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise SourceError(
-            f"{_last(file)!r} is not UTF-8 at line {number}, byte {error.start + 1}; save it as "
-            "UTF-8"
-        ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise SourceError(
-            f"{_last(file)!r} cannot be read at line {number} ({reason}); check that it is there, "
-            "whole and readable"
-        ) from None

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gemma_tuner.errors import DataError
 from gemma_tuner.sources.columns import Columns, Keywords
 from gemma_tuner.sources.examples import ExampleReader, Locate, Outcome
 from gemma_tuner.sources.files import (
-    DataFile,
     Format,
     Row,
     list_columns,
-    peek_parquet,
+    peek_columns,
     read_rows,
-    read_text,
 )
 from gemma_tuner.sources.folders import choose_split
+from gemma_tuner.sources.json_text import parse_json
+from gemma_tuner.sources.lines import DataFile, read_text
 from gemma_tuner.sources.tars import TarReader, list_tar_columns
 
 _CAPTION_COLUMNS = ("file_name", "text")
@@ -41,12 +44,16 @@ class FileSetReader:
 
     keywords: Keywords
     split: str | None
+    media_root: str | Path | None = None  # where relative paths start; None: at their data file
+    counts: Counter[str] = field(default_factory=Counter)  # of what was chosen for media
     summary: dict[str, Any] = field(default_factory=dict)  # of the last complete reading
 
     def read(self, found: FileSet, locate: Locate) -> Iterator[tuple[str, Outcome]]:
         """Read every row of the files."""
-        reader = ExampleReader(_list_columns(found), self.keywords, split=self.split)
+        reader = ExampleReader(self._list_columns(found), self.keywords, split=self.split)
         files, notes = found.files, list(found.notes)
+        left_out: list[str] = []
+        self.counts.clear()
         if self.split is None or "split" not in reader.columns.names:
             names, left_out = choose_split(
                 [file.name for file in files],
@@ -55,43 +62,47 @@ class FileSetReader:
                 is_folder=found.is_folder,
             )
             files = [file for file in files if file.name in names]
-            notes += left_out
-        if found.format == "parquet":  # of which no other columns are read below
-            for file in files:
-                unread = reader.guard.list_unread()
-                for column, value in peek_parquet(file, unread):
-                    reader.guard.look_at(column, value, file.folder)
+        if left_out:
+            num_files = len(found.files) - len(files)
+            notes.append(f"files of other splits not read ({', '.join(left_out)}): {num_files:,}")
+        for file in files:
+            for column, value in peek_columns(file, found.format, reader.guard.list_unread()):
+                reader.guard.look_at(column, value, file.folder)
         tars = TarReader()
-        rows = (row for file in files for row in _read(file, found, reader.columns, tars))
+        rows = (row for file in files for row in self._read(file, found, reader.columns, tars))
         yield from reader.read(rows, locate)
         summary = reader.read_summary()
-        notes += [f"{what}: {count:,}" for what, count in sorted(tars.counts.items())]
+        counts = sorted((tars.counts + self.counts).items())
+        notes += [f"{what}: {count:,}" for what, count in counts]
         self.summary = {
             **summary,
             "format": found.format,
             "notes": notes + summary["notes"],
             "num_files": len(files),
+            "left_out": left_out,
         }
 
+    def _list_columns(self, found: FileSet) -> Sequence[str]:
+        if found.format == "captions":
+            return _CAPTION_COLUMNS
+        if found.format == "webdataset":
+            return list_tar_columns(found.files)
+        named = [column for column in self.keywords.values() if isinstance(column, str)]
+        return list_columns(found.files, found.format, named)
 
-def _list_columns(found: FileSet) -> Sequence[str]:
-    if found.format == "captions":
-        return _CAPTION_COLUMNS
-    if found.format == "webdataset":
-        return list_tar_columns(found.files)
-    return list_columns(found.files, found.format)
-
-
-def _read(file: DataFile, found: FileSet, columns: Columns, tars: TarReader) -> Iterator[Row]:
-    if found.format == "captions":
-        yield Row(file.name, _read_caption(file, found.captions), file.folder)
-        return
-    if found.format == "webdataset":
-        numbered = tars.read_samples(file)
-    else:
-        numbered = read_rows(file, found.format, columns)
-    for number, values in numbered:
-        yield Row(f"{file.name}:{number}", values, file.folder)
+    def _read(
+        self, file: DataFile, found: FileSet, columns: Columns, tars: TarReader
+    ) -> Iterator[Row]:
+        folder = self.media_root or file.folder
+        if found.format == "captions":
+            yield Row(file.name, _read_caption(file, found.captions), file.folder)
+            return
+        if found.format == "webdataset":
+            numbered = tars.read_samples(file)
+        else:
+            numbered = read_rows(file, found.format, columns, found.files)
+        for number, values in numbered:
+            yield Row(f"{file.name}:{number}", values, folder)
 
 
 def _read_caption(
@@ -105,4 +116,7 @@ def _read_caption(
             key=file.name,
         )
     text = read_text(captions[file.name]).strip()
+    if captions[file.name].name.endswith(".json"):  # as SROIE's keys
+        value = parse_json(text, "its text", key=file.name)
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return dict(zip(_CAPTION_COLUMNS, (last, text), strict=True))

@@ -4,10 +4,13 @@ A folder, on this machine or in a bucket, means, in this order:
 
 1. its manifest, where it holds one: ``manifest.jsonl``, ``metadata.jsonl``, ``metadata.csv`` or
    ``metadata.parquet``
-2. else its data files (``.jsonl .ndjson .json .csv .parquet .tar``, the first three also
-   ``.gz``), or, where it holds none itself, those of its subfolders; all of one kind
-3. else every image and clip in it and its subfolders, each with its text in a file of the same
-   name ending in ``.txt``
+2. else its transcripts (:mod:`gemma_tuner.sources.corpora`), with the clips anywhere below it
+3. else its data files (``.jsonl .ndjson .json .csv .tsv .parquet .arrow .tar``, those of text also
+   packed: ``.gz .bz2 .xz .zst``), or, where it holds none itself, those of its subfolders; all of
+   one kind; of COCO's annotations, those named ``captions_``
+4. else every image and clip in it and its subfolders, each with its text in a file of the same
+   name ending in ``.txt`` or ``.json``, beside it or in a folder beside its own (``key/``)
+5. else every text (``.txt .md``), each one document
 
 Names that begin with a dot or an underscore are passed over. Subfolders that are links are read
 too, each folder once. Where the files of a folder are named by split (``train.jsonl``,
@@ -21,15 +24,20 @@ import glob
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.modalities import kind_of_suffix
+from gemma_tuner.sources.corpora import KALDI_FILES, is_transcript
 from gemma_tuner.sources.files import Format
+from gemma_tuner.sources.lines import PACKED
 
 Paths = str | Path | Sequence[str | Path]
-FORMATS: tuple[Format, ...] = ("jsonl", "csv", "parquet", "webdataset", "captions")
+FORMATS: tuple[Format, ...] = (
+    *("jsonl", "csv", "parquet", "arrow", "text", "webdataset", "captions"),
+    *("transcripts", "kaldi"),
+)
 MANIFESTS: Mapping[str, Format] = {
     "manifest.jsonl": "jsonl",
     "metadata.jsonl": "jsonl",
@@ -45,12 +53,42 @@ _FORMATS: Mapping[str, Format] = {
     ".ndjson": "jsonl",
     ".json": "jsonl",
     ".csv": "csv",
+    ".tsv": "csv",
     ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
     ".tar": "webdataset",
+}
+_TEXTS = (".txt", ".md")
+_OF_FOLDERS = ("captions", "transcripts", "kaldi")
+# What people bring that is read by other programs, and what to do with it.
+_REFUSED: Mapping[str, str] = {
+    suffix: remedy
+    for suffixes, remedy in (
+        (".zip .7z .rar", "is an archive; unpack it and give the folder"),
+        (".xlsx .xls .xlsm .ods .numbers", "is a workbook; save its sheet as CSV in UTF-8"),
+        (".pkl .pickle .pt .pth .joblib", "may run code when read; write Parquet or JSON lines"),
+        (".npy .npz .h5 .hdf5 .mat", "holds arrays; write Parquet, or media and a manifest.jsonl"),
+        (".tfrecord .tfrecords .orc .avro .xml .yaml .yml", "is not read; write Parquet"),
+        (".db .sqlite .sqlite3 .duckdb", "is a database; export the table as Parquet or CSV"),
+        (".pdf .doc .docx .odt .rtf .epub .html .htm", "is not plain text; save it as .txt"),
+        (".srt .vtt .eaf .textgrid .ctm", "is not read; write rows with start and end"),
+    )
+    for suffix in suffixes.split()
 }
 _COMPRESSED_TARS = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # What datasets saves beside its data files.
-_NOT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "state.json"})
+_NOT_DATA = frozenset(
+    {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+)
+# Common Voice's files beside its splits: what these are chosen from, and what is about it.
+_NOT_SPLITS = frozenset(
+    {"validated.tsv", "invalidated.tsv", "other.tsv", "reported.tsv", "clip_durations.tsv"}
+    | {"validated_sentences.tsv", "unvalidated_sentences.tsv"}
+)
+_NOT_TEXTS = re.compile(r"(readme|licen[cs]e|notice|copying|changelog|citation)\b", re.IGNORECASE)
+# Folders beside those of media that hold their texts. Source: SROIE and its copies.
+_TEXT_FOLDERS = ("key", "keys", "entities", "captions", "texts", "text", "labels", "transcripts")
 _SPLITS = {
     "train": "train",
     "training": "train",
@@ -62,7 +100,8 @@ _SPLITS = {
     "validation": "validation",
 }
 # What is cut off a file's name before it is read as that of a split.
-_ENDINGS = frozenset({*_FORMATS, ".txt", ".gz", ".bz2", ".xz", ".zst"})
+_ENDINGS = frozenset({*_FORMATS, *_TEXTS, *PACKED})
+_YEAR = re.compile(r"(?<=[a-z])\d{4}$")  # COCO's train2017
 _SHARD = re.compile(r"[-.]\d+-of-\d+$")
 
 
@@ -74,7 +113,8 @@ class LocalFiles:
     format: Format
     root: Path  # which keys and media paths are relative to
     is_folder: bool = False  # one folder was given, which may hold several splits
-    captions: tuple[Path, ...] = ()  # the text file of each, where the format is captions
+    # The text file of each that has one, where the format is captions.
+    captions: Mapping[Path, Path] = field(default_factory=dict)
     num_unread_texts: int = 0  # text files without an image or a clip beside them
 
 
@@ -84,6 +124,12 @@ def find_files(paths: Paths, file_format: str | None = None) -> LocalFiles:
     given = [paths] if isinstance(paths, str | Path) else list(paths)
     if not given:
         raise SourceError("no paths were given; name a file, a glob or a folder")
+    for item in given:
+        if not isinstance(item, str | Path):
+            raise ConfigError(
+                f"paths are text or Path, and one is a {type(item).__name__}; write the rows as "
+                "JSON lines and give that file"
+            )
     places = [place for item in given for place in _expand(item)]
     found: dict[Path, Format] = {}
     for place in places:
@@ -97,11 +143,12 @@ def find_files(paths: Paths, file_format: str | None = None) -> LocalFiles:
     is_folder = len(places) == 1 and places[0].is_dir()
     if kind != "captions":
         return LocalFiles(tuple(found), kind, root, is_folder)
-    captions = tuple(path.with_suffix(".txt") for path in found)
-    texts = {path for folder in folders for path in _list_below(folder) if path.suffix == ".txt"}
-    return LocalFiles(
-        tuple(found), kind, root, is_folder, captions, len(texts.difference(captions))
-    )
+    below = {path.as_posix(): path for folder in folders for path in list_below(folder)}
+    pairs = pair_texts((path.as_posix() for path in found), below)
+    captions = {Path(medium): below[text] for medium, text in pairs.items()}
+    texts = {path for name, path in below.items() if name.endswith(".txt")}
+    num_unread = len(texts.difference(captions.values()))
+    return LocalFiles(tuple(found), kind, root, is_folder, captions, num_unread)
 
 
 def check_format(file_format: str | None) -> Format | None:
@@ -127,44 +174,84 @@ def choose_files(
 ) -> dict[str, Format]:
     """Choose the files that a folder without a manifest means."""
     shown = sorted((name for name in names if not _is_hidden(name)), key=_split_path)
-    if wanted != "captions":
-        for level in ([name for name in shown if "/" not in name], shown):
-            data: dict[str, Format] = {}
-            for name in level:
-                kind = _guess_format(name)
-                if kind is not None and wanted in (None, kind):
-                    data[name] = kind
-            if data:
-                return data
-    if wanted in (None, "captions"):
-        media = [name for name in shown if kind_of_suffix(_suffix(name)) is not None]
-        if media:
-            _refuse_shared_captions(media)
-            found: dict[str, Format] = dict.fromkeys(media, "captions")
-            return found
+    spoken = _choose_corpus(shown, wanted)
+    if spoken:
+        return spoken
+    media = [name for name in shown if kind_of_suffix(_suffix(name)) is not None]
+    if wanted != "captions" and (data := _choose_data(shown, media, wanted)):
+        return data
+    if wanted in (None, "captions") and media:
+        _refuse_shared_captions(media)
+        found: dict[str, Format] = dict.fromkeys(media, "captions")
+        return found
+    if wanted in (None, "text"):
+        texts = [name for name in shown if _suffix(name) in _TEXTS]
+        texts = [name for name in texts if not _NOT_TEXTS.match(_last(name))]
+        if texts:
+            documents: dict[str, Format] = dict.fromkeys(texts, "text")
+            return documents
     for name in shown:
-        _refuse_compressed_tar(name)
+        _refuse_unreadable(name)
     counts = Counter(_suffix(name) or "without ending" for name in shown)
     held = ", ".join(f"{count} {name}" for name, count in counts.most_common(5)) or "no files"
+    sought = wanted or "JSON lines, CSV, Parquet, tars, texts, or media with .txt captions"
     raise SourceError(
-        f"the folder {folder!r} holds {held}, and no "
-        f"{wanted or 'JSON lines, CSV, Parquet, tars, or media with .txt captions'}; name the "
-        "files, or set format="
+        f"the folder {folder!r} holds {held}, and no {sought}; name the files, or set format="
     )
+
+
+def _choose_data(
+    names: Sequence[str], media: Sequence[str], wanted: Format | None
+) -> dict[str, Format]:
+    """Choose the files of rows, those of the folder itself first."""
+    stems = {PurePosixPath(name).stem for name in media}
+    parts = {part for name in names for part in name.split("/")}
+    ignored = _NOT_DATA | (_NOT_SPLITS if {"clips", "train.tsv"} <= parts else frozenset())
+    rows = [name for name in names if _guess_format(name) and _last(name) not in ignored]
+    if all(_suffix(name) == ".json" and PurePosixPath(name).stem in stems for name in rows):
+        rows = []  # each is what one image or clip shows
+    for level in ([name for name in rows if "/" not in name], rows):
+        data: dict[str, Format] = {}
+        for name in _prefer_captions(level):
+            kind = _guess_format(name)
+            if kind is not None and wanted in (None, kind):
+                data[name] = kind
+        if data:
+            return data
+    return {}
+
+
+def pair_texts(media: Iterable[str], names: Collection[str]) -> dict[str, str]:
+    """Find the text of each image or clip: beside it, or in a folder of texts beside its own."""
+    found: dict[str, str] = {}
+    for medium in media:
+        path = PurePosixPath(medium)
+        folders = [path.parent, *(path.parent.parent / name for name in _TEXT_FOLDERS)]
+        for text in (folder / path.stem for folder in folders):
+            for candidate in (f"{text}.txt", f"{text}.json"):
+                if candidate in names:
+                    found.setdefault(medium, candidate)
+    return found
 
 
 def name_format(name: str, wanted: Format | None) -> Format:
     """Tell what one file holds."""
-    if wanted == "captions":
+    if wanted in _OF_FOLDERS or is_transcript(name):
         raise SourceError(
-            "format='captions' reads a folder of media with captions; give the folder"
+            f"format={wanted or 'transcripts'!r} reads a folder of media and their texts; give "
+            "the folder"
         )
-    _refuse_compressed_tar(name)
-    kind = wanted or _guess_format(name)
+    kind = wanted or _guess_format(name) or ("text" if _suffix(name) in _TEXTS else None)
+    if kind is None:
+        _refuse_unreadable(name)
+        if medium := kind_of_suffix(_suffix(name)):
+            raise SourceError(
+                f"{name!r} is one {medium}; give its folder, or rows that name it and its text"
+            )
     if kind is None:
         raise SourceError(
-            f"{name!r} is of no known format; known endings are {', '.join(_FORMATS)} and "
-            ".jsonl.gz, or set format="
+            f"{name!r} is of no known format; known endings are "
+            f"{', '.join((*_FORMATS, *_TEXTS))} and .jsonl.gz, or set format="
         )
     return kind
 
@@ -190,22 +277,24 @@ def name_split(name: str, file_format: Format) -> str:
     """Tell which split a file is of, by a folder above it or a word of its name."""
     *folders, last = name.split("/")
     for part in reversed(folders):
-        if part.lower() in _SPLITS:
-            return _SPLITS[part.lower()]
-    if file_format == "captions":
+        word = part.lower() if file_format != "transcripts" else part.lower().partition("-")[0]
+        if word in _SPLITS:
+            return _SPLITS[word]  # of LibriSpeech's train-clean-100 its first word
+    if file_format in ("captions", "text", "kaldi", "transcripts"):
         return NO_SPLIT  # an image's name says what it shows
     path = PurePosixPath(last)
     while path.suffix.lower() in _ENDINGS:  # and at no other dot: snli_1.0_test.jsonl.gz
         path = path.with_suffix("")
     stem = _SHARD.sub("", path.name)
-    words = {_SPLITS[word] for word in re.split(r"[-_. ]", stem.lower()) if word in _SPLITS}
+    found = (_YEAR.sub("", word) for word in re.split(r"[-_. ]", stem.lower()))
+    words = {_SPLITS[word] for word in found if word in _SPLITS}
     return words.pop() if len(words) == 1 else stem
 
 
 def choose_split(
     names: Iterable[str], file_format: Format, *, split: str | None, is_folder: bool
 ) -> tuple[frozenset[str], list[str]]:
-    """Choose files by the splits that their names tell."""
+    """Choose files by the splits that their names tell; return them, and the splits left out."""
     by_split: dict[str, list[str]] = {}
     for name in names:
         by_split.setdefault(name_split(name, file_format), []).append(name)
@@ -223,9 +312,7 @@ def choose_split(
     if not (is_folder and held_out and "train" in by_split):
         return everything, []
     left_out = [name for part in held_out for name in by_split[part]]
-    return everything.difference(left_out), [
-        f"files of other splits not read ({', '.join(held_out)}): {len(left_out):,}"
-    ]
+    return everything.difference(left_out), held_out
 
 
 def _expand(item: str | Path) -> list[Path]:
@@ -250,12 +337,12 @@ def _look_into(folder: Path, wanted: Format | None) -> dict[Path, Format]:
     """Find what a folder means; see the head of this module."""
     chosen = choose_manifest({name for name in MANIFESTS if (folder / name).is_file()}, wanted)
     if not chosen:
-        names = [path.relative_to(folder).as_posix() for path in _list_below(folder)]
+        names = [path.relative_to(folder).as_posix() for path in list_below(folder)]
         chosen = choose_files(names, wanted, folder=folder.name)
     return {folder / name: kind for name, kind in chosen.items()}
 
 
-def _list_below(folder: Path) -> list[Path]:
+def list_below(folder: Path) -> list[Path]:
     """List the files in a folder and its subfolders, links among them, each folder once."""
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
@@ -286,13 +373,40 @@ def _split_path(name: str) -> list[str]:
     return name.split("/")
 
 
-def _refuse_compressed_tar(name: str) -> None:
+def _choose_corpus(names: Sequence[str], wanted: Format | None) -> dict[str, Format]:
+    """Choose the files of a corpus of speech."""
+    found: dict[str, Format] = {}
+    folders = {name.removesuffix("wav.scp") for name in names if name.endswith("wav.scp")}
+    if wanted in (None, "kaldi"):
+        for folder in sorted(folders):
+            if f"{folder}text" in names:
+                kaldi = [folder + last for last in KALDI_FILES if folder + last in names]
+                found.update(dict.fromkeys(kaldi, "kaldi"))
+    if not found and wanted in (None, "transcripts"):
+        found = dict.fromkeys(filter(is_transcript, names), "transcripts")
+    return found
+
+
+def _prefer_captions(names: Sequence[str]) -> Sequence[str]:
+    """Of COCO's annotations, take the captions: beside them lie boxes of the same images."""
+    captions = [name for name in names if _last(name).startswith("captions_")]
+    return captions if all(_suffix(name) == ".json" for name in names) and captions else names
+
+
+def _refuse_unreadable(name: str) -> None:
+    remedy = _REFUSED.get(_suffix(name))
+    if remedy:
+        raise SourceError(f"{PurePosixPath(name).name!r} {remedy}")
     if name.lower().endswith(_COMPRESSED_TARS):
         raise SourceError(
             f"{PurePosixPath(name).name!r} is a compressed tar, in which nothing can be found "
             "without unpacking what comes before it; unpack it to a plain .tar (images and "
             "clips are compressed already)"
         )
+
+
+def _last(name: str) -> str:
+    return name.rpartition("/")[2]
 
 
 def _suffix(name: str) -> str:
@@ -312,11 +426,11 @@ def _refuse_shared_captions(media: Iterable[str]) -> None:
 
 def _guess_format(name: str) -> Format | None:
     path = PurePosixPath(name)
-    if path.name.startswith((".", "_")) or path.name in _NOT_DATA:
+    if path.name.startswith((".", "_")):
         return None
-    is_zipped = path.suffix.lower() == ".gz"
-    kind = _FORMATS.get(_suffix(path.stem if is_zipped else path.name))
-    return None if is_zipped and kind != "jsonl" else kind
+    is_packed = path.suffix.lower() in PACKED
+    kind = _FORMATS.get(_suffix(path.stem if is_packed else path.name))
+    return None if is_packed and kind not in ("jsonl", "csv") else kind
 
 
 def _find_root(folders: list[Path]) -> Path:

@@ -30,6 +30,7 @@ from gemma_tuner.sources.hub_loading import (
     quiet_libraries,
 )
 from gemma_tuner.sources.json_text import parse_json
+from gemma_tuner.sources.media_places import check_media_root, start_at
 
 _BLOCK_ROWS = 16  # small, as rows may hold media
 
@@ -50,6 +51,7 @@ class HubSource:
         streaming: bool = False,  # reads over the network and keeps nothing
         max_rows: int | None = None,
         keywords: Keywords | None = None,
+        media_root: str | Path | None = None,
     ) -> None:
         _check_arguments(
             {"name": name, "subset": subset, "split": split, "revision": revision}, max_rows
@@ -75,6 +77,7 @@ class HubSource:
         self.streaming = streaming
         self.max_rows = max_rows
         self.keywords: Keywords = keywords or {}
+        self.media_root = check_media_root(media_root)
         self._summary: dict[str, Any] = {}
 
     def read_identity(self) -> dict[str, Any]:
@@ -91,6 +94,7 @@ class HubSource:
             "revision": self.wanted.revision,
             "max_rows": self.max_rows,
             "keywords": dict(self.keywords),
+            **({"media_root": str(self.media_root)} if self.media_root else {}),
         }
 
     def read_summary(self) -> dict[str, Any]:
@@ -111,7 +115,9 @@ class HubSource:
             for column, value in rows.peek(reader.guard.list_unread()):
                 reader.guard.look_at(column, value, self.wanted.folder or "")
         stored = rows.read(needed, self.max_rows)
-        yield from reader.read(stored, partial(locate_file, self.wanted))
+        yield from reader.read(
+            stored, start_at(self.media_root, partial(locate_file, self.wanted))
+        )
         summary = reader.read_summary()
         self._summary = {
             **summary,
@@ -293,13 +299,13 @@ def locate_file(wanted: HubName, kind: str, source: str, folder: str | Path, key
         raise DataError(
             f"its {kind} is the name of a file, which the rows of {wanted.name!r} do not hold; "
             "download the data set's files (hf download --repo-type dataset) and read them with "
-            "stream_local",
+            "stream_local, or say where they lie by media_root=",
             key=key,
         )
     if not is_there:
         raise DataError(
             f"{kind} {path.name[:80]!r} does not exist; paths are relative to the folder "
-            f"{wanted.label!r}",
+            f"{wanted.label!r}: say where they start by media_root=",
             key=key,
         )
     if wanted.folder is not None and path.is_relative_to(wanted.folder):

@@ -10,9 +10,13 @@ from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.media.encoded import describe_source
 from gemma_tuner.sources.columns import Keywords
 from gemma_tuner.sources.examples import Outcome, is_in_bucket
-from gemma_tuner.sources.files import DataFile, LocalFile
+from gemma_tuner.sources.files import LocalFile
 from gemma_tuner.sources.filesets import FileSet, FileSetReader
-from gemma_tuner.sources.folders import Paths, find_files
+from gemma_tuner.sources.folders import Paths, find_files, list_below
+from gemma_tuner.sources.lines import DataFile
+from gemma_tuner.sources.media_places import MediaPlaces, check_media_root, list_tails
+
+_MAX_NAME_BYTES = 255  # of any file system
 
 
 class LocalSource:
@@ -25,20 +29,21 @@ class LocalSource:
         file_format: str | None = None,
         split: str | None = None,
         keywords: Keywords | None = None,
+        media_root: str | Path | None = None,
     ) -> None:
         self.found = find_files(paths, file_format)
         self.root = self.found.root
-        self._reader = FileSetReader(keywords or {}, split)
+        self._media_root = check_media_root(media_root)
+        self._reader = FileSetReader(keywords or {}, split, self._media_root)
+        self._places: MediaPlaces | None = None
 
     def read_identity(self) -> dict[str, Any]:
         """Return what decides the examples, as JSON: files, sizes, times, and the choices made."""
         files = []
-        for path in (*self.found.files, *self.found.captions):
+        for path in (*self.found.files, *self.found.captions.values()):
             try:
                 state = path.stat()
             except OSError as error:
-                if path in self.found.captions:
-                    continue  # the example of a missing caption says so
                 raise SourceError(
                     f"{path.name!r} cannot be read ({error.strerror}); check that it is there and "
                     "readable"
@@ -52,6 +57,7 @@ class LocalSource:
             "is_folder": self.found.is_folder,
             "split": self._reader.split,
             "keywords": dict(self._reader.keywords),
+            **({"media_root": str(self._media_root)} if self._media_root else {}),
         }
 
     def read_summary(self) -> dict[str, Any]:
@@ -61,10 +67,10 @@ class LocalSource:
     def __iter__(self) -> Iterator[tuple[str, Outcome]]:
         """Read every row."""
         found = self.found
-        captions: dict[str, DataFile] = {}
-        for path, caption in zip(found.files, found.captions, strict=bool(found.captions)):
-            if caption.is_file():
-                captions[self._name(path)] = self._open(caption)
+        self._places = None
+        captions: dict[str, DataFile] = {
+            self._name(path): self._open(text) for path, text in found.captions.items()
+        }
         notes = []
         if found.num_unread_texts:
             notes.append(f".txt files without media: {found.num_unread_texts:,}")
@@ -81,12 +87,22 @@ class LocalSource:
 
     def _locate(self, kind: str, source: str, folder: str | Path, key: str) -> str:
         """Check that a media file is there, and name it relative to the root; leave gs: URIs."""
+        if isinstance(folder, str):
+            source = folder + source
         if is_in_bucket(source, kind, key=key):
             return source
         path = Path(folder) / source
         # Behind a question mark may be a signature.
         name = describe_source(source.partition("?")[0], "image" if kind == "image" else "audio")
+        if len(path.name.partition("?")[0]) > _MAX_NAME_BYTES:
+            raise DataError(
+                f"its {kind} is text of {len(source):,} characters and no path; give base64 as "
+                '{"bytes": ...} or as a data: URI',
+                key=key,
+            )
         try:
+            if not path.is_file():
+                path = self._find_elsewhere(kind, source, key) or path
             num_bytes = path.stat().st_size if path.is_file() else None
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
             reason = getattr(error, "strerror", None) or type(error).__name__
@@ -95,14 +111,33 @@ class LocalSource:
                 key=key,
             ) from None
         if num_bytes is None:
+            start = "the folder of the data file" if self._media_root is None else "media_root="
             raise DataError(
-                f"{name} does not exist; paths are relative to the folder of the data "
-                f"file ({Path(folder).name!r})",
+                f"{name} does not exist; paths are relative to {start} "
+                f"({Path(folder).name!r}): say where they start by media_root=",
                 key=key,
             )
         if num_bytes == 0:
             raise DataError(f"{name} is empty (0 bytes); fetch it again", key=key)
         return _name_from(path, self.root)
+
+    def _find_elsewhere(self, kind: str, source: str, key: str) -> Path | None:
+        """Find a file by the end of its path, below media_root= or the folder that was given."""
+        found = None
+        if isinstance(self._media_root, Path):
+            tails = (self._media_root / tail for tail in list_tails(source))
+            found = next((path for path in tails if path.is_file()), None)
+        elif self.found.is_folder:
+            if self._places is None:
+                below = list_below(self.root)
+                self._places = MediaPlaces(
+                    path.relative_to(self.root).as_posix() for path in below
+                )
+            name = self._places.find(kind, source, key)
+            found = None if name is None else self.root / name
+        if found is not None:
+            self._reader.counts[f"{kind} files found by the end of their path"] += 1
+        return found
 
 
 def _name_from(path: Path, root: Path) -> str:

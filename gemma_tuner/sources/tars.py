@@ -34,8 +34,8 @@ from typing import Any, BinaryIO
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.modalities import MediaKind, kind_of_suffix
 from gemma_tuner.records import StoredObject
-from gemma_tuner.sources.files import DataFile
 from gemma_tuner.sources.json_text import describe_type, parse_json
+from gemma_tuner.sources.lines import DataFile, name_last
 
 PEEKED_SAMPLES = 100
 """How many samples of the first, middle and last tar decide which columns there are: to look into
@@ -78,8 +78,8 @@ class TarReader:
             stream = file.open()
         except OSError as error:
             raise SourceError(
-                f"{_last(file)!r} cannot be read ({error.strerror}); check that it is there and "
-                "readable"
+                f"{name_last(file)!r} cannot be read ({error.strerror}); check that it is "
+                "there and readable"
             ) from None
         number = 0
         with stream, closing(self._read_members(stream, file)) as members:
@@ -112,7 +112,7 @@ class TarReader:
         except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
             reason = str(error) if isinstance(error, tarfile.TarError) else type(error).__name__
             raise SourceError(
-                f"{_last(file)!r} is damaged or cut off {place} ({reason}); write or fetch it "
+                f"{name_last(file)!r} is damaged or cut off {place} ({reason}); write or fetch it "
                 "again"
             ) from None
 
@@ -192,9 +192,9 @@ def list_tar_columns(files: Sequence[DataFile]) -> list[str]:
 def _refuse_compressed(stream: BinaryIO, file: DataFile) -> None:
     if stream.read(6).startswith(_COMPRESSIONS):
         raise SourceError(
-            f"{_last(file)!r} is compressed, so that nothing in it can be found without unpacking "
-            "what comes before it; unpack it to a plain .tar (images and clips are compressed "
-            "already)"
+            f"{name_last(file)!r} is compressed, so that nothing in it can be found without "
+            "unpacking what comes before it; unpack it to a plain .tar (images and clips are "
+            "compressed already)"
         )
     stream.seek(0)
 
@@ -245,7 +245,3 @@ def _parse_fields(text: str, origin: str) -> dict[str, Any]:
             f"its .json is {describe_type(fields)} and not an object of columns", key=origin
         )
     return fields
-
-
-def _last(file: DataFile) -> str:
-    return file.name.rpartition("/")[2]

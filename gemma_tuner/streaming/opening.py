@@ -47,10 +47,10 @@ def stream_local(
     ``max_bad_fraction`` allows some: a file at hand is best mended.
 
     Args:
-        paths: A file (``.jsonl .json .csv .parquet .tar``), a glob, a folder, or a list of them;
-            :mod:`gemma_tuner.sources.folders` says what a folder means.
-        format: ``jsonl csv parquet webdataset captions``, for files of another name or mixed
-            folders.
+        paths: A file (``.jsonl .json .csv .tsv .parquet .arrow .tar .txt .md``), a glob, a
+            folder, or a list of them; :mod:`gemma_tuner.sources.folders` says what a folder means.
+        format: ``jsonl csv parquet arrow text webdataset captions transcripts kaldi``, for files
+            of another name or mixed folders.
         split: Keeps the rows whose column ``split`` has this value, or, where there is no such
             column, the files named by it. ``valid``, ``val`` and ``validation`` are one.
         **keywords: As :class:`StreamOptions`.
@@ -65,7 +65,13 @@ def stream_local(
     """
     options = StreamOptions.read(stream_local, keywords)
     _refuse_rows("paths", paths)
-    source = LocalSource(paths, file_format=format, split=split, keywords=options.columns)
+    source = LocalSource(
+        paths,
+        file_format=format,
+        split=split,
+        keywords=options.columns,
+        media_root=options.media_root,
+    )
     return _open_stream(options, source, _make_fetcher(options))
 
 
@@ -87,8 +93,7 @@ def stream_gcs(
             lines, CSV, Parquet (only the columns that are needed are read), webdataset tars, or
             a prefix of media with a ``manifest.jsonl`` or ``metadata.*`` that names them, or with
             a ``.txt`` beside each.
-        format: ``jsonl csv parquet webdataset captions``, for files of another name or mixed
-            prefixes.
+        format: As of :func:`stream_local`.
         split: Keeps the rows whose column ``split`` has this value, or the files named by it.
         **keywords: As :class:`StreamOptions`.
 
@@ -104,7 +109,14 @@ def stream_gcs(
     options = StreamOptions.read(stream_gcs, keywords)
     _refuse_rows("uris", uris)
     fetcher = _make_fetcher(options)
-    source = BucketSource(uris, fetcher, file_format=format, split=split, keywords=options.columns)
+    source = BucketSource(
+        uris,
+        fetcher,
+        file_format=format,
+        split=split,
+        keywords=options.columns,
+        media_root=options.media_root,
+    )
     return _open_stream(options, source, fetcher)
 
 
@@ -169,6 +181,7 @@ def stream_bigquery(
         destination=destination,
         split=split,
         keywords=options.columns,
+        media_root=options.media_root,
         client=bigquery_client,
         read_client=bigquery_read_client,
         total_timeout_seconds=options.fetch.total_timeout_seconds,
@@ -221,6 +234,7 @@ def stream_hub(
         streaming=streaming,
         max_rows=max_rows,
         keywords=options.columns,
+        media_root=options.media_root,
     )
     return _open_stream(options, source, _make_fetcher(options))
 

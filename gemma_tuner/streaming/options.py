@@ -39,6 +39,7 @@ class StreamKeywords(TypedDict, total=False):
     audio: Column
     id: Column
     ignore: Sequence[str]
+    media_root: str | Path | None
     seed: int
     shuffle: bool
     locality: Locality | None
@@ -73,6 +74,8 @@ class StreamOptions:
         audio: A clip, or a list of them.
         id: Keys of the rows. False numbers them (``train.jsonl:7``).
         ignore: Columns to leave out, whatever their names or values mean.
+        media_root: The folder, or the ``gs://`` prefix, that relative paths of media start from;
+            None is the folder of their data file.
         seed: Decides the order, with the epoch.
         shuffle: Whether the order is another in each epoch, or that of the rows.
         locality: "shard" shuffles whole files, and the rows within each, instead of all rows.
@@ -103,6 +106,7 @@ class StreamOptions:
     audio: Column = None
     id: Column = None
     ignore: Sequence[str] = ()
+    media_root: str | Path | None = None
     seed: int = 0
     shuffle: bool = True
     locality: Locality | None = None

@@ -31,6 +31,7 @@ class DatasetReport:
         columns: Column by the part that it plays.
         unused_columns: Columns that play no part.
         rows_by_split: Rows met in all by the value of the column ``split``; empty without one.
+        splits_left_out: Splits that lie beside these files and were not read; none was asked for.
         notes: What was defaulted, passed over or left out, with counts, and what reading cost.
         bad_rows: Rows that could not be read and are not among ``rows``.
         written: When the source was read, as ISO 8601 in UTC.
@@ -54,6 +55,7 @@ class DatasetReport:
     columns: Mapping[str, str]
     unused_columns: tuple[str, ...]
     rows_by_split: Mapping[str, int]
+    splits_left_out: tuple[str, ...]
     notes: tuple[str, ...]
     bad_rows: int
     written: str
@@ -191,6 +193,7 @@ def report_view(view: DatasetView, *, share: float, cache_bytes: int) -> Dataset
         columns=summary["columns"],
         unused_columns=tuple(summary["unused"]),
         rows_by_split=summary["splits"],
+        splits_left_out=tuple(summary.get("left_out", ())),
         notes=tuple(summary["notes"]),
         bad_rows=summary["bad_rows"],
         written=summary["written"],

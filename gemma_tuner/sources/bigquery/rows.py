@@ -105,8 +105,8 @@ def refuse_paths(kind: str, source: str, folder: str | Path, key: str) -> str:
     what = f"a {scheme[:12]}: URI" if is_uri else "a path"
     raise DataError(
         f"its {kind} is {what}, and media of BigQuery rows are gs:// URIs, ObjectRefs or bytes; "
-        "copy the file to a bucket and write its URI, such as by a query with "
-        "CONCAT('gs://bucket/', column)",
+        "copy the files to a bucket and say where their paths start by media_root=, or write "
+        "URIs, such as by a query with CONCAT('gs://bucket/', column)",
         key=key,
     )
 

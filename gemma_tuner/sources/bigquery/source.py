@@ -28,6 +28,7 @@ from gemma_tuner.sources.bigquery.rows import check_kinds, note_kinds, read_rows
 from gemma_tuner.sources.bigquery.spool import ReadRequest, close_parts, spool_table
 from gemma_tuner.sources.columns import Columns, Keywords
 from gemma_tuner.sources.examples import ExampleReader, Outcome
+from gemma_tuner.sources.media_places import check_media_root, start_at
 
 if TYPE_CHECKING:
     from google.cloud.bigquery import Client, TableReference
@@ -60,6 +61,7 @@ class BigQuerySource:
         destination: str | None = None,
         split: str | None = None,
         keywords: Keywords | None = None,
+        media_root: str | Path | None = None,
         client: Client | None = None,  # None makes both clients when they are first needed
         read_client: BigQueryReadClient | None = None,
         max_streams: int = 4,
@@ -76,6 +78,7 @@ class BigQuerySource:
         self._destination = destination
         self._split = split
         self._keywords: Keywords = keywords or {}
+        self._media_root = check_media_root(media_root)
         self.folder = folder
         self._client = client
         self._read_client = read_client
@@ -102,6 +105,7 @@ class BigQuerySource:
             "snapshot_time": snapshot.astimezone(datetime.UTC).isoformat() if snapshot else None,
             "split": self._split,
             "keywords": dict(self._keywords),
+            **({"media_root": str(self._media_root)} if self._media_root else {}),
             **given,
         }
 
@@ -129,7 +133,7 @@ class BigQuerySource:
                 # A temporary table has another name each time, and keys are to stay the same.
                 origin = parts.record.table if self._table or self._destination else "query"
                 rows = read_rows(opened, reader.columns, origin)
-                yield from reader.read(rows, refuse_paths)
+                yield from reader.read(rows, start_at(self._media_root, refuse_paths))
             finally:
                 close_parts(opened)
             self._summary = self._summarise(parts.record, reader)

@@ -47,13 +47,14 @@ def test_nothing_is_held_out_where_nothing_shall_be(tmp_path, held_out):
     assert (len(train), nothing) == (40, None)
 
 
-def test_files_named_as_mlx_names_them_are_splits(tmp_path):
+@pytest.mark.parametrize("held_out", ["valid", None])
+def test_files_named_as_mlx_names_them_are_splits(tmp_path, held_out):
     for name in ("train", "valid"):
         write_rows(tmp_path / f"{name}.jsonl", 10)
-    given = settings(tmp_path, str(tmp_path), prompt="q", response="a", held_out="valid")
-    train, held_out = open_streams(given, "text")
+    given = settings(tmp_path, str(tmp_path), prompt="q", response="a", held_out=held_out)
+    train, rest = open_streams(given, "text")
     assert {key.split()[0] for key in keys(train)} == {"train"}
-    assert {key.split()[0] for key in keys(held_out)} == {"valid"}
+    assert {key.split()[0] for key in keys(rest)} == {"valid"}
 
 
 def test_several_files_are_one_stream(tmp_path):

@@ -225,15 +225,15 @@ def test_a_bad_network_changes_no_row(server, make_source):
         ("gs://b/", {"file_format": "xml"}, ConfigError, "format='xml'"),
         ("gs://b/none/", {}, SourceError, "under that prefix"),
         ("gs://b/*.none", {}, SourceError, "matches that glob"),
-        ("gs://b/m/", {}, SourceError, r"folder 'm' holds 1 \.md"),
-        ("gs://b/m/x.md", {}, SourceError, "no known format"),
+        ("gs://b/m/", {}, SourceError, r"folder 'm' holds 1 \.log"),
+        ("gs://b/m/x.log", {}, SourceError, "no known format"),
         (["gs://b/a.csv", "gs://b/a.jsonl"], {}, SourceError, "different formats"),
         ("gs://b/z.tar.gz", {}, SourceError, "compressed tar"),
         ("gs://b/a.jsonl", {"keywords": {"prompt": "x"}}, SourceError, "names the column 'x'"),
     ],
 )
 def test_what_cannot_be_read_is_told(server, make_source, uris, how, error, words):
-    for name in ("a.csv", "m/x.md", "z.tar.gz"):
+    for name in ("a.csv", "m/x.log", "z.tar.gz"):
         server.put("b", name, b"x,y\n1,2\n")
     server.put("b", "a.jsonl", lines(pair()))
     with pytest.raises(error, match=words):

@@ -29,7 +29,7 @@ def names_of(found):
         (["a.parquet", "dataset_info.json", "state.json", ".b.jsonl", "_c.csv"], "parquet", None),
         (["a.jpg", "a.txt", "sub/b.wav", "sub/b.txt"], "captions", ["a.jpg", "sub/b.wav"]),
         (["b.tar", "a.tar", "notes.txt"], "webdataset", ["a.tar", "b.tar"]),
-        (["z.csv.gz", "sub-1/b.csv", "sub/a.csv"], "csv", ["sub/a.csv", "sub-1/b.csv"]),
+        (["z.doc.gz", "sub-1/b.csv", "sub/a.csv"], "csv", ["sub/a.csv", "sub-1/b.csv"]),
     ],
 )
 def test_a_folder_means_the_first_of_manifest_data_files_captions(
@@ -81,10 +81,10 @@ def test_two_formats_are_an_error_that_names_both_until_one_is_chosen(tmp_path):
 
 
 def test_format_reads_files_of_any_name(tmp_path):
-    plant(tmp_path, "dump.txt", "a.png", "a.txt", "b.jsonl")
-    with pytest.raises(SourceError, match=r"'dump\.txt' is of no known format"):
-        find_files(tmp_path / "dump.txt")
-    assert find_files(tmp_path / "dump.txt", "jsonl").format == "jsonl"
+    plant(tmp_path, "dump.log", "dump.txt", "a.png", "a.txt", "b.jsonl")
+    with pytest.raises(SourceError, match=r"'dump\.log' is of no known format"):
+        find_files(tmp_path / "dump.log")
+    assert find_files(tmp_path / "dump.log", "jsonl").format == "jsonl"
     found = find_files(tmp_path, "captions")
     assert names_of(found) == ["a.png"]
     assert found.num_unread_texts == 1
@@ -96,6 +96,7 @@ def test_format_reads_files_of_any_name(tmp_path):
         ("nothing/here.jsonl", None, SourceError, "no file, folder or match"),
         ("*.jsonl", None, SourceError, "no file, folder or match"),
         ([], None, SourceError, "no paths"),
+        ([{"text": "secret"}], None, ConfigError, "one is a dict;"),
         ("gs://bucket/a.jsonl", None, SourceError, "gs: URI"),
         (".", "xml", ConfigError, "format='xml'"),
         (".", None, SourceError, r"holds 1 \.md"),
