@@ -56,12 +56,14 @@ def decode_audio(
     *,
     key: str,
     sample_rate_hz: int | None = None,
+    is_blank: bool = False,
 ) -> np.ndarray:
     """Decode a clip to 16 kHz mono, the mean of its channels."""
     # WAV, FLAC, MP3 and OGG (Vorbis, Opus) among others, as libsndfile reads them. Samples beyond
     # ±1 in float data are kept: clipping them would distort. A clip cut short is refused where
     # its container says how long it is: WAV, AIFF, FLAC, OGG, and MP3 with a Xing or Info header;
     # other MP3s are heard as far as they have frames.
+    # A blank clip is silence as long as the header says; nothing is decoded.
     # source: A local path, encoded bytes, or samples ``[frames]`` or ``[frames, channels]``:
     # float, or integers of 8, 16 or 32 bits, which are scaled from full range to ±1.
     # Returns: Samples ``[frames]`` float32 at 16 kHz, contiguous; ``source`` itself where it is
@@ -73,18 +75,22 @@ def decode_audio(
     else:
         with open_encoded(source, key=key, kind="audio") as stream:
             _check_whole(stream, name, key)
-            mono, rate_hz = _read_stream(stream, name, key)
+            mono, rate_hz = _read_stream(stream, name, key, is_blank=is_blank)
         if sample_rate_hz not in (None, rate_hz):
             raise DataError(
                 f"{name} is recorded at {rate_hz} Hz, and {sample_rate_hz} Hz is given beside "
                 "it; leave sample_rate_hz out for encoded audio",
                 key=key,
             )
+    if is_blank:
+        return np.zeros(math.ceil(len(mono) * Fraction(SAMPLE_RATE_HZ, rate_hz)), np.float32)
     _check_samples(mono, rate_hz, name, key)
     return mono if rate_hz == SAMPLE_RATE_HZ else _resample(mono, rate_hz)
 
 
-def _read_stream(stream: BinaryIO, name: str, key: str) -> tuple[np.ndarray, int]:
+def _read_stream(
+    stream: BinaryIO, name: str, key: str, *, is_blank: bool
+) -> tuple[np.ndarray, int]:
     """Decode a stream to mono samples ``[frames]`` float32 and their rate."""
     try:
         with soundfile.SoundFile(declare_length(stream), mode="r") as file:
@@ -92,6 +98,8 @@ def _read_stream(stream: BinaryIO, name: str, key: str) -> tuple[np.ndarray, int
             num_frames = file.frames
             _check_length(num_frames, rate_hz, file.channels, name, key)
             mono = np.empty(num_frames, dtype=np.float32)
+            if is_blank:
+                return mono, rate_hz
             num_read = 0
             # In blocks, so that many channels are never in memory at full length. SoundFile.blocks
             # would hand out uninitialised memory where a file ends before its header says.

@@ -16,7 +16,6 @@ from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.storage.objects import StoreOptions
 from gemma_tuner.storage.stores import Stores
 from gemma_tuner.streaming.options import StreamKeywords, StreamOptions, spell_out
-from gemma_tuner.streaming.quarantine import Budget
 from gemma_tuner.streaming.spool import name_source, open_manifest
 from gemma_tuner.streaming.stream import ExampleStream
 from gemma_tuner.streaming.view import DatasetView
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from gemma_tuner.sources.bigquery.source import Client as BigQueryClient
 
 
-@spell_out(max_bad_fraction=0.0)
+@spell_out(max_bad_fraction=None)
 def stream_local(
     paths: Paths,
     *,
@@ -231,14 +230,16 @@ def _open_stream(
     discard: Callable[[], None] = lambda: None,
 ) -> ExampleStream:
     """Open the manifest of a source, after writing it where there is none that can be used."""
+    budget, budget_in_run = options.budgets
     manifest, quarantine = open_manifest(
         source,
         fetcher.stores,
         folder=options.folder,
-        budget=Budget(options.max_bad_fraction, options.max_consecutive_bad),
+        budget=budget,
         refresh=options.refresh,
         discard=discard,
     )
+    quarantine.budget = budget_in_run
     view = DatasetView(
         manifest,
         fetcher,
