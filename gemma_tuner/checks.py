@@ -6,11 +6,12 @@ import dataclasses
 import functools
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.habits import find_meaning
 
 T = TypeVar("T")
 
@@ -76,24 +77,27 @@ def suggest(
     return form.format(nearest[0]) if nearest else ""
 
 
+def explain_unknown(name: str, known: Collection[str], form: str = "did you mean {!r}?") -> str:
+    """Say what an unknown setting is here, by its meaning first; empty where nothing is near."""
+    return find_meaning(name, known, form) or suggest(name, known, form, cutoff=0.75)
+
+
 def name_nearest(kind: type[T]) -> type[T]:
     """Make a dataclass answer an unknown setting with the one that was meant."""
     # A decorator, to stand above ``@dataclass``. The class is the same one; its signature, fields
     # and ``repr`` stay as they are.
     create = kind.__init__
     known = [field.name for field in dataclasses.fields(kind) if field.init]  # pyright: ignore[reportArgumentType]
-    # ``lr`` is learning_rate and ``bs`` batch_size, as far from them as their letters are.
-    initials = {"".join(word[0] for word in name.split("_")): name for name in known}
 
     @functools.wraps(create)
     def create_from_known(self: T, *args: Any, **settings: Any) -> None:
         for name in settings:
             if name not in known:
-                meant = initials.get(name, name) if len(name) > 1 else name
-                # Low enough for PEFT's ``r`` to find ``rank``.
-                hint = suggest(meant, known, "did you mean {!r}? It", cutoff=0.4) or "it"
+                hint = explain_unknown(name, known, "did you mean {!r}?")
+                end = "? It" if hint.endswith("?") else ". It" if hint else "it"
                 raise ConfigError(
-                    f"{kind.__name__} has no setting {name!r}; {hint} has {', '.join(known)}"
+                    f"{kind.__name__} has no setting {name!r}; {hint.removesuffix('?')}{end} has "
+                    f"{', '.join(known)}"
                 )
         create(self, *args, **settings)
 

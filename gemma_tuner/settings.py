@@ -9,9 +9,10 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from gemma_tuner.checks import suggest
+from gemma_tuner.checks import explain_unknown
 from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.habits import translate_mlx
 
 Scalar: TypeAlias = str | int | float | bool | None
 Setting: TypeAlias = Scalar | list[Scalar]
@@ -32,7 +33,7 @@ _PATHS = {"cache_dir", "data", "from_adapter", "model", "out"}
 def read_settings(path: str | Path, known: Collection[str]) -> dict[str, Setting]:
     """Read settings; JSON is read too, as it is YAML."""
     path = Path(path)
-    content = parse_file(path)
+    content = translate_mlx(parse_file(path))
     if RECIPE in content and RECIPE not in known:
         command = shlex.join(["python", str(content[RECIPE]), "--config", str(path)])
         raise ConfigError(
@@ -171,7 +172,7 @@ def _pin_text(name: str, value: str) -> str:
 
 
 def _unknown(name: str, known: Collection[str], file_name: str) -> str:
-    hint = suggest(name, known, "did you mean {!r}?") or f"it can have {', '.join(sorted(known))}"
+    hint = explain_unknown(name, known) or f"it can have {', '.join(sorted(known))}"
     return f"the settings file {file_name!r} has an unknown setting {name!r}; {hint}"
 
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from gemma_tuner.cli.settings import PANELS, make_option, read_help
-from gemma_tuner.errors import GemmaTunerError
+from gemma_tuner.errors import ConfigError, GemmaTunerError
 from gemma_tuner.settings import expand_home
 
 _INTERRUPTED = 130  # 128 and SIGINT's number, as shells expect
@@ -80,6 +80,8 @@ def command(function: Callable[..., object]) -> Callable[..., None]:
         if not debug:  # what libraries tell their developers
             warnings.simplefilter("ignore", FutureWarning)
         with errors_explained(debug=debug, options=options):
+            if values.get("places") and list(values["data"].data or ()) != values["places"]:
+                raise ConfigError("data is given twice; give it once: DATA, or --data DATA")
             function(**values)
 
     keyword_only = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]

@@ -40,8 +40,10 @@ def config_option(groups: Iterable[type[Any]], *, is_explained: bool = True) -> 
                 use_as_defaults(context, path, groups, is_strict=not is_explained)
         return path
 
-    text = "Settings as YAML or JSON, by these names; flags win over it."
-    return typer.Option(is_eager=True, callback=read_config, metavar="FILE", help=text)
+    text = "Settings as YAML or JSON, by these names or mlx-lm's; flags win over it."
+    return typer.Option(
+        "--config", "-c", is_eager=True, callback=read_config, metavar="FILE", help=text
+    )
 
 
 def from_run(*groups: type[Any]) -> Callable[[typer.Context, Path | None], Path | None]:
@@ -70,6 +72,23 @@ def _read_trained(path: Path) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
+def use_places(context: typer.Context, places: list[str] | None) -> list[str] | None:
+    """Let what stands on the command line without a flag be ``--data``, above a file's."""
+    if places:
+        context.default_map = {**(context.default_map or {}), "data": places}
+    return places
+
+
+Places = Annotated[
+    list[str] | None,
+    typer.Argument(
+        is_eager=True,
+        callback=use_places,
+        metavar="[DATA]...",
+        help="The same as --data.",
+        show_default=False,
+    ),
+]
 Config = Annotated[Path | None, config_option(GROUPS)]
 Run = Annotated[
     Path | None,
@@ -151,7 +170,8 @@ def use_as_defaults(
             option = options[name]
             defaults[name] = [value] if option.multiple and not isinstance(value, list) else value
             _check(context, option, given, defaults[name], file)
-    context.default_map = {name: value for name, value in defaults.items() if name in wanted}
+    given = context.default_map or {}  # DATA without a flag, if it was read before
+    context.default_map = {**{n: v for n, v in defaults.items() if n in wanted}, **given}
 
 
 def _read_hints(groups: Iterable[type[Any]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import typer
 from gemma_tuner.cli.commands import command
 from gemma_tuner.cli.defaults import Run, find_settings
 from gemma_tuner.cli.opening import (
+    find_modality,
     load_with_adapter,
     make_collator,
     open_stream,
@@ -60,7 +61,7 @@ def evaluate(
     if run is not None and find_settings(run) is None and not data.data:
         raise ConfigError(
             f"{str(run)!r} does not say what it was trained on (a script or a recipe made it); "
-            "give what it is to be measured on with --data, and --modality where that is not text"
+            "give what it is to be measured on with --data"
         )
     if was_given(context, "data") and not was_given(context, "held_out"):
         split = data.split if was_given(context, "split") else None  # not the run's
@@ -69,6 +70,7 @@ def evaluate(
         stream = open_streams(data, model.modality)[1]
     if stream is None:
         raise ConfigError("nothing was held out; give data with --data, or --held-out")
+    model = find_modality(model, stream)
     gemma, processor = load_with_adapter(model, run)
     report = measure(
         gemma,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from gemma_tuner.cli import export, runs
+from gemma_tuner.cli.check import check
 from gemma_tuner.cli.commands import command
 from gemma_tuner.cli.evaluate import evaluate
 from gemma_tuner.cli.generate import generate
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": normalize_flag},
 )
-for function in (train, plan, preview, evaluate, generate):
+for function in (train, check, plan, preview, evaluate, generate):
     app.command()(function)
 app.add_typer(export.app, name="export")
 app.add_typer(runs.app, name="runs")

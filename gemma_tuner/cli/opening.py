@@ -23,6 +23,7 @@ from gemma_tuner.cli.settings import (
     ModelSettings,
     RowSettings,
     RunSettings,
+    list_media,
 )
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.lora_config import LoraConfig
@@ -59,11 +60,18 @@ def was_given(context: typer.Context, name: str) -> bool:
 
 
 def open_streams(
-    data: DataSettings, modality: Modality
+    data: DataSettings, modality: Modality | None
 ) -> tuple[ExampleStream, ExampleStream | None]:
     """Open what is trained on and what is held out."""
     held_out = data.held_out or (None if data.data else "test")
     return divide(partial(open_stream, data, modality), held_out, data.split)
+
+
+def find_modality(model: ModelSettings, *streams: ExampleStream | None) -> ModelSettings:
+    """Let the data say which towers a model needs; a modality that was given has narrowed it."""
+    kinds = sorted({kind for stream in streams if stream for kind in stream.media_kinds})
+    found = "multimodal" if len(kinds) > 1 else kinds[0] if kinds else "text"
+    return dataclasses.replace(model, modality=found)
 
 
 def divide(
@@ -80,13 +88,24 @@ def divide(
     return stream.split(fraction) if fraction else (stream, None)
 
 
-def open_stream(data: DataSettings, modality: Modality, split: str | None) -> ExampleStream:
-    """Open one stream of what ``--data`` names."""
+def open_stream(data: DataSettings, modality: Modality | None, split: str | None) -> ExampleStream:
+    """Open one stream of what ``--data`` names, without the media that a modality leaves out."""
+    from gemma_tuner.streaming.report import explain_absence
     from gemma_tuner.testing.samples import sample_data
 
     options = {**_pick(data, StreamOptions), **({"split": split} if split else {})}
-    stream = _open_places(list(data.data or ()) or [str(sample_data(modality))], options)
-    _check_media(stream, modality)
+    kinds = list_media(modality)
+    if modality is not None and data.data:
+        options = {**{kind: False for kind in ("image", "audio") if kind not in kinds}, **options}
+    places = list(data.data or ()) or [str(sample_data(modality or "text"))]
+    stream = _open_places(places, options)
+    if kinds and not stream.media_kinds:
+        raise explain_absence(stream.report().parts, kinds, f"modality is {modality!r}")
+    if modality is not None and (others := sorted(stream.media_kinds - set(kinds))):
+        raise ConfigError(
+            f"modality is {modality!r}, and rows hold {' and '.join(others)} too; leave modality "
+            f"out, or turn their column off: {', '.join(f'{kind}=False' for kind in others)}"
+        )
     return stream
 
 
@@ -120,17 +139,9 @@ def _open_places(places: list[str], options: dict[str, Any]) -> ExampleStream:
             return opening.stream_bigquery(names[0], **options)
 
 
-def _check_media(stream: ExampleStream, modality: Modality) -> None:
-    """Refuse data whose columns hold none of what the towers are loaded for."""
-    columns = stream.report().columns
-    wanted = ("image", "audio") if modality == "multimodal" else (modality,)
-    if modality == "text" or "messages" in columns or any(part in columns for part in wanted):
-        return
-    raise ConfigError(
-        f"modality is {modality!r}, and the data is read without {' or '.join(wanted)}: as "
-        f"{', '.join(f'{part} = {name!r}' for part, name in columns.items())}; name the column "
-        f"with {' or '.join(f'{part}=' for part in wanted)}, or choose modality='text'"
-    )
+def is_local(data: DataSettings) -> bool:
+    """Whether the data are files of this machine."""
+    return all(_kind_of(place) == "local" for place in data.data or ())
 
 
 def _kind_of(place: str) -> str:
@@ -259,15 +270,15 @@ def make_collator(settings: ModelSettings, rows: RowSettings, processor: Any) ->
     from gemma_tuner.collators.text import TextCollator
 
     kinds = {"text": TextCollator, "image": ImageCollator, "audio": AudioCollator}
-    kind = kinds.get(settings.modality, MultimodalCollator)
+    kind = kinds.get(settings.modality or "text", MultimodalCollator)
     train_on = "assistant" if rows.mask_prompt else "all"
     return kind(processor, **{**_pick(rows, kind), "train_on": train_on})
 
 
 def make_lora(adapter: AdapterSettings, model: ModelSettings, seed: int = 0) -> LoraConfig:
     """Say what of a model is trained."""
-    towers = {"image": ["vision"], "audio": ["audio"], "multimodal": ["vision", "audio"]}
-    targets = ["language", *towers.get(model.modality, [])]
+    towers = {"image": "vision", "audio": "audio"}
+    targets = ["language", *(towers[kind] for kind in list_media(model.modality))]
     layers = None if adapter.layers == -1 else adapter.layers
     given = {"targets": targets, **_pick(adapter, LoraConfig), "layers": layers, "seed": seed}
     return LoraConfig(**given)

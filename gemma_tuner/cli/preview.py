@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from gemma_tuner.cli.commands import command
-from gemma_tuner.cli.defaults import Config
-from gemma_tuner.cli.opening import make_collator, open_streams, read_processor, say
+from gemma_tuner.cli.defaults import Config, Places
+from gemma_tuner.cli.opening import find_modality, make_collator, open_streams, read_processor, say
 from gemma_tuner.cli.settings import DataSettings, ModelSettings, RowSettings
 from gemma_tuner.errors import ConfigError
 
@@ -16,6 +16,7 @@ from gemma_tuner.errors import ConfigError
 @command
 def preview(
     *,
+    places: Places = None,
     model: ModelSettings,
     data: DataSettings,
     rows: RowSettings,
@@ -36,6 +37,7 @@ def preview(
     from gemma_tuner.collators.preview import preview_row
 
     stream, held_out = open_streams(data, model.modality)
+    model = find_modality(model, stream, held_out)
     say(stream.report())
     say(f"held out: {len(held_out):,} rows" if held_out else "held out: nothing")
     if index >= len(stream):

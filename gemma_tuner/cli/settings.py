@@ -25,6 +25,8 @@ from docstring_parser import google
 
 from gemma_tuner.checks import split_union
 from gemma_tuner.collators.settings import CollatorSettings
+from gemma_tuner.habits import INSTEAD, SAME
+from gemma_tuner.modalities import MediaKind
 from gemma_tuner.models.lora_config import LoraConfig
 from gemma_tuner.settings import TINY
 from gemma_tuner.sources.columns import KEYWORDS
@@ -32,20 +34,17 @@ from gemma_tuner.streaming.options import StreamOptions
 from gemma_tuner.training.config import TrainConfig
 
 ALIASES = {
-    "fine-tune-type": "variant",
+    **{
+        theirs.replace("_", "-"): ours.replace("_", "-")
+        for theirs, ours in SAME.items()
+        if theirs not in ("grad_checkpoint", "max_tokens")  # flags of that name
+    },
+    "dataset-name": "data",
     "gradient-checkpointing": "grad-checkpoint",
     "no-gradient-checkpointing": "no-grad-checkpoint",
-    "iters": "max-steps",
-    "lr": "learning-rate",
-    "max-seq-length": "max-tokens",
-    "num-layers": "layers",
     "output-dir": "out",
-    "report-to": "trackers",
-    "save-every": "save-every-steps",
-    "steps": "max-steps",
     "thinking": "enable-thinking",
-    "steps-per-eval": "eval-every-steps",
-    "steps-per-report": "log-every-steps",
+    "train-file": "data",
 }
 """What else options may be called: as mlx-lm, transformers, the recipes or ``TrainConfig`` do."""
 
@@ -58,12 +57,23 @@ _METAVARS = {int: "N", float: "X", bool: "", Path: "FOLDER", tuple: "X X", Liter
 _MEMORY_FIELDS = ("gradient_checkpointing", "loss_chunk_tokens", "memory_gib", "feature_cache_gib")
 
 Modality = Literal["text", "image", "audio", "multimodal"]
+
+
+def list_media(modality: Modality | None) -> tuple[MediaKind, ...]:
+    """The kinds of media that a modality means beside text."""
+    if modality == "multimodal":
+        return ("image", "audio")
+    return () if modality in (None, "text") else (modality,)
+
+
 _Settings: Any = object  # a base, so that type checkers allow for the fields that are read
 _T = TypeVar("_T")
 
 
 def normalize_flag(name: str) -> str:
     """Call an option by its name here, as Typer's ``token_normalize_func``."""
+    if instead := INSTEAD.get(name.replace("-", "_")):
+        raise typer.BadParameter(f"there is no --{name}; {instead}")
     return ALIASES.get(name, name)
 
 
@@ -153,14 +163,15 @@ class ModelSettings:
     Args:
         model: A name on the Hugging Face Hub, a folder, or 'tiny': a small random model to try
             things out with.
-        modality: text, image, audio or multimodal.
+        modality: text, image, audio or multimodal; by default what the data holds. A narrower one
+            reads the data without the columns of other media.
         revision: Branch, tag or commit on the Hub.
         device: mps, cuda, cuda:N or cpu; by default what is there.
         dtype: bfloat16 or float32; by default what suits the device.
     """
 
     model: str = TINY
-    modality: Modality = "text"
+    modality: Modality | None = None
     revision: str | None = None
     device: str | None = None
     dtype: str | None = None
@@ -168,9 +179,7 @@ class ModelSettings:
     @property
     def modalities(self) -> tuple[Literal["text", "image", "audio"], ...]:
         """The parts of a model that are loaded."""
-        if self.modality == "multimodal":
-            return ("text", "image", "audio")
-        return ("text",) if self.modality == "text" else ("text", self.modality)
+        return ("text", *list_media(self.modality))
 
 
 def _panel_of_stream(field: Field[Any]) -> str:
@@ -194,7 +203,7 @@ class DataSettings(_Settings):
     split: str | None = None
     held_out: str | None = None
     seed: int = 0
-    max_bad_fraction = _Otherwise(shown="0.01; 0 of local files")
+    max_bad_fraction = _Otherwise(shown="0.01; 0 while local files are read")
 
 
 @options(_ROWS, CollatorSettings, but=("train_on",))

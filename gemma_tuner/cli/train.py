@@ -6,14 +6,15 @@ import shlex
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma_tuner.cli.commands import command
-from gemma_tuner.cli.defaults import Config, list_forgotten, list_settings
+from gemma_tuner.cli.defaults import Config, Places, list_forgotten, list_settings
 from gemma_tuner.cli.opening import (
     choose_length,
+    find_modality,
     fit,
     load,
     load_with_adapter,
@@ -47,12 +48,16 @@ _NUM_SAMPLES = 4
 def train(
     *,
     context: typer.Context,
+    places: Places = None,
     model: ModelSettings,
     data: DataSettings,
     rows: RowSettings,
     adapter: AdapterSettings,
     run: RunSettings,
     config: Config = None,
+    is_train: Annotated[
+        bool, typer.Option("--train", hidden=True, help="As mlx-lm has it; it changes nothing.")
+    ] = True,
 ) -> None:
     """Fine-tune a model on your data.
 
@@ -78,6 +83,7 @@ def train(
     elif config is None:
         _check_remembered(context, run.out, settings)
     stream, held_out = open_streams(data, model.modality)
+    model = find_modality(model, stream, held_out)
     say(stream.report())
     if run.from_adapter is None:
         gemma, processor = load(model)

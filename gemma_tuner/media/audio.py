@@ -73,12 +73,14 @@ def decode_audio(
     sample_rate_hz: int | None = None,
     start_seconds: float | None = None,
     duration_seconds: float | None = None,
+    is_blank: bool = False,
 ) -> np.ndarray:
     """Decode a clip, or a segment of it, to 16 kHz mono; 5.1 sound is mixed as ITU says."""
     # WAV, FLAC, MP3 and OGG (Vorbis, Opus) among others, as libsndfile reads them. Samples beyond
     # ±1 in float data are kept: clipping them would distort. A clip cut short is refused where
     # its container says how long it is: WAV, AIFF, FLAC, OGG, and MP3 with a Xing or Info header;
     # other MP3s are heard as far as they have frames.
+    # A blank clip is silence as long as the header says; nothing is decoded.
     # source: A local path, encoded bytes, or samples ``[frames]`` or ``[frames, channels]``:
     # float, or integers of 8, 16 or 32 bits, which are scaled from full range to ±1.
     # Returns: Samples ``[frames]`` float32 at 16 kHz, contiguous; ``source`` itself where it is
@@ -95,7 +97,7 @@ def decode_audio(
             container = name_container(stream)
             if container is None:
                 _check_whole(stream, name, key)
-                mono, rate_hz = _read_stream(stream, segment, name, key)
+                mono, rate_hz = _read_stream(stream, segment, name, key, is_blank=is_blank)
             else:
                 mono, rate_hz = read_container(stream, container, name, key, MAX_FRAMES)
                 if duration_seconds is not None:
@@ -107,12 +109,19 @@ def decode_audio(
                 "it; leave sample_rate_hz out for encoded audio",
                 key=key,
             )
+    if is_blank:
+        return np.zeros(math.ceil(len(mono) * Fraction(SAMPLE_RATE_HZ, rate_hz)), np.float32)
     _check_samples(mono, rate_hz, name, key)
     return mono if rate_hz == SAMPLE_RATE_HZ else _resample(mono, rate_hz)
 
 
 def _read_stream(
-    stream: BinaryIO, segment: tuple[float | None, float | None], name: str, key: str
+    stream: BinaryIO,
+    segment: tuple[float | None, float | None],
+    name: str,
+    key: str,
+    *,
+    is_blank: bool,
 ) -> tuple[np.ndarray, int]:
     """Decode a stream to mono samples ``[frames]`` float32 and their rate."""
     try:
@@ -128,6 +137,8 @@ def _read_stream(
             if chosen.start:
                 file.seek(chosen.start)
             mono = np.empty(num_frames, dtype=np.float32)
+            if is_blank:
+                return mono, rate_hz
             num_read = 0
             shares = _SHARES_OF_5_1.get(file.format, ()) if file.channels == 6 else ()
             weights = np.array(shares, np.float32) / (sum(shares) or 1)

@@ -53,6 +53,7 @@ _BOMBS = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
 # EXIF orientation -> what turns the stored pixels upright; 1 is upright.
 # Source: CIPA DC-008 (EXIF 2.32), tag 0x0112.
 _ORIENTATION_TAG = 0x0112
+_SIDEWAYS = range(5, 9)
 _TRANSPOSITIONS = {
     2: PIL.Image.Transpose.FLIP_LEFT_RIGHT,
     3: PIL.Image.Transpose.ROTATE_180,
@@ -69,23 +70,25 @@ def decode_image(
     *,
     key: str,
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    is_blank: bool = False,
 ) -> PIL.Image.Image:
     """Decode an image to upright RGB."""
     # Transparency is laid on white. Greyscale of more than 8 bits is scaled, not clipped: 16-bit
     # images over their whole range; 32-bit and float images, whose files do not say what white
     # is, to the least of 1 (float only), 255, 65,535 and 2³¹-1 that none of their pixels exceeds.
-    # A damaged EXIF block is logged and the image taken as upright.
+    # A damaged EXIF block is logged and the image taken as upright. A blank image is of the size
+    # that the header says, and its pixels are not read.
     name = describe_source(source, "image")
     try:
         if isinstance(source, PIL.Image.Image):
-            return _finish(source, name, key, max_pixels)
+            return _finish(source, name, key, max_pixels, is_blank=is_blank)
         with open_encoded(source, key=key, kind="image") as stream:
             _register_heif(stream, name, key)
             # Pillow imports its format plugins on demand: all of them must be known to choose.
             PIL.Image.init()
             formats = [known for known in _FORMATS if known in PIL.Image.OPEN]
             with PIL.Image.open(stream, formats=formats) as image:
-                return _finish(image, name, key, max_pixels)
+                return _finish(image, name, key, max_pixels, is_blank=is_blank)
     except DataError:
         raise
     except PIL.UnidentifiedImageError:
@@ -125,7 +128,9 @@ def _register_heif(stream: BinaryIO, name: str, key: str) -> None:
     pillow_heif.register_heif_opener()
 
 
-def _finish(image: PIL.Image.Image, name: str, key: str, max_pixels: int) -> PIL.Image.Image:
+def _finish(
+    image: PIL.Image.Image, name: str, key: str, max_pixels: int, *, is_blank: bool
+) -> PIL.Image.Image:
     """Check the size in the header, then load, turn upright and convert."""
     width, height = image.size
     if width * height == 0:
@@ -136,6 +141,9 @@ def _finish(image: PIL.Image.Image, name: str, key: str, max_pixels: int) -> PIL
             f"{max_pixels:,}; make it smaller",
             key=key,
         )
+    if is_blank:
+        is_sideways = _read_orientation(image, key) in _SIDEWAYS
+        return PIL.Image.new("RGB", (height, width) if is_sideways else (width, height))
     image.load()  # TIFF turns itself upright here, and PNG may carry EXIF after its pixels
     transposition = _TRANSPOSITIONS.get(_read_orientation(image, key))
     is_file = isinstance(image, PIL.ImageFile.ImageFile)

@@ -12,15 +12,15 @@ from gemma_tuner.media.pinned import check_pinned
 from gemma_tuner.records import Audio, Example, Image, PinnedFile
 
 
-def load_media(example: Example, *, root: Path | None = None) -> Example:
-    """Replace every image and clip of an example by its decoded form."""
+def load_media(example: Example, *, root: Path | None = None, is_blank: bool = False) -> Example:
+    """Replace every image and clip of an example by its decoded form, or by a blank as large."""
     # Returns: The example with upright RGB images and 16 kHz mono float32 samples in place; the
     # same object where there is nothing to decode, so calling it twice costs nothing.
 
     def load(part: Image | Audio) -> Image | Audio:
         source = _resolve(part.source, root, example.key)
         if isinstance(part, Image):
-            image = decode_image(source, key=example.key)
+            image = decode_image(source, key=example.key, is_blank=is_blank)
             return part if image is part.source else Image(image)
         samples = decode_audio(
             source,
@@ -28,6 +28,7 @@ def load_media(example: Example, *, root: Path | None = None) -> Example:
             sample_rate_hz=part.sample_rate_hz,
             start_seconds=part.start_seconds,
             duration_seconds=part.duration_seconds,
+            is_blank=is_blank,
         )
         is_same = samples is part.source and part.duration_seconds is None
         return part if is_same else Audio(samples, SAMPLE_RATE_HZ)

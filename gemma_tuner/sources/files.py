@@ -147,7 +147,7 @@ def read_rows(
 def peek_columns(
     file: DataFile, file_format: Format, columns: Mapping[str, int]
 ) -> Iterator[tuple[str, Any]]:
-    """Read the first values that are not null, so many of each, of what :func:`read_rows` skips."""
+    """Read the first values of columns that rows leave out, so many of each and no nulls."""
     if file_format == "parquet":
         with _open_parquet(file, ahead=False) as table:
             for field in table.schema_arrow:

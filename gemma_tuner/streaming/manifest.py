@@ -29,7 +29,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from itertools import accumulate
 from pathlib import Path
@@ -37,11 +37,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow
+import pyarrow.compute
 import pyarrow.ipc
 
 from gemma_tuner.disk import disk_errors_explained, replaced
 from gemma_tuner.errors import DataError, SourceError
-from gemma_tuner.modalities import kind_of
+from gemma_tuner.modalities import MediaKind, kind_of
 from gemma_tuner.records import Audio, Example, Image, Part, PinnedFile, StoredObject, Text, Turn
 from gemma_tuner.sources.examples import Outcome
 
@@ -146,6 +147,21 @@ class Manifest:
             for turn in document.get("turns", ())
         )
         return Example(key, turns, document.get("document"), tuple(document.get("tools", ())))
+
+    def find_media(self, kind: MediaKind, rows: Sequence[int] | np.ndarray) -> int | None:
+        """Find the first of some rows, ascending, that holds this kind of media."""
+        wanted = np.asarray(rows)
+        for index, start in enumerate(self._starts[:-1]):
+            payloads = self._open_batch(index).column("payload")
+            # In JSON no text holds this, its quotes escaped; a tool's declaration may.
+            mask = pyarrow.compute.match_substring(payloads, f'["{kind}",')  # pyright: ignore[reportAttributeAccessIssue]
+            first, end = np.searchsorted(wanted, [start, start + len(payloads)])
+            found = np.flatnonzero(mask.to_numpy(zero_copy_only=False)) + start
+            for row in np.intersect1d(found, wanted[first:end]).tolist():
+                if any(kind_of(part) == kind for part in self.read_example(row).media):
+                    return row
+            self._forget_pages()
+        return None
 
     def _read(self, row: int, *columns: str) -> list[Any]:
         index = bisect.bisect_right(self._starts, row) - 1

@@ -19,7 +19,6 @@ from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.storage.objects import StoreOptions
 from gemma_tuner.storage.stores import Stores
 from gemma_tuner.streaming.options import StreamKeywords, StreamOptions, spell_out
-from gemma_tuner.streaming.quarantine import Budget
 from gemma_tuner.streaming.spool import name_source, open_manifest
 from gemma_tuner.streaming.stream import ExampleStream
 from gemma_tuner.streaming.view import DatasetView
@@ -32,7 +31,7 @@ Rows = Iterable[Mapping[str, Any] | Example] | Any
 """Rows in memory; tables and data sets are of libraries that need not be there."""
 
 
-@spell_out(max_bad_fraction=0.0)
+@spell_out(max_bad_fraction=None)
 def stream_local(
     paths: Paths,
     *,
@@ -297,14 +296,16 @@ def _open_stream(
     discard: Callable[[], None] = lambda: None,
 ) -> ExampleStream:
     """Open the manifest of a source, after writing it where there is none that can be used."""
+    budget, budget_in_run = options.budgets
     manifest, quarantine = open_manifest(
         source,
         fetcher.stores,
         folder=options.folder,
-        budget=Budget(options.max_bad_fraction, options.max_consecutive_bad),
+        budget=budget,
         refresh=options.refresh,
         discard=discard,
     )
+    quarantine.budget = budget_in_run
     view = DatasetView(
         manifest,
         fetcher,

@@ -9,10 +9,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
-from gemma_tuner.checks import check_fields, suggest
+from gemma_tuner.checks import check_fields, explain_unknown
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.sources.columns import KEYWORDS, Keywords, read_ignored
 from gemma_tuner.storage.config import FetchConfig
+from gemma_tuner.streaming.quarantine import Budget
 
 if TYPE_CHECKING:
     from gemma_tuner.storage.gcs import storage
@@ -43,7 +44,7 @@ class StreamKeywords(TypedDict, total=False):
     seed: int
     shuffle: bool
     locality: Locality | None
-    max_bad_fraction: float
+    max_bad_fraction: float | None
     max_consecutive_bad: int
     refresh: bool
     cache_dir: str | Path | None
@@ -80,7 +81,8 @@ class StreamOptions:
         shuffle: Whether the order is another in each epoch, or that of the rows.
         locality: "shard" shuffles whole files, and the rows within each, instead of all rows.
         max_bad_fraction: How much of an epoch's rows may be unusable: they are skipped, noted in
-            the quarantine and counted. 0 raises the first as DataError.
+            the quarantine and counted. 0 raises the first as DataError. None, for local files: 0
+            while they are read, which are best mended, and 0.01 of what a run then meets.
         max_consecutive_bad: How many unusable rows may follow each other.
         refresh: Read the source again, even if there is a manifest of it, and take images and
             clips as they are now; a run that was begun with other rows does not continue.
@@ -110,7 +112,7 @@ class StreamOptions:
     seed: int = 0
     shuffle: bool = True
     locality: Locality | None = None
-    max_bad_fraction: float = 0.01  # how large both may be, says Budget
+    max_bad_fraction: float | None = 0.01  # how large both may be, says Budget
     max_consecutive_bad: int = 100
     refresh: bool = False
     cache_dir: str | Path | None = None
@@ -121,6 +123,14 @@ class StreamOptions:
         check_fields(self)
         if not all(isinstance(name, str) for name in self.ignore):
             raise ConfigError("ignore= holds what is no text; give names of columns")
+
+    @property
+    def budgets(self) -> tuple[Budget, Budget]:
+        """How much may be bad as the source is read, and in a run."""
+        given, most = self.max_bad_fraction, self.max_consecutive_bad
+        if given is None:
+            return Budget(0.0, most), Budget(0.01, most)
+        return Budget(given, most), Budget(given, most)
 
     @classmethod
     def read(cls, function: Callable[..., Any], keywords: Mapping[str, Any]) -> StreamOptions:
@@ -140,7 +150,7 @@ class StreamOptions:
         known = [option.name for option in fields(cls)]
         for name in keywords:
             if name not in known:
-                hint = suggest(name, known, "did you mean {}=?", cutoff=0.5)
+                hint = explain_unknown(name, known, "did you mean {}=?")
                 hint = hint or f"it takes {', '.join(known)}"
                 raise ConfigError(f"{function.__name__}() takes no {name}=; {hint}")
         return cls(**{name: keywords.get(name, parameters[name].default) for name in known})

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_tuner.display import ACCENT, element, escape, make_bar, make_card, show_bytes
+from gemma_tuner.errors import ConfigError
 from gemma_tuner.records import Audio, Example, Part, PinnedFile, StoredObject, Text, write_html
 
 if TYPE_CHECKING:
@@ -206,6 +207,21 @@ def report_view(view: DatasetView, *, share: float, cache_bytes: int) -> Dataset
         seed=view.seed,
         shuffle=view.shuffle,
         fetched=view.fetcher.counts,
+    )
+
+
+def explain_absence(
+    parts: Sequence[DatasetReport], kinds: Collection[str], what: str
+) -> ConfigError:
+    """Make the error for data of which no row holds the media that something is for."""
+    columns = ", ".join(
+        f"{part} = {name!r}" for report in parts for part, name in report.columns.items()
+    )
+    return ConfigError(
+        f"{what}, and the data is read without {' or '.join(kinds)}"
+        f"{f': as {columns}' if columns else ''}; name the column with "
+        f"{' or '.join(f'{kind}=' for kind in kinds)}, or train on text alone: modality='text', "
+        "TextCollator, no targets in a tower"
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from gemma_tuner.checks import is_number, is_whole_number
 from gemma_tuner.errors import ConfigError, DataError, GemmaTunerError
+from gemma_tuner.modalities import MediaKind
 from gemma_tuner.records import Example
 from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.streaming.order import Interleave
@@ -93,6 +94,16 @@ class ExampleStream:
         """Examples that this object passed over because they could not be used."""
         return self._num_passed_over
 
+    @property
+    def media_kinds(self) -> frozenset[MediaKind]:
+        """The kinds of media that its rows hold."""
+        return frozenset().union(*(view.media_kinds for view in self.views))
+
+    @property
+    def num_allowed_bad(self) -> int:
+        """Rows of an epoch that may be unusable."""
+        return sum(view.quarantine.budget.count_allowed(len(view)) for view in self.views)
+
     def __len__(self) -> int:
         return sum(map(len, self.views))
 
@@ -111,6 +122,27 @@ class ExampleStream:
         """
         slot = self._find(index)
         return slot.view.load(slot.row)
+
+    def find_row(self, index: int) -> tuple[int, DatasetView, int]:
+        """Find a row as it stands in the sources, which follow each other.
+
+        Args:
+            index: As for ``stream[index]``.
+
+        Returns:
+            The number of its data set, that, and the row there.
+
+        Raises:
+            IndexError: There is no such row.
+        """
+        place = operator.index(index)
+        if -len(self) <= place < len(self):
+            place %= len(self)
+            for number, view in enumerate(self.views):
+                if place < len(view):
+                    return number, view, int(view.rows[place])
+                place -= len(view)
+        raise IndexError(f"row {index} of a stream of {len(self)} rows")
 
     def read_rows(self, indices: Iterable[int]) -> Iterator[Example | None]:
         """Read rows as they stand in the source, ahead and in threads; counts as nothing.
@@ -386,16 +418,7 @@ class ExampleStream:
         return Slot(index, view, int(view.rows[view.orders[turn]]))
 
     def _find(self, index: int) -> Slot:
-        """Find a row as it stands in the sources, which follow each other."""
-        place = operator.index(index)
-        if not -len(self) <= place < len(self):
-            raise IndexError(f"row {place} of a stream of {len(self)} rows")
-        place %= len(self)
-        for number, view in enumerate(self.views):
-            if place < len(view):
-                return Slot(number, view, int(view.rows[place]))
-            place -= len(view)
-        raise IndexError(f"row {index} of a stream of {len(self)} rows")
+        return Slot(*self.find_row(index))
 
     def _next_slot(self) -> int:
         """The first slot of this shard that the whole has not come to."""

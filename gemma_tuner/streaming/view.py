@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Self
 
 import numpy as np
 
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.media.load import load_media
+from gemma_tuner.modalities import MEDIA, MediaKind
 from gemma_tuner.records import Example
 from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.streaming.manifest import Manifest, hash_keys, list_stored
@@ -89,6 +90,15 @@ class DatasetView:
             subset = f"{self.subset}, split {fraction:g} {name}"
             sides.append(replace(self, rows=chosen, subset=subset, num_splits=self.num_splits + 1))
         return sides[0], sides[1]
+
+    @cached_property
+    def media_kinds(self) -> frozenset[MediaKind]:
+        """The kinds of media that its rows hold."""
+        return frozenset(
+            medium.modality
+            for medium in MEDIA
+            if self.manifest.find_media(medium.modality, self.rows) is not None
+        )
 
     # --- one row ------------------------------------------------------------------------------
 

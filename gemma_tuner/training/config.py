@@ -67,6 +67,8 @@ class TrainConfig:
         feature_cache_gib: What frozen towers make of images and audio is kept in the machine's
             memory up to so many GiB and used again in later epochs. A resumed run computes it
             again, and is then equal within float rounding, not bit for bit.
+        check_seconds: Before the first step, all rows are looked at for at most so long: their
+            lengths, the headers of their media, what the collator refuses; 0 does not.
         log_every_steps: Optimizer steps between two log records; each costs one device sync. The
             first step and the last are logged in any case.
         eval_every_steps: Optimizer steps between two measurements of the held-out loss. It is
@@ -105,6 +107,7 @@ class TrainConfig:
     loss_chunk_tokens: int | None = field(default=None, metadata=_FREE_COUNT)
     memory_gib: float | None = field(default=None, metadata=bounds(above=0) | FREE_ON_RESUME)
     feature_cache_gib: float = field(default=0.0, metadata=bounds(at_least=0) | FREE_ON_RESUME)
+    check_seconds: float = field(default=20.0, metadata=bounds(at_least=0) | FREE_ON_RESUME)
     log_every_steps: int = field(default=10, metadata=_FREE_COUNT)
     eval_every_steps: int | None = field(default=None, metadata=_FREE_COUNT)
     save_every_steps: int | None = field(default=100, metadata=_FREE_COUNT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gemma_tuner.collators.preview import Preview, preview_row
-from gemma_tuner.errors import CheckpointError, ConfigError
+from gemma_tuner.errors import CheckpointError, ConfigError, DataError
 from gemma_tuner.models.adapter_files import save_adapter
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.loss import Loss, target_loss_sum
@@ -20,8 +22,9 @@ from gemma_tuner.models.modes import begin_training, end_training
 from gemma_tuner.models.target_only import target_only_of
 from gemma_tuner.planning.plan import Plan
 from gemma_tuner.training.adapters import list_trainable, note_collator
-from gemma_tuner.training.checks import check_collator, check_kinds
+from gemma_tuner.training.checks import check_collator, check_kinds, explain_resuming
 from gemma_tuner.training.config import TrainConfig
+from gemma_tuner.training.data_check import DataCheck, check_run
 from gemma_tuner.training.feed import (
     ModelCollator,
     Prefetch,
@@ -191,6 +194,23 @@ class Trainer:
         """
         return preview_row(self.collator([self.stream[index]]), self.collator.tokenizer)
 
+    def check(self, seconds: float | None = None) -> DataCheck:
+        """Look at every row as :meth:`fit` looks at them before its first step.
+
+        Each row is collated, with its media as large as their headers say; a few are decoded.
+        Nothing is downloaded or counted, and the stream stays where it is.
+
+        Args:
+            seconds: When to end, with what was seen so far; by default all rows are looked at.
+
+        Returns:
+            Lengths, what the collator would cut, and every row that cannot be used; ``print`` it.
+
+        Raises:
+            ConfigError: Data without the media that collator or adapters are for, or with others.
+        """
+        return self._check(math.inf if seconds is None else seconds)
+
     def fit(self, *, resume: bool = False) -> FitResult:
         """Train until the configured end, or until SIGINT or SIGTERM.
 
@@ -235,9 +255,18 @@ class Trainer:
         ):
             try:
                 self._tell_beginning(reports)
+                if self.step == 0:
+                    found = self._check(self.config.check_seconds, stop)
+                    found.refuse_beyond_budget()
+                    if self.config.check_seconds and found.is_remarkable:
+                        reports.event(0, "checked", found.summary)
                 stopped_by = self._run(feed, stop, reports)
             except CheckpointError:
                 raise  # saving is what failed
+            except DataError as error:
+                self._save_checkpoint(reports)
+                explained = explain_resuming(error, self.step, len(self.stream))
+                raise explained from error.__cause__
             except Exception:  # whatever it was, the steps before it are whole
                 self._save_checkpoint(reports)
                 raise
@@ -345,6 +374,16 @@ class Trainer:
             num_slots=self.run_state.remaining_slots,
             process_index=self.processes.index,
             num_processes=self.processes.count,
+        )
+
+    def _check(self, seconds: float, stop: StopRequest | None = None) -> DataCheck:
+        end = time.monotonic() + seconds
+        return check_run(
+            self.model,
+            self.stream,
+            self.collator,
+            shard=(self.processes.index, self.processes.count),
+            is_over=lambda: time.monotonic() >= end or bool(stop and stop.reason),
         )
 
     # --- what is reported and measured on the way ---------------------------------------------

@@ -71,6 +71,7 @@ def build_trainer(
         "gradient_accumulation": 2,
         "learning_rate": 1e-2,
         "log_every_steps": 1,
+        "check_seconds": 0,  # rows that are bad are to be met on the way
         "gradient_checkpointing": False,
         "progress": False,
         "output_dir": folder / "run",

@@ -219,10 +219,10 @@ QUICK = [
 # Told once a model is there.
 SLOW = [
     Mistake(
-        "pictures for a text run",
-        (*TRAIN, "pictures.jsonl"),
-        "it holds image, which TextCollator does not take",
-        r"load the model with that modality.*--modality",
+        "pictures in messages for a text run",
+        (*TRAIN, "seen.jsonl", "--modality", "text"),
+        "modality is 'text', and rows hold image too",
+        r"leave modality out, or turn their column off: image=False.*--image",
     ),
     Mistake(
         "a target that is not there",
@@ -349,6 +349,10 @@ def write_files():
         "pictures.jsonl",
         [{"prompt": "?", "response": "!", "image": "a.png", "id": f"row {i}"} for i in range(8)],
     )
+    shown = [{"type": "image", "image": "a.png"}, {"type": "text", "text": "?"}]
+    asked = {"role": "user", "content": shown}
+    seen = {"messages": [asked, {"role": "assistant", "content": "!"}]}
+    write_rows("seen.jsonl", [{**seen, "id": f"row {i}"} for i in range(20)])
     PIL.Image.new("RGB", (48, 48)).save("a.png")
     for name, text in (
         ("misspelt", "learning_rat: 1"),

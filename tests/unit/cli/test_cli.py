@@ -30,7 +30,7 @@ def run(*arguments, code=COMMAND, **variables):
 
 COMMANDS = [
     [],
-    *[[name] for name in ("train", "plan", "preview", "evaluate", "generate", "watch")],
+    *[[name] for name in ("train", "check", "plan", "preview", "evaluate", "generate", "watch")],
     *[[name] for name in ("quarantine", "doctor", "export", "runs")],
     *[["export", name] for name in ("adapter", "merged", "mlx", "gguf")],
     *[["runs", name] for name in ("list", "show", "compare")],
@@ -114,6 +114,8 @@ def test_every_option_and_argument_of_every_command_says_what_it_is():
         (("train", "--learning-rat", "1"), "--learning-rate"),
         (("train", "--modality", "video"), "'multimodal'"),
         (("evaluate", "--scores", "wer"), "--score"),
+        (("train", "--optimizer", "sgd"), "there is no --optimizer; AdamW trains"),
+        (("train", "--warmup-ratio", "0.1"), "warmup_steps"),
     ],
 )
 def test_what_was_meant_is_named_and_the_status_is_2(arguments, meant):

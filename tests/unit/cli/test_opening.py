@@ -3,9 +3,16 @@
 import json
 from functools import partial
 
+import PIL.Image
 import pytest
 
-from gemma_tuner.cli.opening import make_collator, make_lora, open_stream, open_streams
+from gemma_tuner.cli.opening import (
+    find_modality,
+    make_collator,
+    make_lora,
+    open_stream,
+    open_streams,
+)
 from gemma_tuner.cli.settings import AdapterSettings, DataSettings, ModelSettings, RowSettings
 from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.streaming import opening
@@ -69,6 +76,57 @@ def test_several_files_are_one_stream(tmp_path):
 def test_every_modality_has_samples(tmp_path, modality):
     train, held_out = open_streams(settings(tmp_path), modality)
     assert len(train) > len(held_out) > 0
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "audio", "multimodal"])
+def test_the_modality_is_that_of_the_data(tmp_path, kind):
+    given = settings(tmp_path, str(sample_data(kind)))
+    streams = open_streams(given, None)
+    model = find_modality(ModelSettings(), *streams)
+    assert model.modality == kind
+    assert len(model.modalities) == {"text": 1, "multimodal": 3}.get(kind, 2)
+
+
+def write_seen(folder):
+    for i in range(20):
+        PIL.Image.new("RGB", (48, 48)).save(folder / f"{i}.png")
+    rows = [{"prompt": f"{i}?", "response": "yes", "image": f"{i}.png"} for i in range(20)]
+    (folder / "seen.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = [{"type": "image", "image": "0.png"}, {"type": "text", "text": "?"}]
+    turns = [{"role": "user", "content": shown}, {"role": "assistant", "content": "!"}]
+    (folder / "chat.jsonl").write_text(
+        "".join(json.dumps({"messages": turns}) + "\n" * 1 for _ in range(9))
+    )
+
+
+@pytest.mark.parametrize(
+    ("modality", "kinds", "says"),
+    [
+        (None, {"image"}, None),
+        ("image", {"image"}, None),
+        ("multimodal", {"image"}, None),
+        ("text", set(), None),
+        ("audio", None, "read without audio"),
+    ],
+)
+def test_a_modality_only_narrows_what_the_data_holds(tmp_path, modality, kinds, says):
+    write_seen(tmp_path)
+    given = settings(tmp_path, str(tmp_path / "seen.jsonl"))
+    if says:
+        with pytest.raises(ConfigError, match=says):
+            open_stream(given, modality, None)
+    else:
+        stream = open_stream(given, modality, None)
+        assert stream.media_kinds == kinds
+        assert find_modality(ModelSettings(modality=modality), stream).modality == (
+            "image" if kinds else "text"
+        )
+
+
+def test_media_in_messages_cannot_be_narrowed_away(tmp_path):
+    write_seen(tmp_path)
+    with pytest.raises(ConfigError, match=r"modality is 'text', and rows hold image too"):
+        open_stream(settings(tmp_path, str(tmp_path / "chat.jsonl")), "text", None)
 
 
 @pytest.mark.slow

@@ -161,8 +161,9 @@ def test_beyond_the_budget_the_run_ends_with_its_steps_saved(model, data, tmp_pa
         batch_size=1,
         gradient_accumulation=1,
         max_steps=20,
+        check_seconds=0,
     )
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(DataError, match=r"resumed, .*max_bad_fraction .*new run$") as caught:
         trainer.fit()
     assert caught.value.key == f"k{DAMAGED}"
     assert trainer.step == DAMAGED

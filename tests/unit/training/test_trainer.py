@@ -190,7 +190,7 @@ def test_a_signal_finishes_the_step_saves_and_returns(tmp_path, number):
 
 
 def test_a_bad_example_keeps_every_step_before_it(tmp_path):
-    trainer = build_trainer(tmp_path)
+    trainer = build_trainer(tmp_path, check_seconds=0)
     collate, bad = trainer.collator, []
 
     class Collator(type(collate)):
@@ -428,14 +428,3 @@ def test_training_leaves_every_frozen_weight_as_it_was(tmp_path, family):
     for name, tensor in frozen.items():
         assert torch.equal(gemma.state_dict()[name], tensor), name
     assert not any(module.training for module in trainer.model.modules())
-
-
-def test_text_in_a_run_that_adapts_a_tower_changes_nothing(tmp_path):
-    trainer = build_trainer(tmp_path, targets=("vision",), max_steps=2)
-    before = [p.detach().clone() for p in trainer.trainable]
-    trainer.fit()
-    for one, other in zip(trainer.trainable, before, strict=True):
-        assert torch.equal(one, other)
-    lines = (tmp_path / "run/log.jsonl").read_text().splitlines()
-    steps = [record for record in map(json.loads, lines) if record["kind"] == "step"]
-    assert [record["grad_norm"] for record in steps] == [0, 0]
