@@ -13,7 +13,11 @@ GemmaTunerError
 Every message names the value at fault, the example where there is one, and the remedy.
 """
 
+import re
 from traceback import walk_tb
+
+# A few words at most, of what names are made of: anything else may be a sentence of the data.
+_NAME = re.compile(r"(?=.{1,80}$)[^\s|,;\"'<>{}=]+( [^\s|,;\"'<>{}=]+){0,2}")
 
 
 class GemmaTunerError(Exception):
@@ -59,6 +63,11 @@ class ProcessError(GemmaTunerError):
 
 class ResumeError(GemmaTunerError):
     """A saved run that does not continue this one."""
+
+
+def quote_name(text: str) -> str:
+    """Quote a name of a file or column for a message; of what does not read as one, its length."""
+    return repr(text) if _NAME.fullmatch(text) else f"(a text of {len(text):,} characters)"
 
 
 def describe_error(error: BaseException) -> str:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gemma_tuner.checks import suggest
-from gemma_tuner.errors import ConfigError, SourceError
+from gemma_tuner.errors import ConfigError, SourceError, quote_name
 
 Layout = Literal["chat", "prompt and response", "caption", "document"]
 Keywords = Mapping[str, "str | Literal[False] | None"]
@@ -208,7 +208,7 @@ def list_media_columns(names: Mapping[str, str]) -> list[str]:
 
 
 def _list_columns(available: Collection[str]) -> str:
-    return f"the columns are {', '.join(sorted(map(repr, set(available))))}"
+    return f"the columns are {', '.join(map(quote_name, sorted(set(available))))}"
 
 
 def _describe_choice(found: list[str], what: str, keyword: str) -> str:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal, Protocol, cast
 import pyarrow
 import pyarrow.parquet
 
-from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.errors import DataError, SourceError, quote_name
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.columns import Columns
 from gemma_tuner.sources.messages import describe_type, parse_json
@@ -197,7 +197,9 @@ def _read_fields(file: DataFile) -> Iterator[tuple[int, list[str]]]:
             raise SourceError(f"{_last(file)!r} has no header; name the columns in its first line")
         if len(set(header)) < len(header):
             double = next(column for column in header if header.count(column) > 1)
-            raise SourceError(f"{_last(file)!r} names the column {double!r} twice; rename one")
+            raise SourceError(
+                f"{_last(file)!r} names the column {quote_name(double)} twice; rename one"
+            )
         yield 0, header
         yield from enumerate((fields for fields in reader if fields), 1)
     except csv.Error as error:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.errors import DataError, SourceError, quote_name
 from gemma_tuner.sources.columns import Keywords
 from gemma_tuner.sources.examples import Outcome, is_in_bucket
 from gemma_tuner.sources.files import DataFile, LocalFile
@@ -83,23 +83,23 @@ class LocalSource:
         if is_in_bucket(source, kind, key=key):
             return source
         path = Path(folder) / source
-        name = path.name.partition("?")[0][:80]  # what follows may be a signature
+        name = quote_name(path.name.partition("?")[0])  # what follows may be a signature
         try:
             num_bytes = path.stat().st_size if path.is_file() else None
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise DataError(
-                f"{kind} {name!r} cannot be read ({reason}); check the path and its permissions",
+                f"{kind} {name} cannot be read ({reason}); check the path and its permissions",
                 key=key,
             ) from None
         if num_bytes is None:
             raise DataError(
-                f"{kind} {name!r} does not exist; paths are relative to the folder of the data "
+                f"{kind} {name} does not exist; paths are relative to the folder of the data "
                 f"file ({Path(folder).name!r})",
                 key=key,
             )
         if num_bytes == 0:
-            raise DataError(f"{kind} {name!r} is empty (0 bytes); fetch it again", key=key)
+            raise DataError(f"{kind} {name} is empty (0 bytes); fetch it again", key=key)
         return _name_from(path, self.root)
 
 

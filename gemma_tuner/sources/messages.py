@@ -181,7 +181,7 @@ def _read_turn(
     name = message.get("role", message.get("from"))
     role = ROLE_NAMES.get(name) if isinstance(name, str) else None
     if role is None:
-        shown = repr(name[:40]) if isinstance(name, str) else describe_type(name)
+        shown = _show_word(name)
         raise DataError(
             f"{where} has the unknown role {shown}; known are {', '.join(ROLE_NAMES)}", key=key
         )
@@ -226,7 +226,7 @@ def _read_content(
                 value = {"data": value}
             yield read_media(value, media_kind, key=key) or _take(media_kind, where, key, waiting)
         else:
-            shown = repr(kind[:40]) if isinstance(kind, str) else describe_type(kind)
+            shown = _show_word(kind)
             raise DataError(
                 f"{where} has a part of type {shown} that cannot be read; known are text (with "
                 f"its text), {', '.join(_PART_KINDS)}",
@@ -274,6 +274,12 @@ def _read_tool_calls(calls: Any, key: str) -> Any:
             call = {**call, "function": {**function, "arguments": arguments}}  # noqa: PLW2901
         parsed.append(call)
     return parsed
+
+
+def _show_word(value: Any) -> str:
+    """Show what may be a word of another format, and nothing else of the data."""
+    is_word = isinstance(value, str) and re.fullmatch(r"[a-z_-]{1,20}", value)
+    return repr(value) if is_word else describe_type(value)
 
 
 def _describe_forms(kind: MediaKind) -> str:

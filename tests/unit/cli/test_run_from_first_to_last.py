@@ -182,6 +182,24 @@ def test_runs_are_listed_and_shown(folder, run):
     assert "saved step-00000003" in shown.stdout
 
 
+def test_a_run_that_failed_is_listed_with_its_reason(tmp_path):
+    lines = [
+        {"kind": "eval", "step": 0, "loss": None, "nonfinite": {"loss": "nan"}},
+        {"kind": "eval", "step": 2, "loss": 1.25},
+        {"kind": "event", "step": 2, "name": "failed", "message": "DataError: example 'k': bad"},
+        {"kind": "event", "step": 2, "name": "saved", "message": "saved step-00000002"},
+    ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    listed = invoke("runs", "list", tmp_path)
+    assert "failed at step 2: DataError: example 'k': bad" in listed.stdout
+    (row,) = [
+        line for line in listed.stdout.splitlines() if "failed at" not in line and "fail" in line
+    ]
+    assert row.split()[-2] == "1.2500"  # the best; NaN is none
+    assert "step 2: DataError" in invoke("runs", "show", tmp_path / "run").stdout
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped(folder, run, monkeypatch):
     out = folder / "runs/stopped"
