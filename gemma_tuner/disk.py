@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 # File headers, JSON and the file system's own blocks, on top of what is counted.
 _MARGIN_BYTES = 16 * 2**20
+# Source: RENAME_EXCHANGE of linux/fs.h, RENAME_SWAP of macOS' sys/stdio.h.
+_SWAP = 2
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """Yield a hidden sibling that takes a path's place once the block has made it."""
-    old = None
     with temporary_sibling(path) as temporary:
         yield temporary
         sync_all(temporary)
-        if path.is_dir() and temporary.is_dir():
-            old = _hide(path)
-        temporary.replace(path)
+        if not (path.is_dir() and temporary.is_dir()):
+            temporary.replace(path)
+        elif not _swap(temporary, path):  # which leaves the old one to be removed
+            _hide(path)
+            temporary.replace(path)
         sync(path.parent)
-    if old is not None:
-        with suppress(OSError):  # the next one that is hidden under this name tries again
-            _remove(old)
+    with suppress(OSError):  # the next one that is hidden under this name tries again
+        _remove(_hidden(path))
 
 
 @contextmanager
@@ -81,10 +85,25 @@ def disk_errors_explained(
         raise explain(reason or type(error).__name__) from None
 
 
+def _swap(one: Path, other: Path) -> bool:
+    """Let two paths change places in one moment, where the system and its file system can."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    names = os.fsencode(one), os.fsencode(other)
+    if sys.platform == "darwin":
+        return libc.renamex_np(*names, _SWAP) == 0
+    here = -100  # AT_FDCWD
+    return hasattr(libc, "renameat2") and (
+        libc.renameat2(here, names[0], here, names[1], ctypes.c_uint(_SWAP)) == 0
+    )
+
+
 def _hide(path: Path) -> Path:
-    old = path.with_name(f".{path.name}.old")
-    _remove(old)
-    return path.rename(old)
+    _remove(_hidden(path))
+    return path.rename(_hidden(path))
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def _remove(path: Path) -> None:

@@ -13,6 +13,12 @@ GemmaTunerError
 Every message names the value at fault, the example where there is one, and the remedy.
 """
 
+import re
+from traceback import walk_tb
+
+# A few words at most, of what names are made of: anything else may be a sentence of the data.
+_NAME = re.compile(r"(?=.{1,80}$)[^\s|,;\"'<>{}=]+( [^\s|,;\"'<>{}=]+){0,2}")
+
 
 class GemmaTunerError(Exception):
     """Root of everything this library raises on purpose."""
@@ -57,3 +63,23 @@ class ProcessError(GemmaTunerError):
 
 class ResumeError(GemmaTunerError):
     """A saved run that does not continue this one."""
+
+
+def quote_name(text: str) -> str:
+    """Quote a name of a file or column for a message; of what does not read as one, its length."""
+    return repr(text) if _NAME.fullmatch(text) else f"(a text of {len(text):,} characters)"
+
+
+def describe_error(error: BaseException) -> str:
+    """Say in a sentence what an error is, without what it may repeat of the user's data."""
+    name = type(error).__name__
+    if isinstance(error, GemmaTunerError):
+        return f"{name}: {' '.join(str(error).split())}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{name}: {error.strerror}"
+    if not isinstance(error, Exception):
+        return f"interrupted ({name}); steps since the newest checkpoint are not saved"
+    places = [(f.f_globals.get("__name__", ""), n) for f, n in walk_tb(error.__traceback__)]
+    own = [f"{module}, line {n}" for module, n in places if module.startswith("gemma_tuner.")]
+    where = f" in {own[-1]}" if own else ""
+    return f"{name}{where}; its message is not kept here, as it may repeat the data"

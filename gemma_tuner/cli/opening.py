@@ -311,16 +311,19 @@ def fit(
 ) -> FitResult:
     """Train, keep the settings in the run's folder, and end where a signal has stopped the run."""
     from gemma_tuner.training.checkpoint import latest_checkpoint
+    from gemma_tuner.training.interrupt import EARLY_STOPPING
+    from gemma_tuner.training.lock import refuse_running
 
     out = trainer.config.output_dir
     is_main = trainer.processes.is_main
+    refuse_running(out)
     # A run that is there already may refuse these settings, and keeps its own until it has not.
     if is_main and latest_checkpoint(out) is None:
         save_settings(out, settings)
     result = trainer.fit(resume=resume)
     if is_main:
         save_settings(out, settings)
-    if result.stopped_by is not None:
+    if result.stopped_by not in (None, EARLY_STOPPING):
         sys.stderr.write(
             f"stopped after step {result.step}, which is saved; go on with: {shlex.join(go_on)}\n"
         )
@@ -330,6 +333,6 @@ def fit(
 
 
 def show_losses(result: FitResult) -> str:
-    """Write a run's held-out losses as one line."""
+    """Write a run's held-out losses as one line, and what there is to say of them."""
     losses = " → ".join(f"{record.loss:.4f} (step {record.step})" for record in result.held_out)
-    return f"held-out loss: {losses}"
+    return "\n".join([f"held-out loss: {losses}", *result.notes])

@@ -38,7 +38,11 @@ def list_runs(
             f"there is no run in {folder.name!r}; give another folder, or begin one with "
             "`gemma-tuner train`"
         )
-    _print_table(_summarise(run, log.parent) for log in logs for run in _open([log.parent]))
+    runs = [(run, log.parent) for log in logs for run in _open([log.parent])]
+    _print_table(_summarise(run, path) for run, path in runs)
+    for run, path in runs:
+        if run.history.failure:
+            say(f"{path} failed at step {run.history.step}: {run.history.failure}")
 
 
 @app.command()
@@ -132,7 +136,7 @@ def _summarise(run: Run, path: Path) -> dict[str, str]:
         "steps": f"{steps} of {history.max_steps}" if history.max_steps else steps,
         "loss": show_loss(history.column("loss")[-1]) if len(history) else "–",
         "held out": "→".join(map(show_loss, dict.fromkeys([*held_out[:1], *held_out[-1:]]))),
-        "best": show_loss(min(held_out)) if held_out else "–",
+        "best": show_loss(best.loss) if (best := history.best_held_out) else "–",
         "time": show_seconds(seconds),
     }
 

@@ -40,6 +40,7 @@ ALIASES = {
         if theirs not in ("grad_checkpoint", "max_tokens")  # flags of that name
     },
     "dataset-name": "data",
+    "early-stopping-patience": "patience",
     "gradient-checkpointing": "grad-checkpoint",
     "no-gradient-checkpointing": "no-grad-checkpoint",
     "output-dir": "out",
@@ -249,6 +250,7 @@ class RunSettings(_Settings):
     learning_rate = _Otherwise(shown="2e-4; 5e-3 of 'tiny'")
     # In full it would not fit into the help's first column.
     gradient_checkpointing = _Otherwise(flags=("--grad-checkpoint/--no-grad-checkpoint",))
+    early_stopping_patience = _Otherwise(flags=("--patience",))
     sample_every_steps: int | None = None
     from_adapter: Path | None = _Otherwise(None, ("--adapter", "--resume-adapter-file"))  # pyright: ignore[reportAssignmentType]
     out: Path = _Otherwise(Path("runs/default"), ("--out", "--adapter-path"))  # pyright: ignore[reportAssignmentType]

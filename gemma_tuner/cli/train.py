@@ -67,12 +67,14 @@ def train(
     """
     from gemma_tuner.models.lora import add_lora
     from gemma_tuner.training.checkpoint import latest_checkpoint, refuse_second_run
+    from gemma_tuner.training.lock import refuse_running
     from gemma_tuner.training.trainer import Trainer
 
     settings = list_settings(context)
     run = choose_length(context, run, settings)
     train_config = make_config(run, seed=data.seed, is_tiny=model.model == TINY)
     settings["learning_rate"] = train_config.learning_rate
+    refuse_running(run.out)
     if not run.resume:
         refuse_second_run(run.out)
     elif latest_checkpoint(run.out) is None:

@@ -25,6 +25,7 @@ from gemma_tuner.evaluation.answers import Generator, check_modalities
 from gemma_tuner.evaluation.decoding import Decoding, in_eval_mode
 from gemma_tuner.evaluation.prompts import end_with_answer, show_prompt
 from gemma_tuner.evaluation.report_files import write_media
+from gemma_tuner.log import announce
 from gemma_tuner.media.load import load_media
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.target_only import target_only_of
@@ -123,15 +124,18 @@ class SampleGenerations:
                 tuple(write_media(example, self._path.parent / FOLDER, number))
                 for number, example in enumerate(self._examples, 1)
             ]
-            kept = []
+            kept: list[tuple[str, int]] = []
             if step and self._path.exists():
                 # Not splitlines(): JSON leaves line separators of Unicode as they are. What stands
                 # after the last newline is nothing, or a line that a killed run left unfinished.
-                whole = self._path.read_text(encoding="utf-8").split("\n")[:-1]
-                kept = [line for line in whole if json.loads(line)["step"] <= step]
-            self._last_step = json.loads(kept[-1])["step"] if kept else -1
+                content = self._path.read_text(encoding="utf-8", errors="replace")
+                whole = [(line, _read_step(line)) for line in content.split("\n")[:-1]]
+                kept = [(line, at) for line, at in whole if at is not None and at <= step]
+                if num_damaged := sum(at is None for _, at in whole):
+                    announce(f"{num_damaged} damaged lines of {FILE} are left out")
+            self._last_step = kept[-1][1] if kept else -1
             with replaced(self._path) as temporary:
-                temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+                temporary.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
 
     def is_due(self, step: int, total_steps: int) -> bool:
         """Whether answers are wanted: before the first step, after the last, and as configured."""
@@ -230,6 +234,15 @@ def target_probabilities(model: Any, batch: Batch) -> list[float]:
         chosen = logits.gather(1, placed.target_ids[rows, None]).squeeze(1)
         found.append(torch.exp(chosen - torch.logsumexp(logits, dim=1)))
     return torch.cat(found).tolist()
+
+
+def _read_step(line: str) -> int | None:
+    """The step of an answer's line; None of one that is damaged."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return step if isinstance(step, int) else None
 
 
 def _errors_explained() -> AbstractContextManager[None]:

@@ -13,11 +13,8 @@ import re
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from gemma_tuner.errors import DataError
+from gemma_tuner.errors import DataError, quote_name
 from gemma_tuner.modalities import MediaKind
-
-# A longer "name" is no name: a column of base64 text, say, which no message may repeat.
-_MAX_NAME_CHARACTERS = 100
 
 # Two letters at least, so that a Windows drive (C:\...) is a path.
 _URI = re.compile(r"^([A-Za-z][A-Za-z0-9+.-]+)://|^(data):", re.ASCII)
@@ -75,9 +72,7 @@ def describe_source(source: object, kind: MediaKind) -> str:
     """Name a source in an error message: a file's name without its folder, or the sort of data."""
     if isinstance(source, str | Path):
         name = Path(source).name
-        if len(name) > _MAX_NAME_CHARACTERS:
-            return f"{kind} with a name of {len(name):,} characters"
-        return f"{kind} {name!r}"
+        return f"{kind} {quote_name(name)}"
     if isinstance(source, bytes):
         return f"{kind} of {len(source):,} encoded bytes"
     return f"{kind} given as {type(source).__name__}"

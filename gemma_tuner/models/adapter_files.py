@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,16 +102,32 @@ def hash_text(text: str) -> str:
 
 def save_adapter(model: PeftModel, path: str | Path, step: int | None = None) -> Path:
     """Write the active adapter as a PEFT folder; replace an earlier one once this is whole."""
-    folder = Path(path)
+    num_bytes = sum(tensor.nbytes for tensor in adapter_tensors(model).values())
+    return _place(Path(path), num_bytes, lambda folder: write_adapter(model, folder, step=step))
+
+
+def copy_adapter(source: Path, path: str | Path) -> Path:
+    """Write a saved adapter's folder again elsewhere, as :func:`save_adapter` does."""
+    num_bytes = sum(file.stat().st_size for file in source.iterdir())
+    return _place(
+        Path(path),
+        num_bytes,
+        lambda folder: shutil.copytree(source, folder, dirs_exist_ok=True),
+    )
+
+
+def _place(folder: Path, num_bytes: int, write: Callable[[Path], object]) -> Path:
+    """Have an adapter's files written beside their places, and put there once they are whole."""
     with saving_explained("save an adapter", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        check_room(folder, sum(tensor.nbytes for tensor in adapter_tensors(model).values()))
+        check_room(folder, num_bytes)
         with temporary_sibling(folder / "adapter") as temporary:
             temporary.mkdir()
-            write_adapter(model, temporary, step=step)
+            write(temporary)
             sync_all(temporary)
+            # The settings last: without them nothing opens the folder.
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG):
-                file.replace(folder / file.name)  # CONFIG last: what finds an adapter looks for it
+                file.replace(folder / file.name)
             sync(folder)
     return folder
 

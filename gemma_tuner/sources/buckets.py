@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.errors import DataError, SourceError, quote_name
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.columns import Keywords
 from gemma_tuner.sources.examples import Outcome, is_in_bucket
@@ -174,9 +174,10 @@ class BucketSource:
             if part == ".." and parts:
                 parts.pop()
             elif part == ".." or (source.startswith("/") and not part):
-                last = _last(source.partition("?")[0])[:80]  # what follows may be a signature
+                # What follows the question mark may be a signature.
+                last = quote_name(_last(source.partition("?")[0]))
                 raise DataError(
-                    f"its {kind} {last!r} lies outside the bucket {bucket!r}; name "
+                    f"its {kind} {last} lies outside the bucket {bucket!r}; name "
                     f"it by a path from the folder of its data file, or by its {scheme}:// URI",
                     key=key,
                 )

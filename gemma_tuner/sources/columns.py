@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gemma_tuner.checks import suggest
-from gemma_tuner.errors import ConfigError, SourceError
+from gemma_tuner.errors import ConfigError, SourceError, quote_name
 
 _TURN = re.compile(r"content|value|(conversation|conv|dialog|dialogue|chat|thread|session)_?id")
 
@@ -412,7 +412,7 @@ def _plain(column: str) -> str:
 
 
 def _list_columns(available: Collection[str]) -> str:
-    return f"the columns are {', '.join(sorted(map(repr, set(available))))}"
+    return f"the columns are {', '.join(map(quote_name, sorted(set(available))))}"
 
 
 def _describe_choice(found: list[str], what: str, keyword: str) -> str:

@@ -6,13 +6,14 @@ decides whether it ends the reading. What is wrong with the data as a whole is r
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.errors import DataError, SourceError, quote_name
 from gemma_tuner.modalities import kind_of
 from gemma_tuner.records import Audio, Example, Image, StoredObject
 from gemma_tuner.sources.columns import Columns, Keywords, read_ignored, recognise_columns
@@ -159,9 +160,9 @@ class ExampleReader:
             columns, remedy = None, str(error)
         if columns is None or columns.names != self.columns.names:
             raise DataError(
-                f"the columns {', '.join(sorted(late))} come first here, after the rows that "
-                f"decided which columns there are; {remedy}, or give the first row all of them, "
-                "empty ones as null",
+                f"the columns {', '.join(map(quote_name, sorted(late)))} come first here, after "
+                f"the rows that decided which columns there are; {remedy}, or give the first row "
+                "all of them, empty ones as null",
                 key=origin,
             )
         self.columns = columns
@@ -172,8 +173,9 @@ def is_in_bucket(source: str, kind: str, *, key: str) -> bool:
     """Tell the URI of an object from a path."""
     scheme, is_uri, _ = source.partition("://")
     if is_uri and not is_stored(source):
+        shown = f"{scheme}: " if re.fullmatch(r"[a-z0-9+.]{1,12}", scheme) else ""
         raise DataError(
-            f"its {kind} is a {scheme[:12]}: URI, which is not fetched; download the file and "
+            f"its {kind} is a {shown}URI, which is not fetched; download the file and "
             f"name it by its path, or keep it in a bucket ({list_schemes()})",
             key=key,
         )

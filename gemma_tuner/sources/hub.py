@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_tuner.checks import is_whole_number
-from gemma_tuner.errors import ConfigError, DataError, SourceError
+from gemma_tuner.errors import ConfigError, DataError, SourceError, quote_name
 from gemma_tuner.sources.columns import Keywords
 from gemma_tuner.sources.examples import ExampleReader, Outcome, is_in_bucket
 from gemma_tuner.sources.files import Row
@@ -304,7 +304,7 @@ def locate_file(wanted: HubName, kind: str, source: str, folder: str | Path, key
         )
     if not is_there:
         raise DataError(
-            f"{kind} {path.name[:80]!r} does not exist; paths are relative to the folder "
+            f"{kind} {quote_name(path.name)} does not exist; paths are relative to the folder "
             f"{wanted.label!r}: say where they start by media_root=",
             key=key,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -157,7 +158,7 @@ def _read_turn(message: Any, where: str, places: Places, unused_fields: Counter[
     name = message.get("role") or message.get("from")
     role = ROLE_NAMES.get(name) if isinstance(name, str) else None
     if role is None:
-        shown = repr(name[:40]) if isinstance(name, str) else describe_type(name)
+        shown = _show_word(name)
         raise DataError(
             f"{where} has the unknown role {shown}; known are {', '.join(ROLE_NAMES)}", key=key
         )
@@ -237,7 +238,7 @@ def _read_content(content: Any, role: Role, where: str, places: Places) -> Itera
         elif isinstance(kind, str) and kind in _PART_KINDS:
             yield _read_part(fields, kind, where, places)
         else:
-            shown = repr(kind[:40]) if isinstance(kind, str) else describe_type(kind)
+            shown = _show_word(kind)
             raise DataError(
                 f"{where} has a part of type {shown} that cannot be read; known are text (with "
                 f"its text), {', '.join(_PART_KINDS)}",
@@ -272,6 +273,12 @@ def _read_part(fields: Mapping[str, Any], kind: str, where: str, places: Places)
             key=places.key,
         )
     return part or places.take(medium, where, *given)
+
+
+def _show_word(value: Any) -> str:
+    """Show what may be a word of another format, and nothing else of the data."""
+    is_word = isinstance(value, str) and re.fullmatch(r"[a-z_-]{1,20}", value)
+    return repr(value) if is_word else describe_type(value)
 
 
 def _describe_forms(kind: MediaKind) -> str:

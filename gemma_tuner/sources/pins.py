@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.errors import DataError, SourceError, quote_name
 from gemma_tuner.media.encoded import name_reason
 from gemma_tuner.media.pinned import pin_file, pin_part
 from gemma_tuner.modalities import kind_of
@@ -107,15 +107,16 @@ def _pin(outcome: Outcome, pins: Mapping[str, StoredObject | SourceError]) -> Ou
             raise DataError(
                 f"its {kind}: {found}; put it there, or take the row out", key=key
             ) from found
-        name = uri.partition("?")[0].rpartition("/")[2][:80]  # what follows may be a signature
+        # What follows the question mark may be a signature.
+        name = quote_name(uri.partition("?")[0].rpartition("/")[2])
         if found.num_bytes == 0:
-            raise DataError(f"its {kind} {name!r} is empty (0 bytes); upload it again", key=key)
+            raise DataError(f"its {kind} {name} is empty (0 bytes); upload it again", key=key)
         if isinstance(part.source, StoredObject) and part.source.generation not in (
             None,
             found.generation,
         ):
             raise DataError(
-                f"its {kind} {name!r} was overwritten: the row names generation "
+                f"its {kind} {name} was overwritten: the row names generation "
                 f"{part.source.generation}, and {found.generation} is there; write the row's "
                 "reference anew",
                 key=key,

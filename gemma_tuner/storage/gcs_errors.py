@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 
-from gemma_tuner.errors import SourceError
+from gemma_tuner.errors import SourceError, quote_name
 from gemma_tuner.storage.objects import (
     AccessDeniedError,
     CorruptReadError,
@@ -79,8 +79,8 @@ def explain(error: Exception, bucket: str, name: str = "") -> SourceError:
 
 def describe(bucket: str, name: str = "") -> str:
     """Name an object by the last part of its name, or a bucket, in a message."""
-    last = name.partition("?")[0].rstrip("/").rpartition("/")[2][:80]  # what follows may be signed
-    return f"{last!r} in the bucket {bucket!r}" if last else f"the bucket {bucket!r}"
+    last = name.partition("?")[0].rstrip("/").rpartition("/")[2]  # what follows may be signed
+    return f"{quote_name(last)} in the bucket {bucket!r}" if last else f"the bucket {bucket!r}"
 
 
 def is_transient(error: Exception) -> bool:

@@ -13,7 +13,7 @@ import dataclasses
 import fcntl
 import json
 import os
-from collections import Counter
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,9 @@ from typing import Literal, Self
 from gemma_tuner.checks import bounds, check_fields
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import StoredObject
+
+_VARIABLE = re.compile(r"'[^']*'|\d[\d,.]*")
+_SHOWN_REASONS = 5
 
 Stage = Literal["row", "fetch", "decode", "collate"]
 
@@ -102,7 +105,7 @@ class Budget:
         allowed = self.count_allowed(rows)
         if bad <= allowed and consecutive <= self.max_consecutive_bad:
             return
-        if not allowed:
+        if bad == 1:
             raise error
         limit = (
             f"max_bad_fraction={self.max_bad_fraction:g} of {rows:,} rows allows {allowed:,}"
@@ -111,7 +114,7 @@ class Budget:
         )
         raise DataError(
             f"{read_reason(error)}. It is bad row {bad:,} ({consecutive:,} in a row), and "
-            f"{limit}. Most frequent: {_list_reasons(read_records())}",
+            f"{limit}. Most frequent: {count_reasons(read_records())}",
             key=error.key,
         ) from error
 
@@ -196,10 +199,19 @@ def read_reason(error: DataError) -> str:
     return str(error).removeprefix(f"example {error.key!r}: ")
 
 
-def _list_reasons(records: Iterable[BadExample]) -> str:
-    """Name the five most frequent reasons and how often each came."""
-    counts = Counter(f"{record.stage}: {record.reason}" for record in records)
-    return "; ".join(f"{count:,} × {reason[:120]}" for reason, count in counts.most_common(5))
+def count_reasons(records: Iterable[BadExample]) -> str:
+    """Name the five most frequent reasons, how often each came, and the first key of each."""
+    # Names and numbers differ from row to row where the reason is one.
+    kinds: dict[str, list[BadExample]] = {}
+    for record in records:
+        kinds.setdefault(_VARIABLE.sub("…", f"{record.stage}: {record.reason}"), []).append(record)
+    most = sorted(kinds.values(), key=len, reverse=True)
+    shown = [
+        f"{len(same):,} × {same[0].stage}: {same[0].reason[:120]} (first {same[0].key!r})"
+        for same in most[:_SHOWN_REASONS]
+    ]
+    others = sum(map(len, most[_SHOWN_REASONS:]))
+    return "; ".join([*shown, *([f"{others:,} × other reasons"] if others else [])])
 
 
 def _identify(record: BadExample) -> tuple[str, str, str]:

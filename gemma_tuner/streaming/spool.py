@@ -18,7 +18,13 @@ from gemma_tuner.sources.examples import Outcome, Source
 from gemma_tuner.sources.pins import pin_files, pin_media
 from gemma_tuner.storage.stores import Stores
 from gemma_tuner.streaming.manifest import FORMAT_VERSION, Manifest, write_manifest
-from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine, read_reason
+from gemma_tuner.streaming.quarantine import (
+    BadExample,
+    Budget,
+    Quarantine,
+    count_reasons,
+    read_reason,
+)
 
 
 def open_manifest(
@@ -127,6 +133,11 @@ class _Tally:
         for outcome in outcomes:
             self._num_rows += 1
             yield outcome
+        if self._num_rows and len(self.records) == self._num_rows:
+            raise SourceError(
+                f"none of the {self._num_rows:,} rows can be used: {count_reasons(self.records)}. "
+                "Mend the data, or name the columns to use by keyword"
+            )
 
     def pass_over(self, origin: str, error: DataError) -> None:
         """Note a row that cannot be used, and raise where the first or a row of them is one."""

@@ -99,7 +99,7 @@ def save_checkpoint(
             save_file(kept, temporary / _OPTIMIZER)
             (temporary / _STATE).write_text(document, encoding="utf-8")
     with saving_explained("delete old checkpoints", folder.parent):
-        for old in _list_checkpoints(folder.parent)[:-keep]:
+        for old in list_checkpoints(output_dir)[:-keep]:
             remove_folder(old)
     return folder
 
@@ -111,7 +111,7 @@ def name_checkpoint(step: int) -> str:
 
 def latest_checkpoint(output_dir: str | Path) -> Path | None:
     """The newest whole checkpoint of a run."""
-    checkpoints = _list_checkpoints(Path(output_dir) / "checkpoints")
+    checkpoints = list_checkpoints(output_dir)
     return checkpoints[-1] if checkpoints else None
 
 
@@ -287,8 +287,9 @@ def _compare_tensors(
     return list_differences(describe(saved), describe(expected))
 
 
-def _list_checkpoints(folder: Path) -> list[Path]:
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
     """Whole checkpoints, oldest first; hidden folders are unfinished ones."""
+    folder = Path(output_dir) / "checkpoints"
     if not folder.is_dir():
         return []
     steps = {

@@ -78,6 +78,10 @@ class TrainConfig:
             signal ended, and the last before an error are saved in any case; None saves those
             only.
         keep_checkpoints: The newest so many checkpoints are kept.
+        keep_best: Whether the adapter with the lowest held-out loss is kept, in ``best`` of
+            ``output_dir``; ``Trainer.save`` then writes that one.
+        early_stopping_patience: So many evaluations in a row without a lower held-out loss end
+            the run. By default none do.
         max_nonfinite_steps: Rarely needed: consecutive steps with an infinite or undefined
             gradient, each of which is skipped, before the run stops.
         output_dir: Folder of this run's checkpoints and log; one run, one folder.
@@ -112,6 +116,8 @@ class TrainConfig:
     eval_every_steps: int | None = field(default=None, metadata=_FREE_COUNT)
     save_every_steps: int | None = field(default=100, metadata=_FREE_COUNT)
     keep_checkpoints: int = field(default=2, metadata=_FREE_COUNT)
+    keep_best: bool = field(default=True, metadata=FREE_ON_RESUME)
+    early_stopping_patience: int | None = field(default=None, metadata=_FREE_COUNT)
     max_nonfinite_steps: int = field(default=5, metadata=_FREE_COUNT)
     output_dir: str | Path = field(default="runs/default", metadata=FREE_ON_RESUME)
     progress: bool = field(default=True, metadata=FREE_ON_RESUME)
@@ -138,6 +144,12 @@ class TrainConfig:
             raise ConfigError(
                 "a run needs an end: give either max_steps=... (optimizer steps) or epochs=... "
                 f"(passes over the data); got max_steps={self.max_steps}, epochs={self.epochs}"
+            )
+        if self.early_stopping_patience is not None and self.eval_every_steps is None:
+            raise ConfigError(
+                f"early_stopping_patience={self.early_stopping_patience} counts evaluations, and "
+                "without eval_every_steps there is one before the first step and one after the "
+                "last; give eval_every_steps, or leave early_stopping_patience out"
             )
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             allowed = f"below max_steps={self.max_steps}"

@@ -15,6 +15,7 @@ from torch import Tensor
 from gemma_tuner.batch import COUNTS, Batch
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.records import Example
+from gemma_tuner.streaming.quarantine import count_reasons
 from gemma_tuner.training.feed import StepInput, Stream
 from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.micro_batches import MicroBatch, MicroBatches, retry_once
@@ -68,7 +69,8 @@ def measure_held_out(
     )
     num_examples, target_tokens, *cuts = map(int, sums)
     if not target_tokens:
-        raise ConfigError("no example of the held-out stream can be used; see its quarantine")
+        reasons = count_reasons(stream.inspect_quarantine())
+        raise ConfigError(f"no example of the held-out stream can be used: {reasons}")
     loss = summed_loss / target_tokens
     return EvalRecord(
         step=step,

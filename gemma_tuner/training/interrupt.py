@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM ask a run to finish its step, save and return."""
+"""What ends a run early: SIGINT and SIGTERM ask it to finish its step, save and return."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from types import FrameType
 from typing import Self
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+EARLY_STOPPING = "early_stopping"
+"""What ``FitResult.stopped_by`` says of a run that ended for want of a better held-out loss."""
 
 
 class StopRequest:

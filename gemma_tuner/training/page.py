@@ -6,9 +6,21 @@ import os
 import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+from gemma_tuner.errors import ConfigError
+
 MODULE = "gemma_tuner.watch"
+
+
+def require_page() -> None:
+    """Refuse where what the page is built on is not installed."""
+    if find_spec("nicegui") is None:
+        raise ConfigError(
+            "the watch page needs the package nicegui; install it with: "
+            "pip install 'gemma_tuner[watch]'"
+        )
 
 
 def open_page(output_dir: str | Path) -> str:

@@ -12,6 +12,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 
 from gemma_tuner.display import ACCENT, QUIET, element, escape, make_bar, make_card, make_table
+from gemma_tuner.training.interrupt import EARLY_STOPPING
 from gemma_tuner.training.metrics import EvalRecord, StepRecord
 
 _SECONDS_BETWEEN_DRAWINGS = 0.25
@@ -176,10 +177,15 @@ class NotebookBar:
         self._drawn = time.monotonic()
 
 
-def write_result(step: int, stopped_by: str | None, held_out: Sequence[EvalRecord]) -> str:
+def write_result(
+    step: int, stopped_by: str | None, held_out: Sequence[EvalRecord], notes: Sequence[str]
+) -> str:
     """Write the end of a run as HTML: its held-out losses, as a curve and in figures."""
     title = f"{step:,} optimizer steps done"
-    note = f"stopped by {stopped_by}; fit(resume=True) goes on" if stopped_by else "finished"
+    stopped = "finished" if stopped_by is None else f"stopped by {stopped_by.replace('_', ' ')}"
+    if stopped_by not in (None, EARLY_STOPPING):
+        stopped += "; fit(resume=True) goes on"
+    note = ". ".join([stopped, *notes])
     if not held_out:
         return make_card(title, f"{note}; no held-out loss was measured")
     head = ("after step", "held-out loss, nats a token", "perplexity")

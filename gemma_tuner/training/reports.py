@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from gemma_tuner.errors import CheckpointError, describe_error
 from gemma_tuner.training.metrics import LOG_FILE, EvalRecord, JsonlLog, StepRecord
 from gemma_tuner.training.progress import Progress
 from gemma_tuner.training.trackers import Trackers
@@ -18,7 +20,8 @@ if TYPE_CHECKING:
 class Reports:
     """Send records to ``log.jsonl`` and to the display; time what happens between two of them.
 
-    Use as a context manager. In processes other than the main one it only keeps time.
+    Use as a context manager: an error that leaves it is logged. In processes other than the main
+    one it only keeps time.
 
     Args:
         step: Steps done before; lines of the log beyond it are dropped, and at 0 all of them.
@@ -35,16 +38,17 @@ class Reports:
         step: int,
         show: bool,
         is_main_process: bool,
-        trackers: Trackers | None = None,
+        open_trackers: Callable[[], Trackers] | None = None,
     ) -> None:
         # An attempt that never took a step may have logged its first held-out loss.
         resume_step = step if step else -1
         self._log = JsonlLog(Path(output_dir) / LOG_FILE, resume_step) if is_main_process else None
         self._progress = Progress(total_steps, enabled=show and is_main_process, done_steps=step)
-        self._trackers = trackers
-        found = (self._log, trackers, self._progress)
-        self._receivers = [receiver for receiver in found if receiver is not None]
+        self._open_trackers = open_trackers
+        self._receivers: list[JsonlLog | Trackers | Progress] = []
         self._stack = ExitStack()
+        self._step = step
+        self._failure: BaseException | None = None  # the last that was logged
         self._logged_plan: Plan | None = None
         self.held_out: list[EvalRecord] = []
         self._wait_seconds = 0.0
@@ -52,18 +56,34 @@ class Reports:
         self._counts = (0, 0)
 
     def __enter__(self) -> Self:
-        if self._log is not None:
-            self._stack.enter_context(self._log)
-        if self._trackers is not None:
-            self._stack.callback(self._trackers.close)
-        self._stack.enter_context(self._progress)
+        with ExitStack() as stack:
+            if self._log is not None:
+                self._receivers.append(stack.enter_context(self._log))
+            # From here on the log hears of what opening or closing the others raises, too.
+            stack.push(lambda kind, error, trace: self.failure(error))
+            if self._open_trackers is not None:
+                trackers = self._open_trackers()
+                stack.callback(trackers.close)
+                self._receivers.append(trackers)
+            self._receivers.append(stack.enter_context(self._progress))
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def failure(self, error: BaseException | None) -> None:
+        """Log what ends the run, once: an error, or an interrupt."""
+        if error is None or error is self._failure:
+            return
+        self._failure = error
+        name = "failed" if isinstance(error, Exception) else "stopped"
+        with suppress(CheckpointError):  # the log may be what cannot be written
+            self.note(self._step, name, message=describe_error(error))
 
     def advance(self, step: int) -> None:
         """Show that a step is done; nothing is read from the device."""
+        self._step = step
         self._progress.advance(step)
 
     def step(self, record: StepRecord) -> None:

@@ -19,6 +19,7 @@ from gemma_tuner.differences import list_differences, shorten_differences
 from gemma_tuner.errors import DivergedError, ResumeError
 from gemma_tuner.log import announce
 from gemma_tuner.streaming.quarantine import RUN_FILE, Budget, Quarantine
+from gemma_tuner.training.best import BestAdapter, Standing
 from gemma_tuner.training.checkpoint import (
     TrainerState,
     latest_checkpoint,
@@ -30,7 +31,7 @@ from gemma_tuner.training.checkpoint import (
 )
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.feed import StepInput, Stream
-from gemma_tuner.training.metrics import DeviceRecord, StepRecord
+from gemma_tuner.training.metrics import DeviceRecord, EvalRecord, StepRecord
 from gemma_tuner.training.micro_batches import MicroBatchPlan
 from gemma_tuner.training.processes import Processes
 from gemma_tuner.training.reports import Reports
@@ -53,6 +54,7 @@ class Totals:
         consecutive_skipped_steps: How many of them were the last ones; filled in then.
         held_out_step: When the held-out loss was measured last; None before the first time.
         cuts: The :class:`MicroBatchPlan`; None before the first step that has examples.
+        best: The :class:`Standing` by held-out losses; filled in when it is saved.
     """
 
     slots: int = 0
@@ -63,6 +65,7 @@ class Totals:
     consecutive_skipped_steps: int = 0
     held_out_step: int | None = None
     cuts: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
 
 
 class RunState:
@@ -73,6 +76,7 @@ class RunState:
         totals: Running sums.
         guard: Steps that were skipped, counted on the device.
         stream_state: What resumes the stream after this step.
+        best: The best held-out adapter.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class RunState:
         self.step = 0
         self.totals = Totals()
         self.guard = NonfiniteGuard(processes.device)
+        self.best = BestAdapter(config, model, processes)
         stream.read_slots()  # an epoch begun elsewhere is left: this run reads whole ones
         self.stream_state = stream.state_dict()
         self._settings: dict[str, Any] = {}  # what a resumed run must share, known once it begins
@@ -180,6 +185,7 @@ class RunState:
             device=memory,
         )
         reports.step(record)
+        self.best.standing.note_train_loss(record.loss)
         self._copy_quarantine()
         if consecutive >= self._config.max_nonfinite_steps:
             raise DivergedError(
@@ -188,6 +194,12 @@ class RunState:
                 f"{self._config.learning_rate}) or look for damaged media in the data"
             )
         return record
+
+    def note_held_out(self, record: EvalRecord, reports: Reports) -> None:
+        """Report a held-out loss, and keep the adapter where it is the lowest."""
+        reports.evaluation(record)
+        self.totals.held_out_step = self.step
+        self.best.note(record, reports, is_last=self.step == self.total_steps)
 
     def _copy_quarantine(self) -> None:
         """Lay what the data have in quarantine beside the log, where it has grown."""
@@ -219,6 +231,7 @@ class RunState:
             self._stream.load_state_dict(self.stream_state)
             if self.step == 0:
                 self.totals.held_out_step = None
+                self.best.standing = Standing()
             if resume and self.step == 0:
                 self._tell(
                     f"there is no checkpoint in {show_folder(self._config.output_dir)!r} to "
@@ -258,9 +271,10 @@ class RunState:
         state = load_checkpoint(checkpoint, self._model, self._optimizer, check=check)
         self.stream_state = dict(state.stream)
         self.step = state.step
-        saved = {"cuts": None, **state.totals}  # older checkpoints have no plan of micro-batches
+        saved = {"cuts": None, "best": None, **state.totals}  # older checkpoints have neither
         self.totals = totals = Totals(**{each.name: saved[each.name] for each in fields(Totals)})
         totals.counts = Counter(totals.counts)
+        self.best.standing = Standing(**(totals.best or {}))
         self._saved = (self.step, totals.held_out_step)
         self.guard = NonfiniteGuard(
             self._processes.device, totals.skipped_steps, totals.consecutive_skipped_steps
@@ -286,6 +300,7 @@ class RunState:
         skipped = torch.stack([self.guard.total, self.guard.consecutive])
         totals.skipped_steps, totals.consecutive_skipped_steps = map(int, skipped.tolist())
         totals.cuts = None if micro_batches is None else micro_batches.to_dict()
+        totals.best = vars(self.best.standing)
         path = save_checkpoint(
             self._config.output_dir,
             TrainerState(self.step, self.stream_state, self._settings, vars(totals)),
@@ -293,6 +308,7 @@ class RunState:
             self._optimizer,
             keep=self._config.keep_checkpoints,
         )
+        self.best.prune()
         reports.event(self.step, "saved", f"saved {path.name}")
 
 

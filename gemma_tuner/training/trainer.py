@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 
 from gemma_tuner.collators.preview import Preview, preview_row
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError
-from gemma_tuner.models.adapter_files import save_adapter
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.loss import Loss, target_loss_sum
 from gemma_tuner.models.modes import begin_training, end_training
@@ -34,10 +33,11 @@ from gemma_tuner.training.feed import (
     read_steps,
 )
 from gemma_tuner.training.held_out import measure_held_out
-from gemma_tuner.training.interrupt import StopRequest
+from gemma_tuner.training.interrupt import EARLY_STOPPING, StopRequest
+from gemma_tuner.training.lock import folder_locked
 from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.optim import build_optimizer, check_optimizer, learning_rate_at
-from gemma_tuner.training.page import open_page
+from gemma_tuner.training.page import open_page, require_page
 from gemma_tuner.training.processes import Processes, StoppedElsewhereError
 from gemma_tuner.training.progress import write_result
 from gemma_tuner.training.reports import Reports
@@ -62,13 +62,19 @@ class FitResult:
 
     Args:
         step: Optimizer steps done in all, those before a resume included.
-        stopped_by: The signal that stopped it early, or None.
+        stopped_by: What stopped it before its configured end: a signal's name,
+            "early_stopping", or None.
         held_out: The held-out losses measured by this call, in order.
+        best_step: The step of the lowest held-out loss of the whole run, whose adapter
+            ``Trainer.save`` writes where it is kept; None without held-out data.
+        notes: What there is to say of the held-out losses, in sentences.
     """
 
     step: int
     stopped_by: str | None
     held_out: tuple[EvalRecord, ...]
+    best_step: int | None = None
+    notes: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Say how it ended, and the held-out losses in order."""
@@ -77,11 +83,12 @@ class FitResult:
             f"{self.step} steps done",
             *([f"stopped by {self.stopped_by}"] if self.stopped_by else []),
             *([f"held-out loss {losses}"] if losses else []),
+            *self.notes,
         ]
         return f"FitResult({', '.join(parts)})"
 
     def _repr_html_(self) -> str:
-        return write_result(self.step, self.stopped_by, self.held_out)
+        return write_result(self.step, self.stopped_by, self.held_out, self.notes)
 
 
 class Trainer:
@@ -123,6 +130,8 @@ class Trainer:
         check_stream("stream", stream)
         if eval_stream is not None:
             check_stream("eval_stream", eval_stream)
+        elif config.early_stopping_patience is not None:
+            raise ConfigError("early_stopping_patience needs held-out data; give eval_stream=...")
         self.model = model
         self.stream = stream
         self.collator = collator
@@ -227,7 +236,8 @@ class Trainer:
             The number of steps done and what stopped them.
 
         Raises:
-            ConfigError: ``output_dir`` holds a run and ``resume`` is False.
+            ConfigError: ``output_dir`` holds a run and ``resume`` is False, or a process trains
+                in it; what ``trackers`` or ``watch`` need is not installed.
             ResumeError: The checkpoint is of another model, data or configuration.
             DataError: An example that cannot be used.
             SourceError: Data that cannot be read any more.
@@ -236,7 +246,12 @@ class Trainer:
             CheckpointError: A checkpoint or the log that is damaged or cannot be written.
             ProcessError: Another process of the run met an error, or is gone.
         """
-        with self.processes.leaving_together():
+        if self.config.watch:
+            require_page()
+        with (
+            self.processes.leaving_together(),
+            folder_locked(self.config.output_dir, self.processes),
+        ):
             return self._fit(resume=resume)
 
     def _fit(self, *, resume: bool) -> FitResult:
@@ -246,8 +261,6 @@ class Trainer:
         # A step that an error ended halfway has left its gradients.
         self.optimizer.zero_grad(set_to_none=True)
         begin_training(self.model)
-        if self.samples is not None and self.processes.is_main:
-            self.samples.begin(self.config.output_dir, self.step)
         with (
             StopRequest() as stop,
             self._open_reports() as reports,
@@ -260,14 +273,18 @@ class Trainer:
                     found.refuse_beyond_budget()
                     if self.config.check_seconds and found.is_remarkable:
                         reports.event(0, "checked", found.summary)
+                if self.samples is not None and self.processes.is_main:
+                    self.samples.begin(self.config.output_dir, self.step)
                 stopped_by = self._run(feed, stop, reports)
             except CheckpointError:
                 raise  # saving is what failed
             except DataError as error:
-                self._save_checkpoint(reports)
                 explained = explain_resuming(error, self.step, len(self.stream))
+                reports.failure(explained)
+                self._save_checkpoint(reports)
                 raise explained from error.__cause__
-            except Exception:  # whatever it was, the steps before it are whole
+            except Exception as error:  # whatever it was, the steps before it are whole
+                reports.failure(error)
                 self._save_checkpoint(reports)
                 raise
             finally:
@@ -275,7 +292,14 @@ class Trainer:
             self._save_checkpoint(reports)
             self._tell_end(reports, stopped_by)
         self.processes.wait()
-        return FitResult(self.step, stopped_by, tuple(reports.held_out))
+        best = self.run_state.best
+        return FitResult(
+            self.step,
+            stopped_by,
+            tuple(reports.held_out),
+            best.standing.step,
+            tuple(best.list_notes()),
+        )
 
     def _run(self, feed: Iterable[StepInput], stop: StopRequest, reports: Reports) -> str | None:
         """Train, and do between steps what is due; return what stopped it early."""
@@ -284,6 +308,9 @@ class Trainer:
         reports.note(self.step, "training")
         self._restart_clock(reports)
         for step_input in feed:
+            if self.run_state.best.is_out_of_patience:
+                reports.event(self.step, "stopped_early", self.run_state.best.describe_stop())
+                return EARLY_STOPPING
             try:
                 loss, grad_norm = self.train_step(step_input)
             except StoppedElsewhereError:
@@ -345,20 +372,25 @@ class Trainer:
             processes=self.processes,
         )
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, best: bool = True) -> Path:
         """Save the adapter as a standard PEFT folder; the main process writes it.
+
+        Where the run has kept its best held-out adapter (``TrainConfig(keep_best=True)``, the
+        default, and an ``eval_stream``), it is that one, and not the one that the model holds; a
+        message says so where the two differ.
 
         Args:
             path: The folder; made if it is missing.
+            best: False saves the adapter as the model holds it: that of the last step.
 
         Returns:
             The folder, which ``peft.PeftModel.from_pretrained`` opens.
 
         Raises:
-            CheckpointError: No room or no permission.
+            CheckpointError: No room or no permission, or the best adapter is gone.
         """
         if self.processes.is_main:
-            save_adapter(self.model, path, step=self.step)
+            self.run_state.best.save(Path(path), self.step, best=best)
         self.processes.wait()
         return Path(path)
 
@@ -390,14 +422,17 @@ class Trainer:
 
     def _open_reports(self) -> Reports:
         is_main = self.processes.is_main
-        has_trackers = is_main and self.config.trackers
+
+        def open_trackers() -> Trackers:
+            return Trackers(self.config, self.device, self.step)
+
         return Reports(
             self.config.output_dir,
             total_steps=self.total_steps,
             step=self.step,
             show=self.config.progress,
             is_main_process=is_main,
-            trackers=Trackers(self.config, self.device, self.step) if has_trackers else None,
+            open_trackers=open_trackers if is_main and self.config.trackers else None,
         )
 
     def _tell_beginning(self, reports: Reports) -> None:
@@ -419,7 +454,9 @@ class Trainer:
     def _tell_end(self, reports: Reports, stopped_by: str | None) -> None:
         if self.stepper.features.max_bytes:
             reports.event(self.step, "features", self.stepper.features.report())
-        if stopped_by is None:
+        if notes := self.run_state.best.list_notes():
+            reports.event(self.step, "held_out", ". ".join(notes))
+        if stopped_by in (None, EARLY_STOPPING):
             reports.note(self.step, "finished")
 
     def _report_step(self, loss: Tensor, grad_norm: Tensor, reports: Reports) -> None:
@@ -441,8 +478,7 @@ class Trainer:
         if self.eval_stream is None or not self.run_state.evaluation_is_due:
             return
         reports.note(self.step, "evaluating")
-        reports.evaluation(self.evaluate())
-        self.run_state.totals.held_out_step = self.step
+        self.run_state.note_held_out(self.evaluate(), reports)
         self._go_on_training(reports)
 
     def _take_samples(self, reports: Reports) -> None:

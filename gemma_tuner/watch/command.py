@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import webbrowser
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
-
-from gemma_tuner.errors import ConfigError
 
 
 def watch(
@@ -35,10 +32,11 @@ def watch(
 
     The page is for this machine alone. It reads the run's files; training does nothing for it.
     """
-    from gemma_tuner.watch.run import open_runs  # noqa: PLC0415 - so that help is quick
+    from gemma_tuner.training.page import require_page  # noqa: PLC0415 - so that help is quick
+    from gemma_tuner.watch.run import open_runs  # noqa: PLC0415
 
     opened = open_runs(runs, may_be_empty=parent_pid is not None)
-    _check_installed()
+    require_page()
     from gemma_tuner.watch.server import serve  # noqa: PLC0415 - loads what serves the page
 
     def announce(url: str) -> None:
@@ -47,12 +45,3 @@ def watch(
             webbrowser.open(url)
 
     serve(opened, port=port, parent_pid=parent_pid, announce=announce)
-
-
-def _check_installed() -> None:
-    """Raise a ConfigError that says how to install what the page is built on."""
-    if find_spec("nicegui") is None:
-        raise ConfigError(
-            "the watch page needs the package nicegui; install it with: "
-            "pip install 'gemma_tuner[watch]'"
-        )

@@ -131,7 +131,7 @@ def _show_quarantine(content: tuple[list[BadExample], int]) -> None:
         text(
             f"{passed_over:,} examples were passed over; the run's folder does not name them."
             if passed_over
-            else "Empty: every example so far could be used.",
+            else "Empty: no example so far was passed over.",
             "empty",
         )
         return

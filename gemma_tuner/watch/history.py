@@ -32,15 +32,17 @@ COLUMNS = (
 )
 """Fields kept of each step's record, in the units of ``StepRecord``."""
 
-PHASES = ("training", "evaluating", "sampling", "finished", "stopped")
-"""Events that say where a run is; "saved" is not among them, as it follows "stopped" too."""
+PHASES = ("training", "evaluating", "sampling", "finished", "stopped", "failed")
+"""Events that say where a run is; "saved" is not among them, as it follows the last three too."""
 
 WARNINGS = (
     "all_positions",
+    "failed",
     "many_shapes",
     "memory_growth",
     "nonfinite",
     "out_of_memory",
+    "overfitting",
     "samples_skipped",
     "speed",
     "swap",
@@ -105,6 +107,19 @@ class History:
         """Optimizer steps done, as far as is known."""
         newest = self.held_out[-1].step if self.held_out else 0
         return max(self._steps[-1], newest) if self._steps else newest
+
+    @property
+    def failure(self) -> str:
+        """The sentence of the error that ended the run; "" where none did."""
+        if self.phase != "failed":
+            return ""
+        return next((e.message for e in reversed(self.events) if e.name == "failed"), "")
+
+    @property
+    def best_held_out(self) -> HeldOut | None:
+        """The lowest finite held-out loss."""
+        known = [record for record in self.held_out if math.isfinite(record.loss)]
+        return min(known, key=lambda record: record.loss, default=None)
 
     @property
     def steps(self) -> NDArray[np.int64]:

@@ -120,6 +120,11 @@ class Page:
 
     def _read_notices(self) -> list[str]:
         notices = [self._watched.problem] if self._watched.problem else []
+        notices += [
+            f"{run.name} failed at step {run.history.step:,}. {run.history.failure}"
+            for run in self._runs
+            if run.history.failure
+        ]
         if self._watched.has_parent_ended:
             notices.append(
                 "The process that trained has ended, and so does this page: what you see stays, "

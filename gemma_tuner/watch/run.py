@@ -94,7 +94,7 @@ class Run:
         history = self.history
         if not len(history) and not history.held_out and not history.phase:
             return Phase("waiting")
-        if history.phase in ("finished", "stopped"):
+        if history.phase in ("finished", "stopped", "failed"):
             return Phase(history.phase, _seconds_per_step(history))
         pace = _seconds_per_step(history)
         if history.max_steps is not None and history.step >= history.max_steps:

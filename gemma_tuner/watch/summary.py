@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -48,12 +47,11 @@ def list_figures(run: Run, phase: Phase) -> list[str]:
     """Choose the figures by which runs are compared, as :data:`FIGURES` names them."""
     history = run.history
     steps = f"{history.step:,}" + (f" of {history.max_steps:,}" if history.max_steps else "")
-    losses = [record.loss for record in history.held_out if math.isfinite(record.loss)]
     return [
         steps,
         _mean_loss(run),
         show_loss(history.held_out[-1].loss) if history.held_out else "–",
-        show_loss(min(losses)) if losses else "–",
+        show_loss(best.loss) if (best := history.best_held_out) else "–",
         show_count(history.newest("tokens_per_second")),
         show_seconds(phase.seconds_per_step),
         show_memory(history.highest("peak_bytes")),
@@ -87,10 +85,9 @@ def _describe_loss(run: Run) -> str:
 
 def _describe_held_out(run: Run) -> tuple[str, str]:
     records = run.history.held_out
-    known = [record for record in records if math.isfinite(record.loss)]
     if not records:
         return "–", "no held-out loss yet: Trainer measures it where it has an eval_stream"
-    best = min(known, key=lambda record: record.loss, default=None)
+    best = run.history.best_held_out
     below = f"best {show_loss(best.loss)} at step {best.step:,}" if best else "not finite"
     return show_loss(records[-1].loss), below
 

@@ -28,12 +28,15 @@ import pytest
 from google.api_core.client_options import ClientOptions
 from google.cloud import bigquery, storage
 
+from gemma_tuner.collators.image import ImageCollator
 from gemma_tuner.errors import ConfigError, GemmaTunerError
+from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.storage.objects import AccessDeniedError
 from gemma_tuner.streaming.mixing import mix
 from gemma_tuner.streaming.opening import stream_bigquery, stream_gcs, stream_local
 from gemma_tuner.streaming.stream import ExampleStream
+from gemma_tuner.testing import tiny_model
 from gemma_tuner.testing.cloud.bigquery.server import BigQueryFault, BigQueryServer
 from gemma_tuner.testing.cloud.gcs.faults import (
     Effect,
@@ -46,6 +49,9 @@ from gemma_tuner.testing.cloud.gcs.faults import (
     Truncate,
 )
 from gemma_tuner.testing.cloud.gcs.server import GcsServer
+from gemma_tuner.training.config import TrainConfig
+from gemma_tuner.training.trainer import Trainer
+from gemma_tuner.watch.run import open_runs
 
 ROW, OBJECT, SIGNATURE, TOKEN = (f"CANARY-{kind}-7b1e" for kind in ("row", "obj", "sig", "tok"))
 CANARY = "CANARY"
@@ -219,6 +225,11 @@ BAD_VALUES: dict[str, dict[str, Any]] = {
     "data URI": {"image": f"data:image/png;base64,{ROW}"},
     "picture of another type": {"image": {"secret": ROW}},
     "list of pictures": {"image": ["picture.png", {"secret": ROW}]},
+    "text as a picture": {"image": f"A text, {ROW} in it."},
+    "text as a stored picture": {"image": f"gs://media/A text, {ROW} in it."},
+    "base64 as a picture": {"image": f"{ROW}{'QUJD' * 200}"},
+    "base64 in an object": {"image": {"data": f"{ROW}!"}},
+    "URI of a scheme": {"image": f"{ROW}://picture.png"},
 }
 BAD_MESSAGES: dict[str, Any] = {
     "no list": ROW,
@@ -234,6 +245,18 @@ BAD_MESSAGES: dict[str, Any] = {
         {"role": "assistant", "content": ROW},
     ],
     "number": [{"role": "user", "content": 7}, {"role": "assistant", "content": [ROW]}],
+    "role of the data": [{"role": ROW, "content": ROW}, {"role": "assistant", "content": ROW}],
+    "part of the data": [
+        {"role": "user", "content": [{"type": ROW, ROW: ROW}]},
+        {"role": "assistant", "content": ROW},
+    ],
+    "call of the data": [
+        {"role": "user", "content": ROW},
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": {"name": ROW, "arguments": f"{{{ROW}"}}],
+        },
+    ],
 }
 
 
@@ -297,6 +320,9 @@ def test_files_that_cannot_be_read_say_nothing_of_what_they_hold(ears, tmp_path,
         "cut.tar": tar.getvalue()[:700],
         "json.tar": tar.getvalue(),
         "none.json": f"[{ROW}".encode(),
+        "headless.csv": f"LJ1|{ROW}, of it|{ROW}\nLJ2|{ROW}, of it|{ROW}\n".encode(),
+        "sentences.csv": f"{ROW} is what it says,9\n{ROW} is another,7\n".encode(),
+        "keys.jsonl": join([{f"{ROW}, a text": ROW}]),
     }.items():
         (tmp_path / name).write_bytes(content)
         how = {**options(tmp_path), "max_bad_fraction": max_bad_fraction}
@@ -462,6 +488,41 @@ def test_tables_that_cannot_be_read_say_nothing_of_what_they_hold(ears, tables, 
 
 
 # --- access and cost -------------------------------------------------------------------------
+
+
+def test_a_run_says_nothing_of_what_its_rows_hold(ears, tmp_path, capfd):
+    """Rows that the collator refuses, within the budget and beyond, held out and trained on."""
+    bad = {
+        "too long": {"prompt": ROW * 200},
+        "control token": {"prompt": f"<|turn>{ROW}"},
+        "media token": {"response": f"<|image>{ROW}"},
+        "broken picture": {"image": "broken.png"},
+    }
+    (tmp_path / "broken.png").write_bytes(draw_picture(1)[:60] + OBJECT.encode())
+    (tmp_path / "picture.png").write_bytes(draw_picture(1))
+    rows = [make_row(name, **{"image": "picture.png", **values}) for name, values in bad.items()]
+    rows += [make_row(n, image="picture.png") for n in range(NUM_GOOD)]
+    (tmp_path / "rows.jsonl").write_bytes(join(rows))
+    model, processor = tiny_model("gemma4-e2b")
+    model = add_lora(model, LoraConfig(rank=1))
+    collator = ImageCollator(processor, image_tokens=70, max_tokens=200)
+    for name, max_bad_fraction in (("run", 0.5), ("failed", 0.0)):
+        given = {**options(tmp_path), "max_bad_fraction": max_bad_fraction}
+        stream = stream_local(tmp_path / "rows.jsonl", **given)
+        config = TrainConfig(epochs=1, batch_size=2, output_dir=tmp_path / name, log_every_steps=1)
+        held_out = stream_local(tmp_path / "rows.jsonl", **given) if name == "run" else None
+        trainer = Trainer(model, stream, collator, config, held_out)
+        ears.note(str(ears.attempt(trainer.fit)))
+        for path in (tmp_path / name).rglob("*"):
+            assert path.is_dir() or CANARY.encode() not in path.read_bytes(), path
+        (run,) = open_runs([tmp_path / name])
+        run.refresh()
+        assert run.find_phase().name == {"run": "finished", "failed": "failed"}[name]
+        if name == "run":
+            assert len(run.quarantine) == len(bad)
+    ears.note("".join(capfd.readouterr()))
+    assert len(ears.errors) == 1
+    check_files(tmp_path)
 
 
 def test_a_forbidden_bucket_stops_at_once(ears, gcs, tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -74,6 +75,26 @@ def test_the_new_takes_the_place_of_the_old(tmp_path, kind, left):
         assert read(path) == "old"
     assert read(path) == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_in_one_moment(tmp_path, monkeypatch):
+    """Two renames would leave neither for a process that is killed between them."""
+    write(tmp_path / "it", "old", "folder")
+    monkeypatch.setattr(Path, "rename", None)
+    monkeypatch.setattr(Path, "replace", None)
+    with replaced(tmp_path / "it") as temporary:
+        write(temporary, "new", "folder")
+    assert read(tmp_path / "it") == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
+
+
+def test_a_file_system_that_cannot_takes_two_moments(tmp_path, monkeypatch):
+    monkeypatch.setattr("gemma_tuner.disk._swap", lambda one, other: False)
+    write(tmp_path / "it", "old", "folder")
+    with replaced(tmp_path / "it") as temporary:
+        write(temporary, "new", "folder")
+    assert read(tmp_path / "it") == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["it"]
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])

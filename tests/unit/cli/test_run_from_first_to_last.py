@@ -19,6 +19,7 @@ from gemma_tuner.errors import CheckpointError
 from gemma_tuner.testing import sample_data, tiny_model
 from gemma_tuner.training.adapters import find_adapter, load_adapter
 from gemma_tuner.training.trainer import FitResult, Trainer
+from gemma_tuner.watch.run import open_runs
 
 STEPS = 3
 
@@ -180,6 +181,23 @@ def test_runs_are_listed_and_shown(folder, run):
     for kind, _, loss, _ in read_losses(run):
         assert f"{loss:.4f}" in shown.stdout, kind
     assert "saved step-00000003" in shown.stdout
+
+
+def test_a_run_that_failed_is_listed_with_its_reason(tmp_path):
+    lines = [
+        {"kind": "eval", "step": 0, "loss": None, "nonfinite": {"loss": "nan"}},
+        {"kind": "eval", "step": 2, "loss": 1.25},
+        {"kind": "event", "step": 2, "name": "failed", "message": "DataError: example 'k': bad"},
+        {"kind": "event", "step": 2, "name": "saved", "message": "saved step-00000002"},
+    ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    listed = invoke("runs", "list", tmp_path)
+    assert "failed at step 2: DataError: example 'k': bad" in listed.stdout
+    (opened,) = open_runs([tmp_path / "run"])
+    opened.refresh()
+    assert opened.history.best_held_out == (2, 1.25)  # NaN is none
+    assert "step 2: DataError" in invoke("runs", "show", tmp_path / "run").stdout
 
 
 @pytest.mark.slow

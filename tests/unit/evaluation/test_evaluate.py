@@ -377,3 +377,14 @@ def test_unicodes_line_separators_end_no_record_of_samples(setup, folder, tmp_pa
     path.write_text("".join(lines), encoding="utf-8")
     samples.begin(tmp_path, 1)
     assert path.read_text(encoding="utf-8") == lines[0]
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 64, b"{", b"[1]", b'{"step": null}', b"\xff\xfe", b""])
+def test_damaged_lines_of_samples_are_left_out_and_told(setup, folder, tmp_path, caplog, damage):
+    samples = SampleGenerations(setup[2], [open_stream(folder, tmp_path)[0]], every_steps=5)
+    whole = b'{"step": 1}\n'
+    (tmp_path / "samples.jsonl").write_bytes(whole + damage + b"\n" + whole)
+    samples.begin(tmp_path, 1)
+    assert (tmp_path / "samples.jsonl").read_bytes() == whole * 2
+    assert "1 damaged lines of samples.jsonl are left out" in caplog.text
+    assert not samples.is_due(1, 9)

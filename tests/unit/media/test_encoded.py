@@ -32,7 +32,7 @@ def test_names_no_folder_and_no_contents():
     assert describe_source("/home/ann/cat.png", "image") == "image 'cat.png'"
     assert describe_source(Path("/home/ann/cat.png"), "image") == "image 'cat.png'"
     assert describe_source(b"x" * 1_234, "audio") == "audio of 1,234 encoded bytes"
-    assert describe_source("U2VjcmV0" * 40, "image") == "image with a name of 320 characters"
+    assert describe_source("U2VjcmV0" * 40, "image") == "image (a text of 320 characters)"
     with pytest.raises(DataError) as caught:
         open_encoded("U2VjcmV0" * 40, key="a", kind="image")
     assert "U2VjcmV0" not in str(caught.value)

@@ -145,7 +145,7 @@ def test_a_column_that_comes_late_and_matters_is_refused(tmp_path):
     rows = [pair() for _ in range(PEEKED_ROWS)]
     late = pair(image="a.png")
     path = write_lines(tmp_path / "a.jsonl", [*rows, pair(comment="fine"), late])
-    with pytest.raises(DataError, match="columns image come first here") as caught:
+    with pytest.raises(DataError, match="columns 'image' come first here") as caught:
         list(LocalSource(path))
     assert caught.value.key == f"a.jsonl:{PEEKED_ROWS + 2}"
     path = write_lines(tmp_path / "a.jsonl", [*rows, pair(comment="fine")])

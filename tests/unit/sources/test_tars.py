@@ -257,5 +257,5 @@ def test_of_many_tars_three_are_looked_into(tmp_path):
 def test_a_column_that_comes_late_and_matters_is_refused(tmp_path):
     pairs = [(f"{n}.json", b'{"prompt": "Q", "response": "A"}') for n in range(PEEKED_SAMPLES)]
     plant(tmp_path, "a.tar", [*pairs, ("z.jpg", b"x"), ("z.json", pairs[0][1])])
-    with pytest.raises(DataError, match="columns image come first here"):
+    with pytest.raises(DataError, match="columns 'image' come first here"):
         list(LocalSource(tmp_path))

@@ -5,12 +5,15 @@ import json
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image as PILImage
 
-from gemma_tuner.errors import ConfigError, DataError
+from gemma_tuner.errors import ConfigError, DataError, GemmaTunerError
 from gemma_tuner.streaming.mixing import mix
-from gemma_tuner.streaming.opening import stream_local
+from gemma_tuner.streaming.opening import stream_gcs, stream_hub, stream_local
+from gemma_tuner.testing import GcsServer
 
 
 @pytest.fixture
@@ -204,3 +207,37 @@ def test_misspelt_keywords_are_named(folder):
     for wrong, hint in (({"answer": "x"}, "it takes"), ({"promt": "x"}, "did you mean prompt=")):
         with pytest.raises(ConfigError, match=hint):
             stream_local(folder / "data.jsonl", **wrong)
+
+
+# --- nothing but bad rows ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_bad_fraction", [0.01, 1.0])
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "csv", "bucket", "hub"])
+def test_data_of_bad_rows_alone_end_with_the_reasons_by_count(tmp_path, form, max_bad_fraction):
+    rows = [{"prompt": "q", "response": "", "image": ""} for _ in range(3)]
+    rows += [{"prompt": "q", "response": "a", "image": f"missing {n}.png"} for n in range(40)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    given = {"max_bad_fraction": max_bad_fraction, "cache_dir": tmp_path / "cache"}
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with GcsServer() as server:
+        if form == "bucket":
+            server.put("bucket", "data/train.jsonl", lines.encode())
+        elif form == "parquet":
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "a.parquet")
+        elif form == "csv":
+            text = "prompt,response,image\n" + "".join(f"{','.join(r.values())}\n" for r in rows)
+            (folder / "a.csv").write_text(text)
+        else:
+            (folder / "train.jsonl").write_text(lines)
+        opened = {
+            "bucket": lambda: stream_gcs("gs://bucket/data/", gcs_client=server.client(), **given),
+            "hub": lambda: stream_hub(str(folder), **given),
+        }
+        with pytest.raises(GemmaTunerError) as raised:
+            opened.get(form, lambda: stream_local(folder, **given))()
+    said = str(raised.value)
+    assert "none of the 43 rows can be used: 40 × row: " in said
+    assert "3 × row: empty answer" in said
+    assert said.count("(first '") == 2

@@ -45,8 +45,8 @@ def test_plan_and_phases_are_in_the_log(stopped):
     run, first = stopped
     phases = [line["name"] for line in first if line["kind"] == "event"]
     assert phases == [
-        *("run", "evaluating", "sampling", "training", "plan", "evaluating", "sampling"),
-        *("stopped", "saved"),
+        *("run", "evaluating", "best", "sampling", "training", "plan", "evaluating", "best"),
+        *("sampling", "stopped", "saved", "held_out"),
     ]
     begun = first[0]
     assert begun["max_steps"] == 5
