@@ -24,7 +24,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # ---- sizes ----------------------------------------------------------------------------------
 
-MAX_PACKAGE_LINES = 34_000
+MAX_PACKAGE_LINES = 39_500
 MAX_FOLDER_LINES = 4_000
 MAX_FOLDER_MODULES = 25
 # Folders that may be larger -> why.
