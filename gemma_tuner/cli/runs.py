@@ -30,7 +30,7 @@ def list_runs(
     ] = Path("runs"),
 ) -> None:
     """List the runs in a folder, the latest last."""
-    from gemma_tuner.training.metrics import LOG_FILE
+    from gemma_tuner.training.reporting.metrics import LOG_FILE
 
     logs = sorted(folder.rglob(LOG_FILE), key=lambda log: log.stat().st_mtime)
     if not logs:

@@ -37,8 +37,8 @@ from gemma_tuner.training.adapters import compare_collator
 from gemma_tuner.training.checks import check_collator
 from gemma_tuner.training.feed import ModelCollator, Stream
 from gemma_tuner.training.held_out import measure_held_out
-from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.processes import Processes
+from gemma_tuner.training.reporting.metrics import EvalRecord
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,7 +22,7 @@ from rich.text import Text
 from gemma_tuner.display import element, escape, make_card, make_details, make_table
 from gemma_tuner.evaluation.answers import Generation
 from gemma_tuner.evaluation.scores import ScoreResult, Tally
-from gemma_tuner.training.metrics import EvalRecord
+from gemma_tuner.training.reporting.metrics import EvalRecord
 
 _FORMAT = 1
 _SHOWN_IN_NOTEBOOKS = 5

@@ -11,9 +11,9 @@ from gemma_tuner.errors import DataError, SourceError, quote_name
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.columns import Keywords
 from gemma_tuner.sources.examples import Outcome, is_in_bucket
-from gemma_tuner.sources.files import Format
-from gemma_tuner.sources.filesets import FileSet, FileSetReader
-from gemma_tuner.sources.folders import (
+from gemma_tuner.sources.formats.files import Format
+from gemma_tuner.sources.formats.filesets import FileSet, FileSetReader
+from gemma_tuner.sources.formats.folders import (
     MANIFESTS,
     check_format,
     choose_files,
@@ -22,7 +22,7 @@ from gemma_tuner.sources.folders import (
     name_format,
     pair_texts,
 )
-from gemma_tuner.sources.lines import DataFile
+from gemma_tuner.sources.formats.lines import DataFile
 from gemma_tuner.sources.media_places import MediaPlaces, check_media_root
 from gemma_tuner.storage.fetch import Fetcher
 from gemma_tuner.storage.objects import GLOB, ObjectChangedError, name_folder

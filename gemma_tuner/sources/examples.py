@@ -17,8 +17,8 @@ from gemma_tuner.errors import DataError, SourceError, quote_name
 from gemma_tuner.modalities import kind_of
 from gemma_tuner.records import Audio, Example, Image, StoredObject
 from gemma_tuner.sources.columns import Columns, Keywords, read_ignored, recognise_columns
-from gemma_tuner.sources.files import Row
-from gemma_tuner.sources.folders import NO_SPLIT, name_canonically, name_split
+from gemma_tuner.sources.formats.files import Row
+from gemma_tuner.sources.formats.folders import NO_SPLIT, name_canonically, name_split
 from gemma_tuner.sources.guard import MediaGuard
 from gemma_tuner.sources.rows import RowReader
 from gemma_tuner.storage.stores import is_stored, list_schemes

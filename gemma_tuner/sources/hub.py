@@ -20,7 +20,7 @@ from gemma_tuner.checks import is_whole_number
 from gemma_tuner.errors import ConfigError, DataError, SourceError, quote_name
 from gemma_tuner.sources.columns import Keywords
 from gemma_tuner.sources.examples import ExampleReader, Outcome, is_in_bucket
-from gemma_tuner.sources.files import Row
+from gemma_tuner.sources.formats.files import Row
 from gemma_tuner.sources.hub_loading import (
     HubName,
     OpenedSplit,

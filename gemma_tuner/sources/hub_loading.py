@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow
 
 from gemma_tuner.errors import ConfigError, SourceError
-from gemma_tuner.sources.folders import name_canonically
+from gemma_tuner.sources.formats.folders import name_canonically
 
 _SAVED = ("state.json", "dataset_dict.json")  # of save_to_disk: of one split, of several
 # How datasets names the subsets there are: of a data set, and of the copies on this machine.

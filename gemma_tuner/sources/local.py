@@ -10,10 +10,10 @@ from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.media.encoded import describe_source
 from gemma_tuner.sources.columns import Keywords
 from gemma_tuner.sources.examples import Outcome, is_in_bucket
-from gemma_tuner.sources.files import LocalFile
-from gemma_tuner.sources.filesets import FileSet, FileSetReader
-from gemma_tuner.sources.folders import Paths, find_files, list_below
-from gemma_tuner.sources.lines import DataFile
+from gemma_tuner.sources.formats.files import LocalFile
+from gemma_tuner.sources.formats.filesets import FileSet, FileSetReader
+from gemma_tuner.sources.formats.folders import Paths, find_files, list_below
+from gemma_tuner.sources.formats.lines import DataFile
 from gemma_tuner.sources.media_places import MediaPlaces, check_media_root, list_tails
 
 _MAX_NAME_BYTES = 255  # of any file system

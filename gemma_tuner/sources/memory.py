@@ -30,7 +30,7 @@ from gemma_tuner.media.image import decode_image
 from gemma_tuner.records import Audio, Example, Image
 from gemma_tuner.sources.columns import Keywords
 from gemma_tuner.sources.examples import ExampleReader, Outcome
-from gemma_tuner.sources.files import Row
+from gemma_tuner.sources.formats.files import Row
 from gemma_tuner.sources.hub import HubRows, locate_file
 from gemma_tuner.sources.hub_loading import HubName, OpenedSplit
 from gemma_tuner.sources.json_text import describe_type

@@ -11,7 +11,7 @@ from gemma_tuner.records import Example
 from gemma_tuner.sources.bigquery.source import BigQuerySource
 from gemma_tuner.sources.buckets import BucketSource
 from gemma_tuner.sources.examples import Source
-from gemma_tuner.sources.folders import Paths
+from gemma_tuner.sources.formats.folders import Paths
 from gemma_tuner.sources.hub import HubSource
 from gemma_tuner.sources.local import LocalSource
 from gemma_tuner.sources.memory import MemorySource, holds_rows
@@ -47,7 +47,8 @@ def stream_local(
 
     Args:
         paths: A file (``.jsonl .json .csv .tsv .parquet .arrow .tar .txt .md``), a glob, a
-            folder, or a list of them; :mod:`gemma_tuner.sources.folders` says what a folder means.
+            folder, or a list of them; :mod:`gemma_tuner.sources.formats.folders` says what a
+            folder means.
         format: ``jsonl csv parquet arrow text webdataset captions transcripts kaldi``, for files
             of another name or mixed folders.
         split: Keeps the rows whose column ``split`` has this value, or, where there is no such

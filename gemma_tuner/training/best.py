@@ -22,9 +22,9 @@ from gemma_tuner.log import announce
 from gemma_tuner.models.adapter_files import copy_adapter, save_adapter, saving_explained
 from gemma_tuner.training.checkpoint import list_checkpoints, read_state
 from gemma_tuner.training.config import TrainConfig
-from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.processes import Processes
-from gemma_tuner.training.reports import Reports
+from gemma_tuner.training.reporting.metrics import EvalRecord
+from gemma_tuner.training.reporting.reports import Reports
 
 if TYPE_CHECKING:
     from peft import PeftModel

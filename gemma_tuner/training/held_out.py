@@ -17,9 +17,9 @@ from gemma_tuner.errors import ConfigError
 from gemma_tuner.records import Example
 from gemma_tuner.streaming.quarantine import count_reasons
 from gemma_tuner.training.feed import StepInput, Stream
-from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.micro_batches import MicroBatch, MicroBatches, retry_once
 from gemma_tuner.training.processes import Processes
+from gemma_tuner.training.reporting.metrics import EvalRecord
 
 if TYPE_CHECKING:
     from peft import PeftModel

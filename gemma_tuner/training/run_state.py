@@ -31,10 +31,10 @@ from gemma_tuner.training.checkpoint import (
 )
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.feed import StepInput, Stream
-from gemma_tuner.training.metrics import DeviceRecord, EvalRecord, StepRecord
 from gemma_tuner.training.micro_batches import MicroBatchPlan
 from gemma_tuner.training.processes import Processes
-from gemma_tuner.training.reports import Reports
+from gemma_tuner.training.reporting.metrics import DeviceRecord, EvalRecord, StepRecord
+from gemma_tuner.training.reporting.reports import Reports
 from gemma_tuner.training.step import NonfiniteGuard, StepOutcome
 
 if TYPE_CHECKING:

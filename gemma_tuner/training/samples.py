@@ -10,7 +10,7 @@ import torch
 
 from gemma_tuner.device import is_out_of_memory
 from gemma_tuner.training.micro_batches import free
-from gemma_tuner.training.reports import Reports
+from gemma_tuner.training.reporting.reports import Reports
 
 
 class Samples(Protocol):

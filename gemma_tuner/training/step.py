@@ -37,9 +37,9 @@ from gemma_tuner.training.micro_batches import (
     restore,
     retry_once,
 )
-from gemma_tuner.training.monitor import RunMonitor
 from gemma_tuner.training.optim import measure_state, set_learning_rate
 from gemma_tuner.training.processes import Processes
+from gemma_tuner.training.reporting.monitor import RunMonitor
 
 if TYPE_CHECKING:
     from peft import PeftModel

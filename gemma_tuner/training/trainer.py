@@ -35,16 +35,16 @@ from gemma_tuner.training.feed import (
 from gemma_tuner.training.held_out import measure_held_out
 from gemma_tuner.training.interrupt import EARLY_STOPPING, StopRequest
 from gemma_tuner.training.lock import folder_locked
-from gemma_tuner.training.metrics import EvalRecord
 from gemma_tuner.training.optim import build_optimizer, check_optimizer, learning_rate_at
-from gemma_tuner.training.page import open_page, require_page
 from gemma_tuner.training.processes import Processes, StoppedElsewhereError
-from gemma_tuner.training.progress import write_result
-from gemma_tuner.training.reports import Reports
+from gemma_tuner.training.reporting.metrics import EvalRecord
+from gemma_tuner.training.reporting.page import open_page, require_page
+from gemma_tuner.training.reporting.progress import write_result
+from gemma_tuner.training.reporting.reports import Reports
+from gemma_tuner.training.reporting.trackers import Trackers
 from gemma_tuner.training.run_state import RunState
 from gemma_tuner.training.samples import Samples, take_samples
 from gemma_tuner.training.step import Stepper
-from gemma_tuner.training.trackers import Trackers
 
 if TYPE_CHECKING:
     from peft import PeftModel

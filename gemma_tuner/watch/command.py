@@ -32,7 +32,7 @@ def watch(
 
     The page is for this machine alone. It reads the run's files; training does nothing for it.
     """
-    from gemma_tuner.training.page import require_page  # noqa: PLC0415 - so that help is quick
+    from gemma_tuner.training.reporting.page import require_page  # noqa: PLC0415 - so that help is quick
     from gemma_tuner.watch.run import open_runs  # noqa: PLC0415
 
     opened = open_runs(runs, may_be_empty=parent_pid is not None)

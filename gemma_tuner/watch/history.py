@@ -1,7 +1,7 @@
 """A run's log as columns that charts draw from.
 
-The log is :class:`gemma_tuner.training.metrics.JsonlLog`'s. Beside steps and held-out losses, two
-of its events carry data::
+The log is :class:`gemma_tuner.training.reporting.metrics.JsonlLog`'s. Beside steps and held-out
+losses, two of its events carry data::
 
     {"kind": "event", "name": "run", "max_steps": 500, "config": {"learning_rate": 2e-4, ...},
      "device": "mps"}

@@ -15,7 +15,7 @@ from gemma_tuner.settings import FILE_NAME as SETTINGS_FILE
 from gemma_tuner.settings import parse_file
 from gemma_tuner.streaming.quarantine import RUN_FILE as QUARANTINE_FILE
 from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine
-from gemma_tuner.training.metrics import LOG_FILE
+from gemma_tuner.training.reporting.metrics import LOG_FILE
 from gemma_tuner.watch.history import History
 from gemma_tuner.watch.samples import Sample, read_sample
 from gemma_tuner.watch.tail import JsonlTail

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gemma_tuner.device import memory_private_bytes
-from gemma_tuner.training.monitor import MANY_SHAPES
+from gemma_tuner.training.reporting.monitor import MANY_SHAPES
 from tests.long_runs import STEPS, run_long
 from tests.mps.test_conformance import run_part
 

@@ -14,7 +14,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from gemma_tuner.training.metrics import EvalRecord, JsonlLog, StepRecord
+from gemma_tuner.training.reporting.metrics import EvalRecord, JsonlLog, StepRecord
 from gemma_tuner.watch.page import REFRESH_SECONDS
 from tests.browser import Browser
 from tests.runs import build_trainer
@@ -193,7 +193,7 @@ def test_it_ends_with_the_process_that_trains(browser, tmp_path):
     script = textwrap.dedent(
         """
         import sys
-        from gemma_tuner.training.page import open_page
+        from gemma_tuner.training.reporting.page import open_page
         print(open_page(sys.argv[1]), flush=True)
         input()
         """

@@ -20,8 +20,8 @@ from gemma_tuner.planning.plan import Plan
 from gemma_tuner.planning.trace import Footprint
 from gemma_tuner.records import Audio, Example, Image, StoredObject, Text, Turn
 from gemma_tuner.streaming.opening import stream_local
-from gemma_tuner.training.metrics import EvalRecord
-from gemma_tuner.training.progress import Progress
+from gemma_tuner.training.reporting.metrics import EvalRecord
+from gemma_tuner.training.reporting.progress import Progress
 from gemma_tuner.training.trainer import FitResult
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror='alert(2)'>\"&amp;</pre></td>"

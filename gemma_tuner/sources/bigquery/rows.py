@@ -11,7 +11,7 @@ import pyarrow
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.sources.bigquery.parts import Column, Part
 from gemma_tuner.sources.columns import Columns
-from gemma_tuner.sources.files import Row
+from gemma_tuner.sources.formats.files import Row
 from gemma_tuner.sources.json_text import drop_padding, parse_json
 from gemma_tuner.storage.stores import is_stored
 

@@ -10,7 +10,7 @@ import pytest
 
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import Audio, Image
-from gemma_tuner.sources.files import PEEKED_ROWS
+from gemma_tuner.sources.formats.files import PEEKED_ROWS
 from gemma_tuner.sources.local import LocalSource
 
 

@@ -13,7 +13,7 @@ from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
 from gemma_tuner.models.loss import FrozenHeadCrossEntropy, target_loss_sum
 from gemma_tuner.testing import tiny_model
 from gemma_tuner.training.feed import Prefetch, read_steps
-from gemma_tuner.training.reports import Reports
+from gemma_tuner.training.reporting.reports import Reports
 from gemma_tuner.training.trainer import Trainer
 from tests.examples import example, picture, sound
 from tests.runs import build_trainer, read_trace

@@ -14,7 +14,7 @@ from gemma_tuner.models.adapter_files import WEIGHTS, save_adapter
 from gemma_tuner.testing import tiny_model
 from gemma_tuner.training.best import Standing
 from gemma_tuner.training.config import TrainConfig
-from gemma_tuner.training.metrics import EvalRecord
+from gemma_tuner.training.reporting.metrics import EvalRecord
 from gemma_tuner.training.trainer import Trainer
 from tests.runs import StoppingTrainer, build_trainer, read_trace
 

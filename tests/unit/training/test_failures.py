@@ -9,8 +9,8 @@ import pytest
 
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError, describe_error
 from gemma_tuner.records import Example
-from gemma_tuner.training import page
 from gemma_tuner.training.lock import FILE
+from gemma_tuner.training.reporting import page
 from gemma_tuner.watch.run import open_runs
 from tests.runs import build_trainer, read_trace
 

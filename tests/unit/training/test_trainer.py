@@ -20,7 +20,7 @@ from gemma_tuner.models.lora import add_lora
 from gemma_tuner.models.loss import FrozenHeadCrossEntropy
 from gemma_tuner.testing import save_tiny_model, tiny_model
 from gemma_tuner.training.checkpoint import show_folder
-from gemma_tuner.training.metrics import EvalRecord
+from gemma_tuner.training.reporting.metrics import EvalRecord
 from gemma_tuner.training.step import guarded_step
 from gemma_tuner.training.trainer import FitResult, Trainer
 from tests.runs import build_trainer, read_trace

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_tuner.training.metrics import DeviceRecord, EvalRecord, JsonlLog, StepRecord
+from gemma_tuner.training.reporting.metrics import DeviceRecord, EvalRecord, JsonlLog, StepRecord
 from gemma_tuner.watch.history import COLUMNS, History
 from gemma_tuner.watch.tail import JsonlTail
 

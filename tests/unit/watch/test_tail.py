@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_tuner.errors import SourceError
-from gemma_tuner.training.metrics import JsonlLog
+from gemma_tuner.training.reporting.metrics import JsonlLog
 from gemma_tuner.watch import tail as module
 from gemma_tuner.watch.tail import Gain, JsonlTail
 

@@ -14,7 +14,7 @@ from gemma_tuner.display import show_memory
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.settings import save_settings
 from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine
-from gemma_tuner.training.metrics import EvalRecord, JsonlLog, StepRecord
+from gemma_tuner.training.reporting.metrics import EvalRecord, JsonlLog, StepRecord
 from gemma_tuner.watch.charts import (
     draw_learning_rate,
     draw_loss,

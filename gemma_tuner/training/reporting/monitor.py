@@ -22,8 +22,8 @@ from gemma_tuner.device import (
     swap_used_bytes,
     take_peak_bytes,
 )
-from gemma_tuner.training.metrics import DeviceRecord, StepRecord
-from gemma_tuner.training.reports import Reports
+from gemma_tuner.training.reporting.metrics import DeviceRecord, StepRecord
+from gemma_tuner.training.reporting.reports import Reports
 
 _GIB = 2**30
 

@@ -7,8 +7,8 @@ import itertools
 import pytest
 
 from gemma_tuner.errors import SourceError
-from gemma_tuner.sources.delimited import list_csv_columns, read_csv
-from gemma_tuner.sources.files import LocalFile
+from gemma_tuner.sources.formats.delimited import list_csv_columns, read_csv
+from gemma_tuner.sources.formats.files import LocalFile
 
 VALUES = ("plain", "a, b; c", 'say "x"', '"quoted" at first', "two\nlines", "", "Ähnlich")
 

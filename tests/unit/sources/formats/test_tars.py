@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import Audio, Image, StoredObject
-from gemma_tuner.sources.files import LocalFile
+from gemma_tuner.sources.formats.files import LocalFile
+from gemma_tuner.sources.formats.tars import PEEKED_SAMPLES, TarReader, list_tar_columns
 from gemma_tuner.sources.local import LocalSource
-from gemma_tuner.sources.tars import PEEKED_SAMPLES, TarReader, list_tar_columns
 
 
 def make_tar(members, tar_format=tarfile.PAX_FORMAT):

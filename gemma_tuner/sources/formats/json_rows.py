@@ -13,8 +13,8 @@ from itertools import chain, islice
 from typing import Any
 
 from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.sources.formats.lines import PACKED, DataFile, name_last, read_lines, read_text
 from gemma_tuner.sources.json_text import describe_type, parse_json
-from gemma_tuner.sources.lines import PACKED, DataFile, name_last, read_lines, read_text
 
 _LISTS = frozenset(
     {"annotations", "data", "dataset", "examples", "instances", "items", "questions", "records"}

@@ -16,7 +16,7 @@ from accelerate.utils import LoggerType
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.training.config import TrainConfig
-from gemma_tuner.training.metrics import EvalRecord, StepRecord
+from gemma_tuner.training.reporting.metrics import EvalRecord, StepRecord
 
 _STEP_VALUES = (
     *("loss", "learning_rate", "grad_norm", "tokens", "target_tokens", "tokens_per_second"),

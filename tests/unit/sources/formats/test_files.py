@@ -12,7 +12,7 @@ import pytest
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.columns import Columns
-from gemma_tuner.sources.files import LocalFile, list_columns, read_rows, read_text
+from gemma_tuner.sources.formats.files import LocalFile, list_columns, read_rows, read_text
 
 ANY = Columns("document", {"text": "text"})
 

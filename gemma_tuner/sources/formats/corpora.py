@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from gemma_tuner.errors import DataError, SourceError
-from gemma_tuner.sources.lines import DataFile, name_last, read_lines
+from gemma_tuner.sources.formats.lines import DataFile, name_last, read_lines
 
 TRANSCRIPT_COLUMNS = ("id", "audio", "text")
 SEGMENT_COLUMNS = ("start", "end")

@@ -12,17 +12,17 @@ from typing import Any
 from gemma_tuner.errors import DataError
 from gemma_tuner.sources.columns import Columns, Keywords
 from gemma_tuner.sources.examples import ExampleReader, Locate, Outcome
-from gemma_tuner.sources.files import (
+from gemma_tuner.sources.formats.files import (
     Format,
     Row,
     list_columns,
     peek_columns,
     read_rows,
 )
-from gemma_tuner.sources.folders import choose_split
+from gemma_tuner.sources.formats.folders import choose_split
+from gemma_tuner.sources.formats.lines import DataFile, read_text
+from gemma_tuner.sources.formats.tars import TarReader, list_tar_columns
 from gemma_tuner.sources.json_text import parse_json
-from gemma_tuner.sources.lines import DataFile, read_text
-from gemma_tuner.sources.tars import TarReader, list_tar_columns
 
 _CAPTION_COLUMNS = ("file_name", "text")
 

@@ -22,16 +22,16 @@ import pyarrow.parquet
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.columns import Columns
-from gemma_tuner.sources.corpora import (
+from gemma_tuner.sources.formats.corpora import (
     SEGMENT_COLUMNS,
     TRANSCRIPT_COLUMNS,
     read_kaldi,
     read_transcripts,
 )
-from gemma_tuner.sources.delimited import list_csv_columns, read_csv
-from gemma_tuner.sources.json_rows import read_json
+from gemma_tuner.sources.formats.delimited import list_csv_columns, read_csv
+from gemma_tuner.sources.formats.json_rows import read_json
+from gemma_tuner.sources.formats.lines import DataFile, name_last, read_text
 from gemma_tuner.sources.json_text import drop_padding
-from gemma_tuner.sources.lines import DataFile, name_last, read_text
 
 RowFormat = Literal["jsonl", "csv", "parquet", "arrow", "text", "transcripts", "kaldi"]
 """Formats of files that hold rows."""

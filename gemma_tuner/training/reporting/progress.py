@@ -13,7 +13,7 @@ from rich.table import Column
 
 from gemma_tuner.display import ACCENT, QUIET, element, escape, make_bar, make_card, make_table
 from gemma_tuner.training.interrupt import EARLY_STOPPING
-from gemma_tuner.training.metrics import EvalRecord, StepRecord
+from gemma_tuner.training.reporting.metrics import EvalRecord, StepRecord
 
 _SECONDS_BETWEEN_DRAWINGS = 0.25
 _WIDTH, _HEIGHT, _INDENT = 360, 96, 10  # of the curve, in pixels

@@ -34,8 +34,8 @@ from typing import Any, BinaryIO
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.modalities import MediaKind, kind_of_suffix
 from gemma_tuner.records import StoredObject
+from gemma_tuner.sources.formats.lines import DataFile, name_last
 from gemma_tuner.sources.json_text import describe_type, parse_json
-from gemma_tuner.sources.lines import DataFile, name_last
 
 PEEKED_SAMPLES = 100
 """How many samples of the first, middle and last tar decide which columns there are: to look into

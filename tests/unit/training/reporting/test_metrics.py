@@ -11,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.training.metrics import EvalRecord, JsonlLog, StepRecord
-from gemma_tuner.training.progress import Progress
+from gemma_tuner.training.reporting.metrics import EvalRecord, JsonlLog, StepRecord
+from gemma_tuner.training.reporting.progress import Progress
 
 
 def make_step(step, loss=2.0, **changes):
@@ -48,7 +48,7 @@ def read(path):
 
 @pytest.fixture(autouse=True)
 def stopped_clock(monkeypatch):
-    monkeypatch.setattr("gemma_tuner.training.metrics.time.time", lambda: 5.0)
+    monkeypatch.setattr("gemma_tuner.training.reporting.metrics.time.time", lambda: 5.0)
 
 
 # --- log --------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_a_resumed_bar_starts_where_the_run_does():
 def test_it_goes_to_stderr_and_outlives_its_reader():
     code = (
         "import os, sys\n"
-        "from gemma_tuner.training.progress import Progress\n"
+        "from gemma_tuner.training.reporting.progress import Progress\n"
         "print('out')\n"
         "with Progress(20) as progress:\n"
         "    progress.message('err')\n"

@@ -3,7 +3,12 @@
 import pytest
 
 from gemma_tuner.errors import ConfigError, SourceError
-from gemma_tuner.sources.folders import choose_split, find_files, name_canonically, name_split
+from gemma_tuner.sources.formats.folders import (
+    choose_split,
+    find_files,
+    name_canonically,
+    name_split,
+)
 
 
 def plant(root, *names):

@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.training.config import TrainConfig
-from gemma_tuner.training.trackers import Trackers
+from gemma_tuner.training.reporting.trackers import Trackers
 from tests.runs import build_trainer
 
 SAMPLES = {"every_steps": 2, "max_new_tokens": 4}

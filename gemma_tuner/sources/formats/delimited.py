@@ -16,7 +16,7 @@ from typing import Any
 
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.modalities import kind_of_suffix
-from gemma_tuner.sources.lines import DataFile, name_last, read_lines
+from gemma_tuner.sources.formats.lines import DataFile, name_last, read_lines
 
 _PEEKED_LINES = 1000
 _MAX_NAME_CHARACTERS, _MAX_NAME_WORDS = 64, 5

@@ -4,7 +4,8 @@ A folder, on this machine or in a bucket, means, in this order:
 
 1. its manifest, where it holds one: ``manifest.jsonl``, ``metadata.jsonl``, ``metadata.csv`` or
    ``metadata.parquet``
-2. else its transcripts (:mod:`gemma_tuner.sources.corpora`), with the clips anywhere below it
+2. else its transcripts (:mod:`gemma_tuner.sources.formats.corpora`), with the clips anywhere
+   below it
 3. else its data files (``.jsonl .ndjson .json .csv .tsv .parquet .arrow .tar``, those of text also
    packed: ``.gz .bz2 .xz .zst``), or, where it holds none itself, those of its subfolders; all of
    one kind; of COCO's annotations, those named ``captions_``
@@ -29,9 +30,9 @@ from pathlib import Path, PurePosixPath
 
 from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.modalities import kind_of_suffix
-from gemma_tuner.sources.corpora import KALDI_FILES, is_transcript
-from gemma_tuner.sources.files import Format
-from gemma_tuner.sources.lines import PACKED
+from gemma_tuner.sources.formats.corpora import KALDI_FILES, is_transcript
+from gemma_tuner.sources.formats.files import Format
+from gemma_tuner.sources.formats.lines import PACKED
 
 Paths = str | Path | Sequence[str | Path]
 FORMATS: tuple[Format, ...] = (

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from gemma_tuner.batch import IGNORED, Batch
 from gemma_tuner.errors import MemoryPlanError
-from gemma_tuner.training.metrics import StepRecord
-from gemma_tuner.training.monitor import (
+from gemma_tuner.training.reporting.metrics import StepRecord
+from gemma_tuner.training.reporting.monitor import (
     MANY_SHAPES,
     GrowthWatch,
     PoolPolicy,
@@ -21,7 +21,7 @@ from gemma_tuner.training.monitor import (
     SpeedWatch,
     SwapWatch,
 )
-from gemma_tuner.training.reports import Reports
+from gemma_tuner.training.reporting.reports import Reports
 from tests.runs import build_trainer
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from gemma_tuner.errors import CheckpointError, describe_error
-from gemma_tuner.training.metrics import LOG_FILE, EvalRecord, JsonlLog, StepRecord
-from gemma_tuner.training.progress import Progress
-from gemma_tuner.training.trackers import Trackers
+from gemma_tuner.training.reporting.metrics import LOG_FILE, EvalRecord, JsonlLog, StepRecord
+from gemma_tuner.training.reporting.progress import Progress
+from gemma_tuner.training.reporting.trackers import Trackers
 
 if TYPE_CHECKING:
     from gemma_tuner.planning.plan import Plan

@@ -1,0 +1,1 @@
+"""What a run says while it goes on: log, progress bar, trackers, page, device."""
