@@ -15,6 +15,7 @@ from peft import PeftModel
 from gemma_tuner.checks import check_path, check_value
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.cards import Scores, write_adapter_card
+from gemma_tuner.export.checkpoints import list_own_files
 from gemma_tuner.export.folders import new_folder
 from gemma_tuner.export.weights import read_json
 from gemma_tuner.log import announce
@@ -158,9 +159,8 @@ def push_to_hub(
 def _list_uploads(folder: Path) -> dict[str, int]:
     files = {
         file.name: file.stat().st_size
-        for file in (sorted(folder.iterdir()) if folder.is_dir() else ())
-        if file.is_file()
-        and file.suffix in _UPLOADED
+        for file in (list_own_files(folder) if folder.is_dir() else ())
+        if file.suffix in _UPLOADED
         and file.name not in _NOT_UPLOADED
         and not file.name.startswith(".")
     }

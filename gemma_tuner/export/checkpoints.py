@@ -14,6 +14,7 @@ import torch
 
 from gemma_tuner.export.folders import progress_shown
 from gemma_tuner.export.weights import DTYPES, INDEX, read_json
+from gemma_tuner.log import logger
 from gemma_tuner.models.adapter_files import TrainedWith, write_json, write_trained_with
 from gemma_tuner.models.families import family_of_type
 
@@ -47,13 +48,30 @@ def write_checkpoint(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write weights, and beside them the tokenizer, processor and template of ``source``."""
-    for file in sorted(source.iterdir()):
-        if file.suffix in _COPIED and file.name != INDEX and file.is_file():
+    for file in list_own_files(source):
+        if file.suffix in _COPIED and file.name != INDEX:
             shutil.copyfile(file, folder / file.name)
     (folder / "config.json").write_text(
         json.dumps(complete_config(config), indent=2) + "\n", encoding="utf-8"
     )
     _write_weights(folder, tensors, what, shard_bytes)
+
+
+def list_own_files(folder: Path) -> list[Path]:
+    """List a checkpoint's files by name, without links to what lies elsewhere on the machine."""
+    home = folder.resolve()
+    if home.parent.name == "snapshots":  # of the Hub's cache, whose files lie in another folder
+        home = home.parent.parent
+    files = [file for file in sorted(folder.iterdir()) if file.is_file()]
+    own = [file for file in files if file.resolve().is_relative_to(home)]
+    if left_out := [file.name for file in files if file not in own]:
+        logger.warning(
+            "left out of %s, as they are links that lead out of its folder: %s; where they belong "
+            "to it, put the files themselves there",
+            home.name,
+            ", ".join(left_out),
+        )
+    return own
 
 
 def write_processor(folder: Path, known: TrainedWith | None, model_type: str) -> None:

@@ -48,6 +48,7 @@ _DECODER_ERRORS = (
     zlib.error,
     Warning,
 )
+_MAX_RATIO = 300  # of the sides; more than any processor has tokens for
 _BOMBS = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
 
 # EXIF orientation -> what turns the stored pixels upright; 1 is upright.
@@ -139,6 +140,12 @@ def _finish(
         raise DataError(
             f"{name} is {width}x{height}, {width * height:,} pixels, and the limit is "
             f"{max_pixels:,}; make it smaller",
+            key=key,
+        )
+    if max(width, height) > _MAX_RATIO * min(width, height):
+        raise DataError(
+            f"{name} is {width}x{height}: one side is more than {_MAX_RATIO} times the other, and "
+            "processors keep that ratio in memory; crop it",
             key=key,
         )
     if is_blank:

@@ -193,9 +193,8 @@ def _read_parquet(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[
         number = 0
         try:
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=names):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield number, {name: drop_padding(item) for name, item in values.items()}
+                for number, values in enumerate(_list_rows(batch, file, number + 1), number + 1):
+                    yield number, values
         except (pyarrow.ArrowException, OSError) as error:
             raise SourceError(
                 f"{name_last(file)!r} is damaged after row {number:,} ({type(error).__name__}); "
@@ -210,14 +209,38 @@ def _read_arrow(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[st
         try:
             for batch in _list_batches(batches):
                 for start in range(0, batch.num_rows, _PARQUET_ROWS):
-                    for values in batch.select(names).slice(start, _PARQUET_ROWS).to_pylist():
-                        number += 1
-                        yield number, {name: drop_padding(item) for name, item in values.items()}
+                    rows = batch.select(names).slice(start, _PARQUET_ROWS)
+                    for number, values in enumerate(
+                        _list_rows(rows, file, number + 1), number + 1
+                    ):
+                        yield number, values
         except (pyarrow.ArrowException, OSError) as error:
             raise SourceError(
                 f"{name_last(file)!r} is damaged after row {number:,} ({type(error).__name__}); "
                 "write or fetch it again"
             ) from None
+
+
+def _list_rows(
+    batch: pyarrow.RecordBatch, file: DataFile, first: int
+) -> Iterator[dict[str, Any] | DataError]:
+    """List the rows of a batch; one with a value that Python cannot hold costs itself alone."""
+    try:
+        rows = batch.to_pylist()
+    except (UnicodeDecodeError, OverflowError, ValueError) as error:
+        if batch.num_rows == 1:
+            what = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a date"
+            yield DataError(
+                f"it holds {what} that cannot be read; write that column again",
+                key=f"{file.name}:{first}",
+            )
+            return
+        half = batch.num_rows // 2
+        yield from _list_rows(batch.slice(0, half), file, first)
+        yield from _list_rows(batch.slice(half), file, first + half)
+        return
+    for values in rows:
+        yield {name: drop_padding(item) for name, item in values.items()}
 
 
 def _list_batches(opened: Any) -> Iterator[pyarrow.RecordBatch]:

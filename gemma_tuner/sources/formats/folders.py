@@ -26,6 +26,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from gemma_tuner.errors import ConfigError, SourceError
@@ -325,13 +326,34 @@ def _expand(item: str | Path) -> list[Path]:
     path = Path(text).expanduser().absolute()
     if path.exists():
         return [path]
-    matches = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207 - Path has no ** from /
+    matches = _list_matches(path)
     if not matches:
         raise SourceError(
             f"there is no file, folder or match of {path.name!r}; check the path, which starts "
             "from the working directory where it is relative"
         )
-    return [Path(match) for match in matches]
+    return matches
+
+
+def _list_matches(pattern: Path) -> list[Path]:
+    """List what a glob names, each file once however many links lead to its folder."""
+    parts = pattern.parts
+    if "**" not in parts:
+        found = sorted(map(Path, glob.glob(str(pattern))))  # noqa: PTH207 - Path's has no / first
+    else:  # glob.glob would follow a link to its own folder until the system refuses
+        start = next(place for place, part in enumerate(parts) if glob.has_magic(part))
+        below = list_below(Path(*parts[:start])) if Path(*parts[:start]).is_dir() else []
+        found = [path for path in below if _fits(path.parts[start:], parts[start:])]
+    places = {(path.parent.resolve(), path.name): path for path in reversed(found)}
+    return sorted(places.values())
+
+
+def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_fits(parts[skipped:], pattern[1:]) for skipped in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
 
 
 def _look_into(folder: Path, wanted: Format | None) -> dict[Path, Format]:

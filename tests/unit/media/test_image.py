@@ -289,3 +289,17 @@ def test_damage_anywhere_gives_a_picture_or_a_data_error(data):
     except DataError:
         return
     assert decoded.mode == "RGB"
+
+
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (2, 601)])
+def test_an_image_thinner_than_any_processor_sees_is_refused_by_its_header(size):
+    file = io.BytesIO()
+    PIL.Image.new("L", size).save(file, "PNG")
+    with pytest.raises(DataError, match="more than 300 times the other"):
+        decode_image(file.getvalue(), key="k")
+
+
+def test_a_long_image_is_read():
+    file = io.BytesIO()
+    PIL.Image.new("L", (2, 600)).save(file, "PNG")
+    assert decode_image(file.getvalue(), key="k").size == (2, 600)

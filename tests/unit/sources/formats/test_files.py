@@ -162,3 +162,30 @@ def test_files_without_rows_are_told(tmp_path):
     path.write_text("\n")
     with pytest.raises(SourceError, match="holds no rows"):
         list_columns([file_of(path)], "jsonl")
+
+
+def write_strings(texts: list[bytes]) -> pa.Array:
+    """Text as it is given, as writers of Parquet do not check it."""
+    offsets = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+    buffers = [None, pa.py_buffer(offsets.tobytes()), pa.py_buffer(b"".join(texts))]
+    return pa.Array.from_buffers(pa.string(), len(texts), buffers)
+
+
+@pytest.mark.parametrize("place", [0, 63, 64, 99])
+def test_a_value_that_python_cannot_hold_costs_its_row_alone(tmp_path, place):
+    texts = [b"good"] * 100
+    texts[place] = b"caf\xe9"
+    days = pa.array([0] * 100, pa.int32())
+    days = days.to_pylist()
+    days[50] = 2**31 - 1  # five million years from now
+    table = pa.table({"text": write_strings(texts), "day": pa.array(days, pa.date32())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    columns = Columns("document", {"text": "text", "id": "day"})
+    file = LocalFile(tmp_path / "a.parquet", "a.parquet")
+    rows = list(read_rows(file, "parquet", columns))
+    assert [number for number, _ in rows] == list(range(1, 101))
+    bad = {number: error for number, error in rows if isinstance(error, DataError)}
+    assert bad.keys() == {place + 1, 51}
+    assert "not UTF-8" in str(bad[place + 1])
+    assert "caf" not in str(bad[place + 1])
+    assert bad[51].key == "a.parquet:51"

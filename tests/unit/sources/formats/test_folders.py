@@ -164,3 +164,27 @@ def test_what_a_picture_is_called_is_no_split():
     assert name_split("train_1.jpg", "captions") == "(none)"
     assert name_split("test/b.jpg", "captions") == "test"
     assert name_canonically("VAL") == name_canonically("valid") == "validation"
+
+
+@pytest.mark.parametrize("num_links", [1, 2, 3])
+@pytest.mark.parametrize("pattern", ["**/*.jsonl", "*/*.jsonl", "**/a.jsonl", "**"])
+def test_links_under_a_glob_repeat_no_file(tmp_path, num_links, pattern):
+    folder = tmp_path / "data"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "inner" / "a.jsonl").write_text('{"text": "a"}\n')
+    for number in range(num_links):
+        (folder / f"latest{number}").symlink_to(folder)
+        (folder / f"linked{number}").symlink_to(folder / "inner")
+    found = find_files(str(folder / pattern), None)
+    assert [path.name for path in found.files] == ["a.jsonl"]
+    assert found.files[0].parent == folder / "inner"
+
+
+def test_a_linked_folder_elsewhere_is_found_under_a_glob(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "b.jsonl").write_text('{"text": "b"}\n')
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
+    for pattern in ("**/*.jsonl", "*/*.jsonl"):
+        found = find_files(str(tmp_path / "data" / pattern), None)
+        assert [path.name for path in found.files] == ["b.jsonl"]
