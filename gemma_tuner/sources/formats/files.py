@@ -193,7 +193,8 @@ def _read_parquet(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[
         number = 0
         try:
             for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=names):
-                for number, values in enumerate(_list_rows(batch, file, number + 1), number + 1):
+                for values in _list_rows(batch, file, number + 1):
+                    number += 1
                     yield number, values
         except (pyarrow.ArrowException, OSError) as error:
             raise SourceError(
@@ -210,9 +211,8 @@ def _read_arrow(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[st
             for batch in _list_batches(batches):
                 for start in range(0, batch.num_rows, _PARQUET_ROWS):
                     rows = batch.select(names).slice(start, _PARQUET_ROWS)
-                    for number, values in enumerate(
-                        _list_rows(rows, file, number + 1), number + 1
-                    ):
+                    for values in _list_rows(rows, file, number + 1):
+                        number += 1
                         yield number, values
         except (pyarrow.ArrowException, OSError) as error:
             raise SourceError(

@@ -1,4 +1,4 @@
-"""Exports and uploads hold the checkpoint's own files, and no file that a link leads to elsewhere."""
+"""Exports and uploads hold a checkpoint's own files, and none that a link leads to elsewhere."""
 
 import logging
 
