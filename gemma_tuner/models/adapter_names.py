@@ -136,3 +136,24 @@ def pin_config(config: Mapping[str, Any], keys: Iterable[str], family: Family) -
         "layers_pattern": None,
         "ensure_weight_tying": False,
     }
+
+
+_REPEATS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]])*\]|[()*+]|\{\d*,\d*\}", re.DOTALL)
+
+
+def has_nested_repeats(pattern: object) -> bool:
+    """Whether a regular expression repeats what repeats, so that matching may take for ever."""
+    # Patterns of an adapter's settings come from whoever made it, and Python cannot stop a match.
+    repeats = [False]  # whether each open group holds a repeat
+    closed, closed_at = False, -1
+    for token in _REPEATS.finditer(pattern if isinstance(pattern, str) else ""):
+        if token[0] == "(":
+            repeats.append(False)
+        elif token[0] == ")" and len(repeats) > 1:
+            closed, closed_at = repeats.pop(), token.end()
+            repeats[-1] |= closed
+        elif token[0] in "*+" or token[0].startswith("{"):
+            if closed and token.start() == closed_at:
+                return True
+            repeats[-1] = True
+    return False

@@ -34,7 +34,13 @@ from gemma_tuner.models.adapter_files import (
     set_trained_with,
     trained_with,
 )
-from gemma_tuner.models.adapter_names import BASE_COPY, PREFIX, full_name, pin_config
+from gemma_tuner.models.adapter_names import (
+    BASE_COPY,
+    PREFIX,
+    full_name,
+    has_nested_repeats,
+    pin_config,
+)
 from gemma_tuner.models.families import family_of, loaded_modalities
 from gemma_tuner.models.identity import active_adapter, portable_name
 from gemma_tuner.models.lora import check_model, refuse_adapters, wrap_peft
@@ -132,6 +138,12 @@ def load_adapter(
     if settings.get("peft_type") != "LORA" or settings.get("alora_invocation_tokens"):
         kind = "aLoRA" if settings.get("peft_type") == "LORA" else settings.get("peft_type")
         raise CheckpointError(f"{what} is of PEFT's type {kind}; only LORA can be used here")
+    for field, value in settings.items():
+        if field.endswith(("_modules", "_pattern")) and has_nested_repeats(value):
+            raise CheckpointError(
+                f"{what} has a regular expression in {field} that may never end (a repeat within "
+                "a repeat); write the names of the modules there"
+            )
     base, own = settings.get("base_model_name_or_path"), portable_name(model.name_or_path)
     remedy = f"give the model that it was trained on, {base or 'which it does not name'}"
     file = folder / FINGERPRINT

@@ -1,0 +1,27 @@
+"""Names of modules in adapters of other makers."""
+
+import pytest
+
+from gemma_tuner.models.adapter_names import has_nested_repeats
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        (r".*\.layers\.(\d+)\.self_attn\.(q|k|v|o)_proj", False),
+        (r"(?:.*\.)?(q_proj|v_proj)", False),
+        (r"^model\.(?:language_model\.)?layers\.[0-9]+\..*(?<!lm_head)$", False),
+        (r"(a\)*)b", False),
+        (r"[(*+]+)", False),
+        (r"(a|b)*c", False),
+        (r"(((.*)*)*)*!", True),
+        (r"(a+)+$", True),
+        (r"((a|b*)c)+", True),
+        (r"(x{2,})*", True),
+        (r"(.*,){2,}", True),
+        (["q_proj"], False),
+        (None, False),
+    ],
+)
+def test_repeats_within_repeats_are_seen(pattern, expected):
+    assert has_nested_repeats(pattern) is expected
