@@ -189,7 +189,8 @@ def _find_segment(
     if start < 0 or duration <= 0 or start + duration > length + _ROUNDING_SECONDS:
         raise DataError(
             f"{name} has {length:,.2f} seconds, and its row means those from {start:,.2f} to "
-            f"{start + duration:,.2f}; correct that, or remove the row",
+            f"{start + duration:,.2f}; correct that or remove the row, or where the clip is that "
+            "part already, leave the columns of its start and end out by ignore=",
             key=key,
         )
     first = min(round(start * rate_hz), num_frames)

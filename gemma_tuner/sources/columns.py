@@ -6,7 +6,8 @@ Each part is played by the column that the user's keyword names, by none where t
 False, and else by the column whose name says so. Capitals and separators do not matter
 (``imagePath`` is ``image_path``). The conversation is the first of these that the columns allow:
 
-1. chat: ``messages``, or a list of messages under another name
+1. chat: ``messages``, or a list of messages under another name; a prompt beside them repeats
+   what the first user turn asks, and a ``score`` grades the whole, or the row is refused
 2. a pair: a prompt (``prompt question instruction query``, else ``input``; else, beside an answer
    of its own, ``text article document dialogue``) and a response; what it is about (``context``,
    ``input``, ``passage``) below the prompt, and a ``history`` as the turns before
@@ -31,7 +32,10 @@ from typing import Literal
 from gemma_tuner.checks import suggest
 from gemma_tuner.errors import ConfigError, SourceError, quote_name
 
-_TURN = re.compile(r"content|value|(conversation|conv|dialog|dialogue|chat|thread|session)_?id")
+_TURN = re.compile(
+    r"content|value|"
+    r"(conversation|conv|dialog|dialogue|chat|thread|session|message_?tree|parent)_?id"
+)
 
 Layout = Literal["chat", "prompt and response", "caption", "document"]
 Keywords = Mapping[str, "str | Sequence[str] | Literal[False] | None"]
@@ -120,6 +124,8 @@ _CAPTIONS: Mapping[str, tuple[str, ...]] = {
 _LATER_RESPONSES = {*_CAPTIONS["image"], *_CAPTIONS["audio"]}
 # What a class is learnt from is rarely plain: these are responses where response= says so.
 _BY_KEYWORD_ALONE = {"label", "labels"}
+# Whose list holds answers each of which is right alone, and is no answer as a whole.
+_ALTERNATIVES = {"answers", "caption", "captions", "transcripts"}
 _RESPONSES = tuple(
     name
     for name, parts in MEANINGS.items()
@@ -135,7 +141,7 @@ class Columns:
 
     layout: Layout
     # By part: messages prompt context history response text system tools image audio file start
-    # end duration id split.
+    # end duration id split score.
     names: Mapping[str, str]
     by_keyword: frozenset[str] = frozenset()
     unused: tuple[str, ...] = ()
@@ -158,6 +164,11 @@ def read_unit_seconds(column: str) -> float:
     """Return how many seconds one of a segment column's numbers is: of ``start_ms`` 0.001."""
     unit = _UNIT.search(_plain(column))
     return 0.001 if unit and unit[1].startswith("m") else 1.0
+
+
+def holds_alternatives(column: str) -> bool:
+    """Whether a list in this column holds answers of which each is right alone."""
+    return _plain(column) in _ALTERNATIVES
 
 
 def read_ignored(keywords: Keywords) -> tuple[str, ...]:
@@ -184,15 +195,19 @@ def recognise_columns(available: Collection[str], keywords: Keywords) -> Columns
     # In the order of the data, so that messages are the same each time.
     free = [name for name in dict.fromkeys(available) if name not in ignored]
     turn = {"role", "from", "speaker"} & set(free)
-    if turn and not chosen and any(_TURN.fullmatch(name.lower()) for name in free):
+    has_one_turn = bool(turn) and any(_TURN.fullmatch(name.lower()) for name in free)
+    if {"role", "text"} <= set(free):  # of a clip, a role says who speaks
+        has_one_turn |= not any(set(name_parts(name)) & set(_MEDIA) for name in free)
+    if has_one_turn and not chosen:
         raise SourceError(
             f"the column {min(turn)!r} says that each row is one turn; group the rows of a "
             "conversation into one with a column messages ([{'role': …, 'content': …}, …]), or "
             "name the columns to use by keyword"
         )
     recogniser = _Recogniser(free, keywords, dict(chosen))
-    recogniser.refuse_what_cannot_be_used()
+    recogniser.refuse_what_cannot_be_used(before_layout=True)
     layout = recogniser.find_layout()
+    recogniser.refuse_what_cannot_be_used()
     if layout == "document":  # with or without text=
         _check_keywords({**chosen, "text": recogniser.names["text"]})
     recogniser.refuse_what_is_left(layout)
@@ -243,6 +258,10 @@ class _Recogniser:
         if layout != "document":
             self._find("system")
             self._find("tools")
+        if layout == "chat":
+            self._find_repeated_prompt()
+            scores = [name for name in self.available if _plain(name) == "score"]
+            self.names.update({"score": scores[0]} if len(scores) == 1 else {})
         self._find("id")
         self._find("split")
         self._find_segment()
@@ -260,10 +279,12 @@ class _Recogniser:
                 continue
             raise SourceError(self._describe_left(column, parts, layout))
 
-    def refuse_what_cannot_be_used(self) -> None:
-        """Refuse a column that says what nothing here can follow, in any layout."""
+    def refuse_what_cannot_be_used(self, *, before_layout: bool = False) -> None:
+        """Refuse a column that says what nothing here can follow; of a score, the layout says."""
         for column in self.available:
             part = (*name_parts(column), "")[0]
+            if before_layout and _plain(column) == "score":
+                continue
             if part in _REFUSALS and column not in self.names.values() and not self._is_off(part):
                 raise SourceError(
                     f"the column {column!r} {_REFUSALS[part]}; or leave it out by "
@@ -364,6 +385,14 @@ class _Recogniser:
             if not (prompts and self._list_free("response", _RESPONSES)):
                 self._find("messages", _LATER_CHATS)
         return "messages" in self.names
+
+    def _find_repeated_prompt(self) -> None:
+        """Find the one prompt beside messages; with an answer of its own it is another pair."""
+        found = self._list_free("prompt", _INSTRUCTIONS)
+        is_pair = self._list_free("response", _RESPONSES)
+        decided = isinstance(self.keywords.get("messages"), str) or self._is_off("prompt")
+        if len(found) == 1 and not is_pair and not decided:
+            self.names["prompt"] = found[0]
 
     def _find_response(self, media: list[str]) -> None:
         names = self.names

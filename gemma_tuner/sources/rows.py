@@ -16,7 +16,12 @@ from typing import Any
 from gemma_tuner.errors import DataError
 from gemma_tuner.modalities import MediaKind, kind_of, kind_of_suffix
 from gemma_tuner.records import Audio, Example, Image, Part, Role, Turn
-from gemma_tuner.sources.columns import Columns, list_media_columns, read_unit_seconds
+from gemma_tuner.sources.columns import (
+    Columns,
+    holds_alternatives,
+    list_media_columns,
+    read_unit_seconds,
+)
 from gemma_tuner.sources.json_text import describe_type, parse_json, write_json
 from gemma_tuner.sources.messages import is_messages, read_media_list, read_turns
 from gemma_tuner.sources.places import Places, place_media
@@ -68,6 +73,7 @@ class RowReader:
         if self.columns.layout == "chat":
             messages = self._read_field(row, "messages", key)
             turns = read_turns(messages, places, unused_fields=self._unused_fields)
+            self._check_beside_messages(row, turns, key)
             if not any(map(_list_media, turns)):
                 self._check_media(key, has_media=bool(media))
         else:
@@ -129,8 +135,8 @@ class RowReader:
         if part == "system" and self.columns.names[part] not in row:
             return ""
         value = self._read_field(row, part, key)
-        if isinstance(value, Mapping) and value.keys() == {"text", "answer_start"}:  # SQuAD's
-            value = next(iter(value["text"] or ()), "")
+        if part == "response":
+            value = self._choose_answer(value)
         if part == "response" and value and isinstance(value, Mapping | list):
             self.counts["answers written as JSON"] += 1
             value = write_json(value, f"its column {self.columns.names[part]!r}", key=key)
@@ -149,6 +155,45 @@ class RowReader:
                 )
             return ""
         return value
+
+    def _choose_answer(self, value: Any) -> Any:
+        """Of answers each of which is right, choose what most people gave; the first of these."""
+        found = None
+        if isinstance(value, Mapping) and value.keys() == {"text", "answer_start"}:  # SQuAD's
+            found = value["text"] or []
+        elif isinstance(value, list) and holds_alternatives(self.columns.names["response"]):
+            found = [  # VQAv2 has objects
+                item.get("answer", item.get("text")) if isinstance(item, Mapping) else item
+                for item in value
+            ]
+        if found is None or not all(isinstance(answer, str) for answer in found):
+            return value
+        self.counts["answers chosen of several: the most frequent, else the first"] += (
+            len(found) > 1
+        )
+        return Counter(found).most_common(1)[0][0] if found else ""
+
+    def _check_beside_messages(
+        self, row: Mapping[str, Any], turns: tuple[Turn, ...], key: str
+    ) -> None:
+        """Refuse a prompt that the messages do not hold, and a mark that says the row is bad."""
+        if (column := self.columns.names.get("prompt")) and (value := row.get(column)):
+            asked = next((turn.text for turn in turns if turn.role == "user"), "")
+            if not isinstance(value, str) or value.strip() != asked.strip():
+                raise DataError(
+                    f"its column {column!r} is not what the first user turn of its messages asks; "
+                    f"write it there, or leave it out by ignore=({column!r},)",
+                    key=key,
+                )
+        column = self.columns.names.get("score")
+        if column and (value := row.get(column)) not in (None, ""):
+            if not _to_number(value) > 0:
+                raise DataError(
+                    f"its column {column!r} is no number above 0, so that its answers may be bad "
+                    f"ones; take such rows out, or leave it out by ignore=({column!r},)",
+                    key=key,
+                )
+            self.counts[f"rows with a score ({column!r}), each learned like any other"] += 1
 
     def _find_places(self, media: Sequence[Image | Audio], key: str) -> Places:
         return Places(_group_by_kind(media), key, self.columns.switched_off)
@@ -314,10 +359,7 @@ class RowReader:
         value = row.get(column) if column else None
         if column is None or value in (None, ""):
             return None
-        try:
-            seconds = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError):
-            seconds = math.nan
+        seconds = _to_number(value)
         if not math.isfinite(seconds):
             raise DataError(
                 f"its column {column!r} is {describe_type(value)}, and the {part} of a clip is a "
@@ -362,6 +404,14 @@ def _guess_kind(name: Any, column: str, key: str) -> MediaKind:
         f"ignore=({column!r},)",
         key=key,
     )
+
+
+def _to_number(value: Any) -> float:
+    """Return a number, or the one that a text of CSV means; NaN where it is none."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _is_pair(value: Any) -> bool:

@@ -142,18 +142,15 @@ def _join_captions(value: Mapping[str, Any], file: DataFile) -> list[dict[str, A
 
 
 def _list_questions(articles: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """List SQuAD's questions with their paragraph; the answer is the first, or that none is."""
-    rows = []
-    for article in articles:
-        for paragraph in article.get("paragraphs", ()):
-            for item in paragraph.get("qas", ()):
-                answers = item.get("answers") or [{"text": "unanswerable"}]
-                rows.append(
-                    {
-                        "id": item.get("id"),
-                        "instruction": item.get("question"),
-                        "context": paragraph.get("context"),
-                        "response": answers[0].get("text"),
-                    }
-                )
-    return rows
+    """List SQuAD's questions with their paragraph and answers, or that there is none."""
+    return [
+        {
+            "id": item.get("id"),
+            "instruction": item.get("question"),
+            "context": paragraph.get("context"),
+            "answers": item.get("answers") or ["unanswerable"],
+        }
+        for article in articles
+        for paragraph in article.get("paragraphs", ())
+        for item in paragraph.get("qas", ())
+    ]

@@ -77,6 +77,8 @@ def test_conventional_names_are_recognised(available, layout, names):
         (["article", "highlights"], PAIR, {"prompt": "article", "response": "highlights"}),
         (["dialogue", "summary"], PAIR, {"prompt": "dialogue", "response": "summary"}),
         (["dialogue"], "chat", {"messages": "dialogue"}),
+        (["prompt", "messages"], "chat", {"messages": "messages", "prompt": "prompt"}),
+        (["conversations", "score"], "chat", {"score": "score"}),
         (["query", "answers", "tools"], PAIR, {"prompt": "query", "tools": "tools"}),
         (["system", "conversation", "functions"], "chat", {"tools": "functions"}),
         (["image", "input", "output"], PAIR, {"prompt": "input", "response": "output"}),
@@ -99,7 +101,15 @@ def test_habitual_names_are_used_as_they_are_meant(available, layout, names):
 @pytest.mark.parametrize(
     ("available", "words"),
     [
-        (["messages", "prompt"], "'prompt' may be the prompt.*give messages='messages'"),
+        (
+            ["messages", "prompt", "question"],
+            "'prompt' may be the prompt.*give messages='messages'",
+        ),
+        (["role", "text"], "'role' says that each row is one turn.*by keyword"),
+        (["role", "text", "parent_id"], "'role' says that each row is one turn"),
+        (["speaker", "text", "message_tree_id"], "'speaker' says that each row is one turn"),
+        (["conversations", "score", "Score"], "'score' tells good answers.*ignore="),
+        (["text", "score"], "'score' tells good answers.*ignore="),
         (["messages", "prompt", "completion"], "'prompt'.*give messages='messages'"),
         (["instruction", "input", "output", "text"], "'text'.*context="),
         (["prompt", "response", "answer"], "'response', 'answer' could each.*response="),
@@ -133,6 +143,7 @@ def test_what_would_be_passed_over_is_refused_with_the_argument_that_decides(ava
         ),
         (["image", "caption", "text"], {"response": "caption"}, ("text",)),
         (["text", "summary"], {"text": "text"}, ("summary",)),
+        (["audio", "text", "role"], {}, ("role",)),
         (["text", "label"], {"text": "text", "ignore": ("label",)}, ()),
         (["prompt", "response", "text"], {"text": False}, ("text",)),
         (["prompt", "response", "wav", "start"], {"audio": False}, ("start", "wav")),

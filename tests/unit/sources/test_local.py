@@ -116,7 +116,7 @@ def test_a_missing_media_file_is_found_before_training(tmp_path):
         ("https://secret.example/b.png?token=1", "https: URI"),
         ("a\0b.png", "does not exist|cannot be read"),
         (".", "does not exist"),
-        ("QUJD" * 100, "image with a name of 400 characters cannot be read"),
+        ("QUJD" * 100, "image is text of 400 characters and no path; give base64 as"),
     ):
         path = write_lines(tmp_path / "a.jsonl", [good, good, pair(image=bad)])
         outcomes = list(LocalSource(path))

@@ -1,5 +1,7 @@
 """A row to an Example: every layout, defaults that are counted, and each fault of a row."""
 
+import math
+
 import pytest
 
 from gemma_tuner.errors import DataError
@@ -333,6 +335,67 @@ def test_each_fault_of_a_history_is_told(history, words):
     media = {"image": "a.png"} if "media" in words else {}
     with pytest.raises(DataError, match=words):
         read({"prompt": "Q", "response": "A", "history": history, **media})
+
+
+BESIDE = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        *(
+            {"prompt": "Q"},
+            {"prompt": " Q\n"},
+            {"question": "Q"},
+            {"prompt": None},
+            {"prompt": ""},
+        ),
+        *({"score": 5}, {"score": 0.5}, {"score": "4.5"}, {"score": None}),
+    ],
+)
+def test_what_repeats_or_grades_a_conversation_is_read(beside):
+    assert read({"messages": BESIDE, **beside}).turns == (user("Q"), assistant("A"))
+
+
+@pytest.mark.parametrize(
+    ("beside", "words"),
+    [
+        *(({"prompt": value}, "'prompt' is not what.*ignore=") for value in ("q", ["Q"], 3)),
+        *(
+            ({"score": value}, "'score' is no number above 0.*ignore=")
+            for value in (0, -1, True, "good", [5], math.nan)
+        ),
+    ],
+)
+def test_what_contradicts_a_conversation_is_refused(beside, words):
+    with pytest.raises(DataError, match=words):
+        read({"messages": BESIDE, **beside})
+
+
+@pytest.mark.parametrize(
+    ("column", "answers", "chosen"),
+    [
+        ("answers", ["dog"], "dog"),
+        ("answers", ["a dog", "dog"], "a dog"),
+        ("answers", ["a dog", "dog", "dog"], "dog"),
+        ("answers", [{"answer": "a"}, {"answer": "b"}, {"answer": "b"}], "b"),
+        ("answers", [{"text": "Oslo", "answer_start": 3}], "Oslo"),
+        ("captions", ["one dog", "a dog"], "one dog"),
+        ("answer", ["a", "b"], '["a", "b"]'),
+        ("answers", [1, 2], "[1, 2]"),
+    ],
+)
+def test_of_several_right_answers_the_most_frequent_is_learned_else_the_first(
+    column, answers, chosen
+):
+    row = {
+        "question": "Q",
+        column: answers,
+        **({"image": "a.png"} if column == "captions" else {}),
+    }
+    assert read(row).turns[-1] == assistant(chosen)
+    with pytest.raises(DataError, match=f"empty answer|'{column}' is a list"):
+        read({**row, column: []})
 
 
 def test_answers_as_squad_keeps_them_are_the_first():
