@@ -282,6 +282,12 @@ def _explained(source: str) -> Iterator[None]:
         raise CheckpointError(
             f"a weight file of {name} is damaged or incomplete ({error}); download it again"
         ) from error
+    except ImportError:
+        raise CheckpointError(
+            f"{name} cannot be loaded: its configuration asks for a package that is not used here "
+            "(of a quantisation such as bitsandbytes, or a kernel); give the checkpoint that it "
+            "was made from"
+        ) from None
     except (OSError, ValueError, KeyError) as error:
         remedy = _find_remedy(source, error).replace(source, name)
         # What transformers says of a folder holds its path.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,7 +140,8 @@ def load_adapter(
         kind = "aLoRA" if settings.get("peft_type") == "LORA" else settings.get("peft_type")
         raise CheckpointError(f"{what} is of PEFT's type {kind}; only LORA can be used here")
     for field, value in settings.items():
-        if field.endswith(("_modules", "_pattern")) and has_nested_repeats(value):
+        patterns = value if isinstance(value, list | dict) else [value]  # keys of the latter
+        if field.endswith(("_modules", "_pattern")) and any(map(has_nested_repeats, patterns)):
             raise CheckpointError(
                 f"{what} has a regular expression in {field} that may never end (a repeat within "
                 "a repeat); write the names of the modules there"
@@ -158,9 +160,21 @@ def load_adapter(
     family = family_of(model.config)
     here = {PREFIX + full_name(key.removeprefix(PREFIX), family): saved[key] for key in saved}
     _check_parts(model, here, what)
-    wrapped = wrap_peft(
-        model, _choose_config(model, settings, saved, is_renamed=here.keys() != saved.keys())
-    )
+    try:
+        config = _choose_config(model, settings, saved, is_renamed=here.keys() != saved.keys())
+        wrapped = wrap_peft(model, config)
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        re.error,
+    ) as error:
+        raise CheckpointError(
+            f"{what} has settings ({CONFIG}) that PEFT cannot use here ({type(error).__name__}); "
+            "save it again with the PEFT that made it, and load the model again"
+        ) from error
     own_tensors = adapter_tensors(wrapped)
     if differences := list_differences(_list_shapes(here), _list_shapes(own_tensors)):
         raise CheckpointError(

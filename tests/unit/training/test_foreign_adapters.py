@@ -221,3 +221,28 @@ def test_another_base_by_name_is_said(base, tmp_path, capsys):
     (tmp_path / CONFIG).write_text(json.dumps(settings))
     load_adapter(gt.load_model(base, device="cpu")[0], tmp_path)
     assert "names google/gemma-4-E2B as its base, and is put on base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lora_alpha": None},
+        {"r": 0},
+        {"r": "x"},
+        {"target_modules": 3},
+        {"target_modules": "("},
+        {"target_modules": "(a+)+$"},
+        {"layers_to_transform": "x"},
+        {"peft_type": "BONE"},
+        {"peft_type": None},
+        {"rank_pattern": {"(a+)+$": 2}},
+        {"alpha_pattern": 1},
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_used_are_told(tmp_path, change):
+    save_adapter(gt.add_lora(tiny_model("gemma4-e2b")[0], gt.LoraConfig(rank=2)), tmp_path)
+    settings = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(settings | change))
+    with pytest.raises(gt.CheckpointError):
+        load_adapter(tiny_model("gemma4-e2b")[0], tmp_path)
