@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.models.adapter_files import WEIGHTS, save_adapter
 from gemma_tuner.testing import tiny_model
+from gemma_tuner.training.adapters import find_adapter
 from gemma_tuner.training.best import Standing
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.reporting.metrics import EvalRecord
@@ -78,6 +79,18 @@ def test_the_best_adapter_is_kept_and_is_what_save_writes(whole, tmp_path, caplo
     assert json.loads((tmp_path / "best/gemma_tuner.json").read_text())["step"] == 4
     assert equal(weights(trainer.save(tmp_path / "last", best=False)), weights(folder / "step-8"))
     PeftModel.from_pretrained(tiny_model("gemma4-e2b")[0], tmp_path / "best")
+
+
+def test_a_run_means_its_best_adapter_once_that_is_saved(tmp_path, capsys):
+    trainer = build(tmp_path, LOSSES)
+    trainer.fit()
+    trainer.save(tmp_path / "run/adapter")
+    capsys.readouterr()
+    assert find_adapter(tmp_path / "run") == tmp_path / "run/adapter"
+    assert capsys.readouterr().err == ""
+    longer = build(tmp_path, {**LOSSES, 9: 0.5}, max_steps=9)
+    longer.fit(resume=True)
+    assert find_adapter(tmp_path / "run").name == "step-00000009"
 
 
 def test_it_is_named_in_the_log_and_in_the_result(whole):
