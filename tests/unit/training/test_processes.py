@@ -32,6 +32,11 @@ def test_a_process_started_alone_is_alone_and_adds_nothing_up():
     alone.wait()
 
 
+def test_a_number_that_was_left_in_the_environment_keeps_nothing_from_being_written(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert Processes(torch.device("cpu")).is_main
+
+
 @pytest.mark.parametrize("device", ["cpu", "mps", "cuda:0"])
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_one_of_several_that_cannot_find_the_others_never_trains_alone(
