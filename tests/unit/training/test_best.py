@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +151,19 @@ def test_what_a_checkpoint_has_as_its_best_stays(tmp_path):
     assert resumed.fit(resume=True).best_step == 8
     resumed = build(tmp_path, LOSSES)
     assert resumed.fit(resume=True).best_step == 8  # nothing is left to do, and it is still known
+
+
+def test_a_best_adapter_that_the_main_process_died_in_writing_is_written_by_another(tmp_path):
+    trainer = build(tmp_path, LOSSES, max_steps=4)
+    trainer.fit()
+    best = tmp_path / "run/best/step-00000004"
+    (best / "adapter_config.json").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    trainer.processes.is_bereft, trainer.run_state._saved = True, None
+    reports = SimpleNamespace(event=lambda *_: None, restart_clock=lambda *_: None)
+    trainer.run_state.save(reports, None)
+    assert equal(weights(best), weights(tmp_path / "run/checkpoints/step-00000004"))
+    assert (best / "adapter_config.json").is_file()
 
 
 def test_a_best_adapter_that_is_gone_is_an_error(tmp_path):
