@@ -104,7 +104,7 @@ def read_launch() -> Launch:
     places = [name for name in _MEETING_PLACE if not os.environ.get(name)]
     missing = [*([_INDEX[0]] if index is None else []), *places]
     return Launch(
-        index=index or 0,
+        index=(index or 0) if count > 1 else 0,  # a number that was left behind names no other
         count=count,
         count_here=_read_number(_COUNT_HERE) or 1,
         missing=tuple(missing) if count > 1 else (),

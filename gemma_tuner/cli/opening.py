@@ -316,7 +316,8 @@ def fit(
 
     out = trainer.config.output_dir
     is_main = trainer.processes.is_main
-    refuse_running(out)
+    if is_main:  # which may hold the folder before the others come here
+        refuse_running(out)
     # A run that is there already may refuse these settings, and keeps its own until it has not.
     if is_main and latest_checkpoint(out) is None:
         save_settings(out, settings)

@@ -45,7 +45,7 @@ from gemma_tuner.models.adapter_names import (
 from gemma_tuner.models.families import family_of, loaded_modalities
 from gemma_tuner.models.identity import active_adapter, portable_name
 from gemma_tuner.models.lora import check_model, refuse_adapters, wrap_peft
-from gemma_tuner.training.checkpoint import latest_checkpoint
+from gemma_tuner.training.checkpoint import latest_checkpoint, read_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -84,10 +84,14 @@ def find_adapter(path: str | Path) -> Path:
 
 
 def _is_behind(adapter: Path, checkpoint: Path) -> bool:
-    """Whether an adapter says its step, and a checkpoint of its run is of a later one."""
+    """Whether an adapter says its step, and its run would save one of a later step by now."""
     fingerprint = adapter / FINGERPRINT
     step = _read_json(fingerprint).get("step") if fingerprint.is_file() else None
-    return step is not None and step < int(checkpoint.name.removeprefix("step-"))
+    if step is None or step >= int(checkpoint.name.removeprefix("step-")):
+        return False
+    best = read_state(checkpoint).totals.get("best") or {}
+    # The best adapter is of an earlier step than the checkpoint beside which it was saved.
+    return not best.get("is_kept") or step < best["step"]
 
 
 def read_adapter_base(folder: Path) -> str | None:

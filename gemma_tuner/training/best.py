@@ -19,7 +19,12 @@ from typing import TYPE_CHECKING
 from gemma_tuner.disk import remove_folder
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.log import announce
-from gemma_tuner.models.adapter_files import copy_adapter, save_adapter, saving_explained
+from gemma_tuner.models.adapter_files import (
+    CONFIG,
+    copy_adapter,
+    save_adapter,
+    saving_explained,
+)
 from gemma_tuner.training.checkpoint import list_checkpoints, read_state
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.processes import Processes
@@ -155,7 +160,7 @@ class BestAdapter:
             save_adapter(self._model, path, step=step)
             return
         kept = self._folder / f"step-{standing.step:08d}"
-        if not kept.is_dir():
+        if not (kept / CONFIG).is_file():
             raise CheckpointError(
                 f"the best adapter, {FOLDER}/{kept.name}, is no longer in the run's folder; "
                 "save(path, best=False) writes that of the last step"
@@ -167,6 +172,16 @@ class BestAdapter:
                 f"{standing.loss:.4f} is the lowest; save(path, best=False) writes that of the "
                 f"last step, {step}"
             )
+
+    def complete(self, step: int) -> None:
+        """Write this step's adapter if it is the best and the main process is gone before it did.
+
+        Those of earlier steps are whole: it goes on to the next step once it has written one.
+        """
+        folder = self._folder / f"step-{step:08d}"
+        is_best = self.standing.is_kept and self.standing.step == step
+        if is_best and not (folder / CONFIG).is_file():  # which is written last
+            save_adapter(self._model, folder, step=step)
 
     def prune(self) -> None:
         """Delete adapters that are the best of neither this run nor a checkpoint that is kept."""

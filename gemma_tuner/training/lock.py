@@ -33,19 +33,20 @@ def folder_locked(output_dir: str | Path, processes: Processes) -> Iterator[None
 
 
 def refuse_running(output_dir: str | Path) -> None:
-    """Refuse a folder in which a process trains."""
+    """Refuse a folder in which a process trains; the processes of one run may ask at once."""
     if (Path(output_dir) / FILE).is_file():
-        os.close(_acquire(Path(output_dir)))
+        os.close(_acquire(Path(output_dir), is_asking=True))
 
 
-def _acquire(folder: Path) -> int:
+def _acquire(folder: Path, *, is_asking: bool = False) -> int:
     with saving_explained("lock a run's folder", folder):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        fcntl.flock(descriptor, fcntl.LOCK_NB | (fcntl.LOCK_SH if is_asking else fcntl.LOCK_EX))
+        if not is_asking:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
     except BlockingIOError:
         owner = os.pread(descriptor, 20, 0).decode("ascii", "replace")
         os.close(descriptor)

@@ -10,6 +10,8 @@ its own.
 from __future__ import annotations
 
 import atexit
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -196,12 +198,13 @@ def _join(
         )
     try:
         if not distributed.is_initialized():
-            distributed.init_process_group(
-                "gloo",
-                rank=launch.index,
-                world_size=launch.count,
-                timeout=timedelta(seconds=_JOIN_SECONDS),
-            )
+            with _interrupt_ends_at_once():
+                distributed.init_process_group(
+                    "gloo",
+                    rank=launch.index,
+                    world_size=launch.count,
+                    timeout=timedelta(seconds=_JOIN_SECONDS),
+                )
         if distributed.get_world_size() != launch.count:
             raise ConfigError(
                 f"the environment says that this is one of {launch.count} processes, and "
@@ -216,6 +219,22 @@ def _join(
             f"({type(error).__name__}); {remedy}. All must begin within {_JOIN_SECONDS} s of each "
             "other, reach MASTER_ADDR and MASTER_PORT, and have a GPU of their own"
         ) from error
+
+
+@contextmanager
+def _interrupt_ends_at_once() -> Iterator[None]:
+    """Let Ctrl-C end a process that waits in torch, where no handler of Python is called."""
+    python = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or (
+        signal.getsignal(signal.SIGINT) is not python
+    ):
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, python)
 
 
 @cache

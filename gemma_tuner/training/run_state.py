@@ -291,6 +291,8 @@ class RunState:
             with _in_turn(Path(self._config.output_dir)) if is_bereft else nullcontext():
                 newest = latest_checkpoint(self._config.output_dir) if is_bereft else None
                 if newest is None or newest.name != name_checkpoint(self.step):
+                    if is_bereft:
+                        self.best.complete(self.step)
                     self._write(reports, micro_batches)
         self._saved = (self.step, totals.held_out_step)
         reports.restart_clock(totals.tokens, totals.target_tokens)

@@ -320,9 +320,10 @@ class Trainer:
             self._take_samples(reports)
             if self.run_state.save_is_due:
                 self._save_checkpoint(reports)
-            # A signal may reach one process alone; the others learn of it before their next step.
+            # A signal may reach one process alone; the others learn of it before their next step,
+            # unless they take none.
             if stop.reason is not None:
-                if self.run_state.remaining_slots:
+                if self.run_state.remaining_slots and not self.run_state.best.is_out_of_patience:
                     self.processes.announce_stop()
                 return self._stop(stop.reason, reports)
         return None

@@ -81,6 +81,13 @@ def test_a_signal_to_one_process_stops_both_and_both_resume(tmp_path, whole, sto
     assert read_trace(tmp_path, "eval") == read_trace(whole, "eval")
 
 
+def test_a_signal_to_one_process_where_both_stop_early(tmp_path):
+    stopping = {"early_stopping_patience": 1, "learning_rate": 1e-30, "max_steps": 9}
+    options = SETTINGS | stopping | {"stopped_rank": 1, "stop_after": 2}
+    assert launch(tmp_path, run_rank, **options) == [0, 0]
+    assert list_checkpoints(tmp_path) == ["step-00000002"]
+
+
 @pytest.mark.parametrize("bad_rank", [0, 1])
 @pytest.mark.parametrize("fault", FAULTS)
 def test_what_ends_one_process_ends_both_with_the_steps_before_and_both_resume(

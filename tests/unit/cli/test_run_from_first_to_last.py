@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from gemma_tuner.cli.main import app
 from gemma_tuner.cli.opening import open_streams
 from gemma_tuner.cli.settings import DataSettings
+from gemma_tuner.device import Launch
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.testing import sample_data, tiny_model
 from gemma_tuner.training.adapters import find_adapter, load_adapter
@@ -253,8 +254,8 @@ def test_a_flag_wins_over_a_length_of_the_other_kind(
 
 
 def test_one_process_alone_writes_the_settings(folder, tmp_path, begun, monkeypatch):
-    another = property(lambda accelerator: False)
-    monkeypatch.setattr("accelerate.Accelerator.is_main_process", another)
+    another = Launch(index=1, count=1, count_here=1, missing=())
+    monkeypatch.setattr("gemma_tuner.training.processes.read_launch", lambda: another)
     done = invoke("train", "--out", tmp_path / "run", "--cache-dir", folder / "cache")
     assert done.exit_code == 143, done.stderr
     assert len(begun) == 1

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.models.adapter_files import WEIGHTS, save_adapter
 from gemma_tuner.testing import tiny_model
+from gemma_tuner.training.adapters import find_adapter
 from gemma_tuner.training.best import Standing
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.reporting.metrics import EvalRecord
@@ -80,6 +83,18 @@ def test_the_best_adapter_is_kept_and_is_what_save_writes(whole, tmp_path, caplo
     PeftModel.from_pretrained(tiny_model("gemma4-e2b")[0], tmp_path / "best")
 
 
+def test_a_run_means_its_best_adapter_once_that_is_saved(tmp_path, capsys):
+    trainer = build(tmp_path, LOSSES)
+    trainer.fit()
+    trainer.save(tmp_path / "run/adapter")
+    capsys.readouterr()
+    assert find_adapter(tmp_path / "run") == tmp_path / "run/adapter"
+    assert capsys.readouterr().err == ""
+    longer = build(tmp_path, {**LOSSES, 9: 0.5}, max_steps=9)
+    longer.fit(resume=True)
+    assert find_adapter(tmp_path / "run").name == "step-00000009"
+
+
 def test_it_is_named_in_the_log_and_in_the_result(whole):
     folder, _, result = whole
     events = read_trace(folder, "event")
@@ -136,6 +151,19 @@ def test_what_a_checkpoint_has_as_its_best_stays(tmp_path):
     assert resumed.fit(resume=True).best_step == 8
     resumed = build(tmp_path, LOSSES)
     assert resumed.fit(resume=True).best_step == 8  # nothing is left to do, and it is still known
+
+
+def test_a_best_adapter_that_the_main_process_died_in_writing_is_written_by_another(tmp_path):
+    trainer = build(tmp_path, LOSSES, max_steps=4)
+    trainer.fit()
+    best = tmp_path / "run/best/step-00000004"
+    (best / "adapter_config.json").unlink()
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    trainer.processes.is_bereft, trainer.run_state._saved = True, None
+    reports = SimpleNamespace(event=lambda *_: None, restart_clock=lambda *_: None)
+    trainer.run_state.save(reports, None)
+    assert equal(weights(best), weights(tmp_path / "run/checkpoints/step-00000004"))
+    assert (best / "adapter_config.json").is_file()
 
 
 def test_a_best_adapter_that_is_gone_is_an_error(tmp_path):

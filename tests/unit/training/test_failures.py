@@ -1,16 +1,21 @@
 """A run that ends badly says so in its folder, and a folder has one run at a time."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
+from gemma_tuner.cli.opening import fit
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError, describe_error
 from gemma_tuner.records import Example
-from gemma_tuner.training.lock import FILE
+from gemma_tuner.training.lock import FILE, folder_locked, refuse_running
 from gemma_tuner.training.reporting import page
+from gemma_tuner.training.trainer import FitResult
 from gemma_tuner.watch.run import open_runs
 from tests.runs import build_trainer, read_trace
 
@@ -90,7 +95,8 @@ def test_errors_of_our_own_are_told_whole_and_an_interrupt_is_a_stop(tmp_path):
     with pytest.raises(DataError):
         trainer.fit()
     (event,) = find(tmp_path / "one", "failed")
-    assert event["message"] == "DataError: example 'rows:7': its image is damaged; mend it"
+    said = "DataError: example 'rows:7': its image is damaged; mend it. What was trained is saved"
+    assert event["message"].startswith(said)
     trainer = build_trainer(tmp_path / "two", max_steps=2)
     fail_at(trainer, "train_step", KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
@@ -153,6 +159,26 @@ def test_a_folder_in_which_a_process_trains_is_refused_until_it_ends(tmp_path):
         child.wait()
     assert build_trainer(tmp_path, max_steps=1).fit().step == 1
     assert (tmp_path / "run" / FILE).read_text() == str(os.getpid())
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_processes_of_one_run_do_not_refuse_each_other(tmp_path, index):
+    """The main one may hold the folder before the others come there; all may ask at once."""
+    (tmp_path / FILE).touch()
+    with (tmp_path / FILE).open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        refuse_running(tmp_path)
+    main = SimpleNamespace(is_main=True)
+    trainer = SimpleNamespace(
+        config=SimpleNamespace(output_dir=tmp_path),
+        processes=SimpleNamespace(is_main=index == 0),
+        fit=lambda resume: FitResult(1, None, ()),
+    )
+    with (
+        folder_locked(tmp_path, main),
+        pytest.raises(ConfigError) if index == 0 else nullcontext(),
+    ):
+        fit(trainer, {}, resume=True, go_on=[])
 
 
 def test_the_page_is_refused_before_anything_is_written(tmp_path, monkeypatch):
