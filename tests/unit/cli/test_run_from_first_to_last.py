@@ -18,6 +18,7 @@ from gemma_tuner.cli.settings import DataSettings
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.testing import sample_data, tiny_model
 from gemma_tuner.training.adapters import find_adapter, load_adapter
+from gemma_tuner.training.processes import Processes
 from gemma_tuner.training.trainer import FitResult, Trainer
 from gemma_tuner.watch.run import open_runs
 
@@ -253,8 +254,13 @@ def test_a_flag_wins_over_a_length_of_the_other_kind(
 
 
 def test_one_process_alone_writes_the_settings(folder, tmp_path, begun, monkeypatch):
-    another = property(lambda accelerator: False)
-    monkeypatch.setattr("accelerate.Accelerator.is_main_process", another)
+    join = Processes.__init__
+
+    def join_as_another(processes, device):
+        join(processes, device)
+        processes.is_main = False
+
+    monkeypatch.setattr(Processes, "__init__", join_as_another)
     done = invoke("train", "--out", tmp_path / "run", "--cache-dir", folder / "cache")
     assert done.exit_code == 143, done.stderr
     assert len(begun) == 1
