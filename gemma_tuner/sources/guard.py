@@ -12,7 +12,7 @@ from gemma_tuner.modalities import kind_of_suffix
 from gemma_tuner.sources.columns import Columns, list_media_columns
 
 LOOKED_AT = 20
-"""So many values of a column that are not empty tell what it holds; fewer, where they are large."""
+"""So many values of a column that are not empty tell what it holds; of large ones, fewer."""
 
 _LARGE_BYTES = 64 << 10
 

@@ -33,7 +33,7 @@ def mix(streams: Mapping[ExampleStream, float]) -> ExampleStream:
 
     Raises:
         ConfigError: No streams, a mix or a shard among them, a weight that is not a number above
-            0, or a key that stands for two examples.
+            0, or a key that would stand twice: of two data sets, or of one whose parts overlap.
 
     Example:
         >>> import gemma_tuner as gt
