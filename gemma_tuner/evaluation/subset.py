@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from gemma_tuner.checks import check_value
 from gemma_tuner.errors import DataError
@@ -70,7 +70,7 @@ class Subset:
         if error.key in self._positions:
             self._bad.add(self._positions[error.key])
 
-    def inspect_quarantine(self) -> list[BadExample]:
+    def inspect_quarantine(self) -> Sequence[BadExample]:
         """Return what the stream could not use, and why."""
         return self._stream.inspect_quarantine()
 
