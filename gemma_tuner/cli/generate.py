@@ -41,7 +41,15 @@ def generate(
     top_p: float | None = None,
     top_k: int | None = None,
     seed: int | None = None,
-    enable_thinking: bool | None = None,
+    # In a panel of its own: its two names and those of --adapter do not fit beside each other.
+    enable_thinking: Annotated[
+        bool | None,
+        typer.Option(
+            "--enable-thinking/--no-enable-thinking",
+            help="Let the model think first; by default as the adapter was trained.",
+            rich_help_panel="Rows",
+        ),
+    ] = None,
     image_tokens: int | None = None,
     max_seconds: float | None = None,
     long_audio: Literal["error", "split"] | None = None,
@@ -57,7 +65,6 @@ def generate(
         top_p: Draw from the likeliest of this sum.
         top_k: Draw from the N likeliest.
         seed: Makes drawing repeatable.
-        enable_thinking: Let the model think first; by default as the adapter was trained.
         image_tokens: The most tokens of an image; by default as the adapter was trained.
         max_seconds: The longest clip; by default as the adapter was trained.
         long_audio: What happens to a longer clip: error or split.

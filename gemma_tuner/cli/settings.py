@@ -44,6 +44,7 @@ ALIASES = {
     "gradient-checkpointing": "grad-checkpoint",
     "no-gradient-checkpointing": "no-grad-checkpoint",
     "output-dir": "out",
+    "resume-adapter-file": "adapter",
     "thinking": "enable-thinking",
     "train-file": "data",
 }
@@ -252,7 +253,7 @@ class RunSettings(_Settings):
     gradient_checkpointing = _Otherwise(flags=("--grad-checkpoint/--no-grad-checkpoint",))
     early_stopping_patience = _Otherwise(flags=("--patience",))
     sample_every_steps: int | None = None
-    from_adapter: Path | None = _Otherwise(None, ("--adapter", "--resume-adapter-file"))  # pyright: ignore[reportAssignmentType]
+    from_adapter: Path | None = _Otherwise(None, ("--adapter",))  # pyright: ignore[reportAssignmentType]
     out: Path = _Otherwise(Path("runs/default"), ("--out", "--adapter-path"))  # pyright: ignore[reportAssignmentType]
     resume: bool = False
 

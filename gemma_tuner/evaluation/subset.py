@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from gemma_tuner.checks import check_value
 from gemma_tuner.errors import DataError
 from gemma_tuner.records import Example
+from gemma_tuner.streaming.quarantine import BadExample
 from gemma_tuner.training.feed import Stream, check_stream
 
-_NEEDED = ("__len__", "read_rows", "pass_over", "num_passed_over")
+_NEEDED = ("__len__", "read_rows", "pass_over", "num_passed_over", "inspect_quarantine")
 
 
 class Subset:
@@ -68,6 +69,10 @@ class Subset:
         self._stream.pass_over(error)
         if error.key in self._positions:
             self._bad.add(self._positions[error.key])
+
+    def inspect_quarantine(self) -> Sequence[BadExample]:
+        """Return what the stream could not use, and why."""
+        return self._stream.inspect_quarantine()
 
     def find_position(self, key: str) -> int:
         """Return the place of an example that was read."""

@@ -12,7 +12,9 @@ from gemma_tuner.modalities import kind_of_suffix
 from gemma_tuner.sources.columns import Columns, list_media_columns
 
 LOOKED_AT = 20
-"""So many values of a column that are not empty tell what it holds."""
+"""So many values of a column that are not empty tell what it holds; of large ones, fewer."""
+
+_LARGE_BYTES = 64 << 10
 
 _TEXTS = ("prompt", "response", "text", "context", "system")
 _FIELDS = ("bytes", "data", "path", "url", "uri")
@@ -21,6 +23,19 @@ _OTHER_SUFFIXES = {
     **dict.fromkeys((".m4a", ".aac", ".wma", ".amr"), "audio"),
     **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm"), "video"),
 }
+
+
+def weigh(value: Any) -> int:
+    """What a look at a value takes of ``LOOKED_AT``: large ones are few, as buckets send them."""
+    return 1 + _count_bytes(value) // _LARGE_BYTES
+
+
+def _count_bytes(value: Any) -> int:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list):
+        return sum(map(_count_bytes, value))
+    return len(value) if isinstance(value, bytes | str) else 0
 
 
 class MediaGuard:
@@ -59,9 +74,9 @@ class MediaGuard:
                 f"the column {column!r} holds {kind} files, and would be {fate}; name it by "
                 f"{names} (several of one row as a list), or leave it out by ignore=({column!r},)"
             )
-        self.waiting[column] -= 1
-        if not self.waiting[column]:
-            del self.waiting[column]
+        left = self.waiting.pop(column, 0) - weigh(value)
+        if left > 0:
+            self.waiting[column] = left
 
     def _find_kind(self, value: Any, folder: str | Path, *, is_text: bool) -> str | None:
         if isinstance(value, Mapping):

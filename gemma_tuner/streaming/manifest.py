@@ -85,6 +85,7 @@ class Manifest:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self.num_bytes = len(self._map)
             reader = pyarrow.ipc.open_file(pyarrow.py_buffer(self._map))
+            is_ours = reader.schema.equals(_SCHEMA)
             self._batches: list[pyarrow.RecordBatch] = []
             for index in range(reader.num_record_batches):
                 self._batches.append(reader.get_batch(index))
@@ -98,7 +99,8 @@ class Manifest:
             raise SourceError(
                 f"the manifest {path.name} is damaged ({type(error).__name__})"
             ) from error
-        if not is_whole or entry["version"] != FORMAT_VERSION:
+        # The number alone is not asked: one that two writers raised at once has meant two schemas.
+        if not (is_whole and is_ours) or entry.get("version") != FORMAT_VERSION:
             raise SourceError(f"the manifest {path.name} is damaged or of another version")
         self._starts = [0, *accumulate(batch.num_rows for batch in self._batches)]
         self._verified = bytearray(len(self._batches))

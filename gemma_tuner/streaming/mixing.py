@@ -33,7 +33,7 @@ def mix(streams: Mapping[ExampleStream, float]) -> ExampleStream:
 
     Raises:
         ConfigError: No streams, a mix or a shard among them, a weight that is not a number above
-            0, or a key that stands for two examples.
+            0, or a key that would stand twice: of two data sets, or of one whose parts overlap.
 
     Example:
         >>> import gemma_tuner as gt
@@ -63,19 +63,23 @@ def mix(streams: Mapping[ExampleStream, float]) -> ExampleStream:
 
 
 def _refuse_shared_keys(views: Sequence[DatasetView]) -> None:
-    """Refuse examples of different data under one key; parts of the same data may overlap."""
-    if len({view.manifest.fingerprint for view in views}) < 2:
+    """Refuse a key that stands twice in the mix, be it of different data or of the same row."""
+    if len(views) < 2:
         return
     hashes = [hash_keys(part.manifest.read_keys())[np.asarray(part.rows)] for part in views]
     for (one, its), (other, others) in combinations(zip(views, hashes, strict=True), 2):
-        if one.manifest.fingerprint == other.manifest.fingerprint:
-            continue
         _, places, other_places = np.intersect1d(its, others, return_indices=True)
         for place, other_place in zip(places, other_places, strict=True):
             key = one.manifest.read_key(int(one.rows[place]))
             if key == other.manifest.read_key(int(other.rows[other_place])):
                 raise ConfigError(
                     f"mix() was given two streams with an example {key!r} each, and a key is of "
-                    "one example alone; name a column of unique keys by id=, or number the rows "
-                    "(id=False) of files or tables with different names"
+                    "one example alone; "
+                    + (
+                        "they are of the same data: give parts that share no row, as split() "
+                        "makes them, or one of them with a greater weight"
+                        if one.manifest.fingerprint == other.manifest.fingerprint
+                        else "name a column of unique keys by id=, or number the rows (id=False) "
+                        "of files or tables with different names"
+                    )
                 )

@@ -108,7 +108,8 @@ def explain_resuming(error: DataError, step: int, num_rows: int) -> DataError:
     enough = math.ceil(1e4 / num_rows) / 1e4
     return DataError(
         f"{read_reason(error)}. What was trained is saved, up to step {step}; it is resumed, with "
-        "fit(resume=True), once its media are as they were, with other max_tokens, too_long or "
+        "fit(resume=True), once its media are as they were or mended (then open the stream with "
+        "refresh=True), with other max_tokens, too_long or "
         f"long_audio, or where the stream's max_bad_fraction (above {enough:g} allows a row more) "
         "lets it be passed over; with rows changed it would be other data, for a new run",
         key=error.key,

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from gemma_tuner.disk import disk_errors_explained
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.log import announce
-from gemma_tuner.models.adapter_files import saving_explained
 from gemma_tuner.training.processes import Processes
 
 FILE = ".lock"
@@ -39,7 +39,12 @@ def refuse_running(output_dir: str | Path) -> None:
 
 
 def _acquire(folder: Path, *, is_asking: bool = False) -> int:
-    with saving_explained("lock a run's folder", folder):
+    with disk_errors_explained(
+        lambda reason: CheckpointError(
+            f"a run cannot be written in {folder.name!r} ({reason}). Free disk space there, or "
+            "choose another output_dir"
+        )
+    ):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o600)
     try:

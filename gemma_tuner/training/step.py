@@ -255,8 +255,10 @@ def guarded_step(optimizer: torch.optim.Optimizer, grad_norm: Tensor) -> Tensor:
     if is_fused:
         optimizer.found_inf = skipped  # pyright: ignore[reportAttributeAccessIssue]
     if not host_skips:
-        # AdamW takes its memory before it changes anything; of others that is not known.
-        if isinstance(optimizer, torch.optim.AdamW):
+        # A fused AdamW takes its memory before it changes anything. One that is not fused changes
+        # parameter after parameter, and would change the first ones twice; of others it is not
+        # known.
+        if is_fused and isinstance(optimizer, torch.optim.AdamW):
             retry_once(step, device=grad_norm.device)
         else:
             step()

@@ -34,7 +34,9 @@ SECRET = "Rosebud"
 
 def read_rows(modality, num_rows=ROWS):
     lines = (sample_data(modality) / "manifest.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines[:num_rows]]
+    rows = [json.loads(line) for line in lines[:num_rows]]
+    # Of a column that is there, the rows of one split alone would be read.
+    return [{name: value for name, value in row.items() if name != "split"} for row in rows]
 
 
 def write_rows(folder, rows, name="train.jsonl"):
@@ -60,7 +62,15 @@ def stream(folder, **settings):
 
 
 def build_trainer(
-    folder, *, family="gemma4-e2b", seed=0, rank=2, held_out=None, collator=None, **settings
+    folder,
+    *,
+    family="gemma4-e2b",
+    seed=0,
+    rank=2,
+    held_out=None,
+    collator=None,
+    refresh=False,
+    **settings,
 ):
     """A trainer on the data in ``folder/Rosebud``, with its run in ``folder/run``."""
     model, processor = tiny_model(family, seed=seed)
@@ -78,7 +88,7 @@ def build_trainer(
         **settings,
     }
     collator = collator(processor) if collator else gt.MultimodalCollator(processor)
-    data = stream(folder / SECRET)
+    data = stream(folder / SECRET, refresh=refresh)
     return gt.Trainer(model, data, collator, gt.TrainConfig(**settings), held_out)
 
 
@@ -239,53 +249,101 @@ def cut_in_half(path):
 
 FAULTS = {
     "image": {
-        remove: (r"image '003.png' does not exist", "put it back, or check the column"),
-        replace_by_folder: (r"cannot be opened \(Is a directory\)", "must be a readable file"),
-        empty: (r"'003.png' is empty \(0 bytes\)", "fetch it again or drop it"),
         write_text: ("'003.png' is not a picture of a known format", "give JPEG, PNG"),
         write_truncated_jpeg: (r"truncated or damaged \(image file is", "fetch it again"),
         write_damaged_png: (r"truncated or damaged \(.+\)", "fetch it again or drop it"),
         write_huge_png: (r"decompression bombs \(.*1000000000 pixels", "make it smaller"),
     },
     "audio": {
-        remove: (r"audio '003.flac' does not exist", "put it back, or check the column"),
-        empty: (r"'003.flac' is empty \(0 bytes\)", "fetch it again or drop it"),
         write_no_frames: (r"'003.flac' is empty: 0.0 seconds", "drop it"),
         write_nan: (r"1 samples that are not finite .* 0.50 seconds", "convert it anew"),
         write_text: (r"'003.flac' cannot be decoded \(Format not", "convert it to WAV"),
         cut_in_half: ("'003.flac' (is truncated|cannot be decoded)", "convert|fetch it again"),
     },
 }
+"""What is told of files that are bad when their rows are read."""
+CHANGES = {
+    remove: (r"cannot be opened \(No such file or directory\)", "put it back"),
+    replace_by_folder: ("file '003.png' (cannot be opened|is not what it was)", "put it back"),
+    empty: ("is not what it was when its row was read", "put it back, or .* refresh=True"),
+    write_nan: ("is not what it was when its row was read", "put it back, or .* refresh=True"),
+}
+"""What is told of files that change under a run."""
 # tests/unit/media says what each fault is answered with; here, what becomes of the run.
-FAST = {"image": (remove, write_damaged_png), "audio": (write_nan, cut_in_half)}
-CASES = [
-    pytest.param(
-        modality,
-        spoil,
-        id=f"{modality}-{spoil.__name__}",
-        marks=() if spoil in FAST[modality] else pytest.mark.slow,
-    )
-    for modality, faults in FAULTS.items()
-    for spoil in faults
-]
+FAST = (("image", write_damaged_png), ("audio", write_nan), ("image", remove))
 
 
-@pytest.mark.parametrize(("modality", "spoil"), CASES)
-def test_bad_media_ends_the_run_and_good_media_continues_it(whole, tmp_path, modality, spoil):
+def list_cases(faults):
+    return [
+        pytest.param(
+            *case,
+            id=f"{case[0]}-{case[1].__name__}",
+            marks=() if case in FAST else pytest.mark.slow,
+        )
+        for case in faults
+    ]
+
+
+def mend(file, content):
+    shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("modality", "spoil"),
+    list_cases((modality, spoil) for modality, faults in FAULTS.items() for spoil in faults),
+)
+def test_bad_media_end_the_run_and_mended_media_continue_it(whole, tmp_path, modality, spoil):
     data = write_data(tmp_path / SECRET, modality)
-    trainer = build_trainer(tmp_path)  # which checks that each file is there and has bytes
     row = read_rows(modality)[BAD_ROW]
     file = data / row[modality]
     good = file.read_bytes()
     spoil(file)
-    with refusal(gt.DataError, tmp_path, *FAULTS[modality][spoil], key=row["id"]):
+    # Looked at before, it is found before anything is trained.
+    says = FAULTS[modality][spoil]
+    with refusal(gt.DataError, tmp_path, *says, "Nothing was trained", key=row["id"]):
+        build_trainer(tmp_path, check_seconds=60).fit()
+    assert list_checkpoints(tmp_path) == []
+    # Else on the way.
+    with refusal(gt.DataError, tmp_path, *says, r"resume=True.*refresh=True", key=row["id"]):
+        build_trainer(tmp_path).fit()
+    assert_saved(tmp_path, 1, whole[modality])
+
+    mend(file, good)
+    says = ("is not what it was when its row was read", "refresh=True")
+    with refusal(gt.DataError, tmp_path, *says, key=row["id"]):
+        build_trainer(tmp_path).fit(resume=True)
+    assert build_trainer(tmp_path, refresh=True).fit(resume=True).step == STEPS
+    assert_same_run(tmp_path, whole[modality])
+
+
+@pytest.mark.parametrize(
+    ("modality", "spoil"),
+    list_cases(("audio" if spoil is write_nan else "image", spoil) for spoil in CHANGES),
+)
+def test_media_that_change_end_the_run_and_put_back_continue_it(whole, tmp_path, modality, spoil):
+    data = write_data(tmp_path / SECRET, modality)
+    trainer = build_trainer(tmp_path)  # whose stream says what each file was
+    row = read_rows(modality)[BAD_ROW]
+    file = data / row[modality]
+    good = file.read_bytes()
+    spoil(file)
+    with refusal(gt.DataError, tmp_path, *CHANGES[spoil], key=row["id"]):
         trainer.fit()
     assert_saved(tmp_path, 1, whole[modality])
 
-    shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
-    file.write_bytes(good)
+    mend(file, good)
     assert build_trainer(tmp_path).fit(resume=True).step == STEPS
     assert_same_run(tmp_path, whole[modality])
+
+
+def test_media_that_were_meant_to_change_are_trained_on_after_a_refresh(tmp_path):
+    data = write_data(tmp_path / SECRET, "image")
+    trainer = build_trainer(tmp_path)
+    PIL.Image.new("RGB", (64, 64), "red").save(data / "003.png")
+    with refusal(gt.DataError, tmp_path, "is not what it was", "refresh=True", key="image/003"):
+        trainer.fit()
+    assert build_trainer(tmp_path, refresh=True).fit(resume=True).step == STEPS
 
 
 def test_a_notebook_goes_on_with_the_trainer_that_it_has(whole, tmp_path):
@@ -309,7 +367,7 @@ def test_nothing_is_saved_where_the_first_example_is_bad(whole, tmp_path):
     good = stream(data)
     trainer = build_trainer(tmp_path, held_out=good.take(1))
     (data / "001.png").rename(data / "away.png")
-    with refusal(gt.DataError, tmp_path, "does not exist", key="image/001"):
+    with refusal(gt.DataError, tmp_path, "cannot be opened.*put it back", key="image/001"):
         trainer.fit()
     assert list_checkpoints(tmp_path) == []
     assert [record["step"] for record in read_log(tmp_path, "eval")] == [0]
@@ -334,7 +392,7 @@ def test_bad_held_out_media_keeps_the_steps_and_is_measured_on_resume(whole, tmp
             return super().train_step(step_input)
 
     trainer.__class__ = Spoiling
-    with refusal(gt.DataError, tmp_path, "not finite numbers", key="audio/002"):
+    with refusal(gt.DataError, tmp_path, "is not what it was", key="audio/002"):
         trainer.fit()
     assert_saved(tmp_path, STEPS, whole["audio"])
     assert [record["step"] for record in read_log(tmp_path, "eval")] == [0, 2]

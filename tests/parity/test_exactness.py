@@ -192,5 +192,5 @@ def test_a_trainable_head_is_refused():
     )
     unwrap_peft(model).get_output_embeddings().weight.requires_grad_(True)
     batch = MultimodalCollator(processor)([example("a")])
-    with pytest.raises(ConfigError, match="head is trainable"):
+    with pytest.raises(ConfigError, match=r"head \(lm_head\) is trainable"):
         target_loss_sum(model, batch, chunk_tokens=8)

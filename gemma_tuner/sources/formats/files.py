@@ -31,6 +31,7 @@ from gemma_tuner.sources.formats.corpora import (
 from gemma_tuner.sources.formats.delimited import list_csv_columns, read_csv
 from gemma_tuner.sources.formats.json_rows import read_json
 from gemma_tuner.sources.formats.lines import DataFile, name_last, read_text
+from gemma_tuner.sources.guard import weigh
 from gemma_tuner.sources.json_text import drop_padding
 
 RowFormat = Literal["jsonl", "csv", "parquet", "arrow", "text", "transcripts", "kaldi"]
@@ -42,6 +43,7 @@ PEEKED_ROWS = 1000
 """JSON lines name their columns row by row: this many rows of each file decide what there is."""
 _PARQUET_ROWS = 64  # small, as rows may hold media
 _PEEKED_AT_ONCE = 16
+_PEEKED_BYTES = 1 << 20
 _HEADER = re.compile(r"\w+(,\w+|\t\w+|;\w+|\|\w+)+")  # the first line of a table
 
 
@@ -152,7 +154,8 @@ def peek_columns(
         with _open_parquet(file, ahead=False) as table:
             for field in table.schema_arrow:
                 left = {field.name: columns.get(field.name, 0)}
-                batches = table.iter_batches(batch_size=_PEEKED_AT_ONCE, columns=[field.name])
+                count = _count_peeked(table.metadata, field.name)
+                batches = table.iter_batches(batch_size=count, columns=[field.name])
                 if not pyarrow.types.is_primitive(field.type):
                     yield from _peek(batches, left)
     elif file_format == "arrow":
@@ -163,13 +166,23 @@ def peek_columns(
             yield from _peek(_list_batches(batches), names)
 
 
+def _count_peeked(metadata: pyarrow.parquet.FileMetaData, name: str) -> int:
+    """How many values of a Parquet column to read at once: large ones one by one."""
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        leaves = [group.column(number) for number in range(group.num_columns)]
+        its = [leaf for leaf in leaves if f"{leaf.path_in_schema}.".startswith(f"{name}.")]
+        if num_bytes := sum(leaf.total_uncompressed_size for leaf in its):
+            return max(1, min(_PEEKED_AT_ONCE, group.num_rows * _PEEKED_BYTES // num_bytes))
+    return _PEEKED_AT_ONCE
+
+
 def _peek(
     batches: Iterator[pyarrow.RecordBatch], left: dict[str, int]
 ) -> Iterator[tuple[str, Any]]:
     while any(left.values()) and (batch := next(batches, None)) is not None:
         for name in (name for name, count in left.items() if count):
             values = batch.column(name).drop_null()[: left[name]].to_pylist()
-            left[name] -= len(values)
+            left[name] = max(0, left[name] - sum(map(weigh, values)))
             yield from ((name, value) for value in values)
 
 
@@ -187,7 +200,9 @@ def _read_document(file: DataFile) -> str:
     return text
 
 
-def _read_parquet(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_parquet(
+    file: DataFile, needed: set[str]
+) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     with _open_parquet(file) as table:
         names = [name for name in table.schema_arrow.names if name in needed]
         number = 0
@@ -203,7 +218,9 @@ def _read_parquet(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[
             ) from None
 
 
-def _read_arrow(file: DataFile, needed: set[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+def _read_arrow(
+    file: DataFile, needed: set[str]
+) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     number = 0
     with _open_arrow(file) as batches:
         names = [name for name in batches.schema.names if name in needed]

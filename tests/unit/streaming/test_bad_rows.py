@@ -164,7 +164,7 @@ def test_streams_that_were_opened_apart_note_each_fault_once(folder):
     assert len(list(train)) == len(list(held_out)) == len(GOOD)
     noted = sorted(record.key for record in train.inspect_quarantine())
     assert noted == ["k101", "k17", "k50"]
-    both = mix({train: 1, held_out: 1})
+    both = mix({train.split(0.5)[0]: 1, held_out.split(0.5)[1]: 1})
     assert len(both.inspect_quarantine()) == 3
     assert both.retry_quarantine() == (0, 3)
 

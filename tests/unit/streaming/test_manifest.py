@@ -4,6 +4,7 @@ import stat
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 
 from gemma_tuner.errors import DataError, SourceError
@@ -138,6 +139,17 @@ def test_another_version_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "FORMAT_VERSION", 99)
     with pytest.raises(SourceError, match="another version"):
         Manifest(tmp_path / "m.arrow")
+
+
+def test_columns_of_another_version_are_not_read(tmp_path, monkeypatch):
+    for field in module._SCHEMA:
+        columns = [each for each in module._SCHEMA if each.name != field.name]
+        with monkeypatch.context() as older:
+            older.setattr(module, "_SCHEMA", pyarrow.schema(columns))
+            older.setattr(module, "_refuse_double_keys", lambda manifest: None)
+            write(tmp_path / "m.arrow", answer("a"))
+        with pytest.raises(SourceError, match="another version"):
+            Manifest(tmp_path / "m.arrow")
 
 
 def test_two_rows_with_one_key_are_named(tmp_path):

@@ -129,6 +129,7 @@ def test_an_error_is_described_without_what_it_may_repeat():
         "FileNotFoundError: No such file or directory"
     )
     said = describe(lambda: Example(SECRET, turns=5).replace_media(None))
+    assert said is not None
     assert SECRET not in said
     assert "gemma_tuner.records, line " in said
 

@@ -210,6 +210,33 @@ def test_a_bad_first_step_leaves_no_trace():
         assert not any(value.any() for value in state.values())
 
 
+@pytest.mark.parametrize(("fused", "is_retried"), [(True, True), (False, False)])
+def test_only_a_step_that_changes_nothing_before_it_has_its_memory_is_tried_again(
+    fused, is_retried
+):
+    class RunsOut(torch.optim.AdamW):
+        calls = 0
+
+        def step(self, closure=None):
+            self.calls += 1
+            if self.calls == 1:  # one that is not fused has changed some parameters by now
+                raise torch.OutOfMemoryError("no room")
+            return super().step(closure)
+
+    model = make_model()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = RunsOut(parameters, lr=1e-2, fused=fused, foreach=False)
+    if is_retried:
+        take_step(model, optimizer, 0)
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            take_step(model, optimizer, 0)
+    assert optimizer.calls == 1 + is_retried
+    assert {state["step"].item() for state in optimizer.state.values()} == (
+        {1} if is_retried else set()
+    )
+
+
 def test_a_fused_step_never_waits_for_the_device():
     """On fake tensors any read-back of a value raises."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode

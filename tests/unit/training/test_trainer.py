@@ -349,10 +349,10 @@ def parts(tmp_path_factory):
         (
             "stream",
             ["Rosebud"],
-            r"^stream is a list, .*no state_dict, load_state_dict; .*stream_l",
+            r"^stream is a list, which has no .*state_dict, .*; .*stream_rows\(rows\)",
         ),
-        ("stream", "Rosebud.jsonl", r"^stream is a str; open .* stream=stream_local\(\.\.\.\)$"),
-        ("eval_stream", Path("Rosebud"), r"^eval_stream is a PosixPath; .*=stream_local\("),
+        ("stream", "Rosebud.jsonl", r"^stream is a str, .*; stream_local\(paths\)"),
+        ("eval_stream", Path("Rosebud"), r"^eval_stream is a PosixPath, .*; stream_local\("),
         ("stream", None, r"^stream is a NoneType, "),
         ("eval_stream", ["Rosebud"], r"^eval_stream is a list, "),
     ],
