@@ -38,8 +38,8 @@ def test_json_lines_are_numbered_by_line_and_blank_lines_passed_over(tmp_path):
 def test_gzipped_json_lines_are_told_by_their_content(tmp_path):
     content = b'{"text": "a"}\n{"text": "b"}\n'
     for name, stored in (
-        ("a.jsonl.gz", gzip.compress(content)),
-        ("b.jsonl", gzip.compress(content)),  # as a bucket may keep it
+        ("a.jsonl.gz", gzip.compress(content, mtime=0)),
+        ("b.jsonl", gzip.compress(content, mtime=0)),  # as a bucket may keep it
         ("c.jsonl.gz", content),
     ):
         (tmp_path / name).write_bytes(stored)
@@ -134,8 +134,8 @@ def test_rows_after_a_bad_one_are_read(tmp_path):
         ("a.csv", b"text,text\n1,2\n", "'text' twice"),
         ("a.csv", b'text\n"open\n', "not valid CSV"),
         ("a.json", b'[{"text": ', "not valid JSON"),
-        ("a.jsonl.gz", gzip.compress(b"x")[:5] + b"not gzip", "cannot be read"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000)[:-20], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"x", mtime=0)[:5] + b"not gzip", "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:-20], "cannot be read"),
         ("a.parquet", b"PAR1 nothing", "Parquet"),
     ],
 )
