@@ -57,10 +57,10 @@ _TABLE: Mapping[str, str] = {
     "text prompt response context": "text",
     "response": "response completion answer answers output outputs target targets summary "
     "highlights translation reply caption captions transcript transcripts transcription sentence "
-    "labels target_text output_text expected_output ground_truth tldr headline",
+    "labels target_text output_text expected_output",
     "response preference": "label",
     "class response": "class category sentiment intent emotion class_label class_name label_name "
-    "label_text label_str",
+    "label_text label_str headline tldr ground_truth",
     "history": "history chat_history conversation_history dialogue_history previous_turns "
     "past_turns previous_messages",
     "system": "system system_prompt system_message sys",
@@ -90,8 +90,8 @@ _TABLE: Mapping[str, str] = {
     "use_for_training should_train compute_loss calculate_loss no_loss skip_loss ignore_loss "
     "masked skip ignore learn is_test is_train is_validation is_val is_eval",
     "call": "function_call tool_calls tool_call",
-    "reasoning": "reasoning reasoning_content thinking thought thoughts cot complex_cot "
-    "chain_of_thought rationale",
+    "reasoning": "reasoning reasoning_content thinking thought thoughts cot co_t complex_cot "
+    "complex_co_t chain_of_thought rationale",
     "choices": "choices options",
     "split": "split data_split dataset_split partition set",
     "id": "id",

@@ -127,7 +127,7 @@ def _read_declaration(tool: Mapping[str, Any], what: str, key: str) -> Mapping[s
         properties = parameters.get("properties")
         if properties is None and all(isinstance(v, Mapping) for v in parameters.values()):
             parameters, properties = {}, parameters  # they stand alone
-        elif properties is None and "type" not in parameters:
+        elif properties is None and not parameters.keys() & {"type", "$ref"}:
             raise DataError(
                 f"the parameters in {what} are no JSON schema; give "
                 '{"type": "object", "properties": {…}}',
