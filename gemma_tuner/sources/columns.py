@@ -93,7 +93,7 @@ _TABLE: Mapping[str, str] = {
     "reasoning": "reasoning reasoning_content thinking thought thoughts cot co_t complex_cot "
     "complex_co_t chain_of_thought rationale",
     "choices": "choices options",
-    "split": "split data_split dataset_split partition set",
+    "split": "split partition set",
     "id": "id",
 }
 
