@@ -34,7 +34,11 @@ _OTHER_TEMPLATES = {
 # Words alone, which in a question may be what is asked about. The first is looked for once.
 _PLAIN_TEMPLATES = {
     "Alpaca": r"(?s)\A(?>.*?### Instruction:).*### Response:",
-    "Guanaco": r"(?s)\A(?>.*?### Human:).*### Assistant:",
+    "Guanaco": r"(?s)\A(?>.*?### (?:Human|User):).*### (?:Assistant|Response):",
+    "Vicuna": r"(?s)\A(?>.*?\bUSER: ).*\bASSISTANT:",
+    "Anthropic's": r"(?s)\A\s*(?:<s>)?(?:Human|<human>|\[\|Human\|\]):? .*?"
+    r"(?:Assistant|<bot>|\[\|AI\|\]):? ",
+    "Baichuan or Nemotron": r"\A(?:<reserved_10[26]>|<extra_id_[01]>)",
 }
 
 

@@ -6,9 +6,10 @@ import functools
 import io
 import math
 import operator
+import re
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, Literal, NoReturn
 
 import numpy as np
 import soundfile
@@ -63,6 +64,7 @@ _ORDER = (_SIDE, _SIDE, 1.0, 0.0, _SURROUND, _SURROUND)
 _OGG_ORDER = (_SIDE, 1.0, _SIDE, _SURROUND, _SURROUND, 0.0)
 _SHARES_OF_5_1 = {"WAVEX": _ORDER, "FLAC": _ORDER, "OGG": _OGG_ORDER}
 
+_HEAD_BYTES = 8192  # that tell how long a file is
 _FILTER_WIDTH, _ROLLOFF = 64, 0.9475937167399596
 
 
@@ -278,16 +280,14 @@ def _build_resampler(ratio: Fraction) -> Resample:
 
 
 def _check_whole(stream: BinaryIO, name: str, key: str) -> None:
-    """Refuse WAV, AIFF and OGG that are cut short, which libsndfile decodes without a word."""
-    # Source: RIFF and EA IFF 85 chunk sizes (8 bytes of header not counted); RFC 3533 section 6.
+    """Refuse files that are cut short, which libsndfile decodes without a word."""
+    # Source: RFC 3533 section 6.
     num_bytes = stream.seek(0, io.SEEK_END)
     stream.seek(0)
-    head = stream.read(8)
-    if head[:4] in (b"RIFF", b"RIFX", b"FORM"):
-        declared = int.from_bytes(head[4:], "little" if head[:4] == b"RIFF" else "big")
-        # Writers to a pipe leave 0 or the maximum. One byte of padding may be missing.
-        if declared != 0xFFFFFFFF and declared + 8 > num_bytes + 1:
-            _refuse_truncated(f"{num_bytes:,} of its {declared + 8:,} bytes are there", name, key)
+    head = stream.read(_HEAD_BYTES)
+    # One byte of padding may be missing.
+    if (declared := _read_declared_bytes(head)) > num_bytes + 1:
+        _refuse_truncated(f"{num_bytes:,} of its {declared:,} bytes are there", name, key)
     elif head[:4] == b"OggS":
         stream.seek(max(0, num_bytes - 65_307))  # the largest page
         tail = stream.read()
@@ -298,6 +298,35 @@ def _check_whole(stream: BinaryIO, name: str, key: str) -> None:
         if not (is_complete and is_last):
             _refuse_truncated("its end of stream is missing", name, key)
     stream.seek(0)
+
+
+def _read_declared_bytes(head: bytes) -> int:
+    """Return how long a file is by its own header; 0 where that does not say."""
+    # Source: RIFF and EA IFF 85 (8 bytes of header not counted), EBU Tech 3306 (RF64), Sony's W64,
+    # Sun's AU, Apple's CAF, NIST's SPHERE. Writers to a pipe leave 0 or the maximum.
+    if head[:4] in (b"RIFF", b"RIFX", b"FORM", b".snd"):
+        is_au = head[:4] == b".snd"
+        order: Literal["little", "big"] = "little" if head[:4] == b"RIFF" else "big"
+        declared = int.from_bytes(head[8:12] if is_au else head[4:8], order)
+        before = int.from_bytes(head[4:8], "big") if is_au else 8
+        return 0 if declared == 0xFFFFFFFF else declared + before
+    if head[:4] == b"RF64" and head[12:16] == b"ds64":
+        return int.from_bytes(head[20:28], "little") + 8
+    if head[:8] == b"riff\x2e\x91\xcf\x11":
+        return int.from_bytes(head[16:24], "little")
+    if head[:4] == b"caff":
+        place = 8
+        while place + 12 <= len(head):
+            declared = int.from_bytes(head[place + 4 : place + 12], "big", signed=True)
+            if head[place : place + 4] == b"data":
+                return place + 12 + declared if declared > 0 else 0
+            place += 12 + max(0, declared)
+    if head[:8] == b"NIST_1A\n":
+        counts = dict(re.findall(rb"(\w+) -i (\d+)", head[:1024]))
+        names = (b"sample_count", b"sample_n_bytes", b"channel_count")
+        if all(name in counts for name in names) and b"shorten" not in head:
+            return int(head[8:16]) + math.prod(int(counts[name]) for name in names)
+    return 0
 
 
 def _check_rate(rate_hz: int | None, name: str, key: str) -> int:

@@ -35,6 +35,7 @@ from gemma_tuner.errors import ConfigError, SourceError, quote_name
 _TURN = re.compile(
     r"content|value|"
     r"(conversation|conv|dialog|dialogue|chat|thread|session|message_?tree|parent)_?id"
+    r"|turn(_?(id|idx|index|number))?"
 )
 
 Layout = Literal["chat", "prompt and response", "caption", "document"]
@@ -51,13 +52,17 @@ _TABLE: Mapping[str, str] = {
     "messages prompt": "dialogue dialogues",
     "prompt": "prompt question instruction query",
     "prompt context": "input inputs article document",
-    "context": "context contexts passage passages background paragraph",
+    "context": "context contexts ctx passage passages background paragraph documents evidence "
+    "knowledge story schema source_text",
     "text prompt response context": "text",
     "response": "response completion answer answers output outputs target targets summary "
     "highlights translation reply caption captions transcript transcripts transcription sentence "
-    "labels",
+    "labels target_text output_text expected_output",
     "response preference": "label",
-    "history": "history chat_history conversation_history dialogue_history",
+    "class response": "class category sentiment intent emotion class_label class_name label_name "
+    "label_text label_str headline tldr ground_truth",
+    "history": "history chat_history conversation_history dialogue_history previous_turns "
+    "past_turns previous_messages",
     "system": "system system_prompt system_message sys",
     "tools": "tools functions",
     "image": "image images img imgs image_path image_paths img_path img_paths image_file "
@@ -71,18 +76,24 @@ _TABLE: Mapping[str, str] = {
     "file": "file_name file_names filename filenames file files file_path file_paths filepath "
     "filepaths path paths media media_path",
     "video": "video videos video_path video_paths video_file video_url video_urls mp4",
-    "start": "offset start start_time begin begin_time segment_start audio_start start_offset",
-    "end": "end end_time stop stop_time segment_end audio_end end_offset",
+    "start": "offset onset tmin start start_time begin begin_time segment_start audio_start "
+    "start_offset",
+    "end": "end tmax end_time stop stop_time segment_end audio_end end_offset",
     "duration": "duration dur audio_duration segment_duration",
-    "segments": "segments timestamps start_frame end_frame start_sample end_sample",
+    "segments": "segments chunks timestamps start_frame end_frame start_sample end_sample",
     "preference": "chosen rejected chosen_response rejected_response preference score scores "
-    "rating ratings reward rewards score_chosen score_rejected",
+    "rating ratings reward rewards score_chosen score_rejected preferred is_preferred is_chosen "
+    "is_good is_bad is_correct bad_response bad_answer wrong_answer incorrect_answer "
+    "rejected_answer negative",
     "weight": "weight weights sample_weight loss_weight example_weight loss_mask loss train "
-    "trainable",
+    "trainable trained is_trained is_trainable do_train train_on train_on_turn "
+    "use_for_training should_train compute_loss calculate_loss no_loss skip_loss ignore_loss "
+    "masked skip ignore learn is_test is_train is_validation is_val is_eval",
     "call": "function_call tool_calls tool_call",
-    "reasoning": "reasoning reasoning_content thinking thought thoughts",
+    "reasoning": "reasoning reasoning_content thinking thought thoughts cot co_t complex_cot "
+    "complex_co_t chain_of_thought rationale",
     "choices": "choices options",
-    "split": "split",
+    "split": "split partition set",
     "id": "id",
 }
 
@@ -277,6 +288,8 @@ class _Recogniser:
                 continue
             if not _STRICT & set(parts) and (is_decided or keywords & set(parts)):
                 continue
+            if parts[0] == "class" and layout != "document":
+                continue  # what kind of question it is, as Dolly says: not what is to be learnt
             raise SourceError(self._describe_left(column, parts, layout))
 
     def refuse_what_cannot_be_used(self, *, before_layout: bool = False) -> None:

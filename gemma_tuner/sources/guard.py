@@ -9,6 +9,7 @@ from typing import Any
 from gemma_tuner.errors import SourceError
 from gemma_tuner.media.encoded import read_base64_media, read_uri_scheme, sniff_media
 from gemma_tuner.modalities import kind_of_suffix
+from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.columns import Columns, list_media_columns
 
 LOOKED_AT = 20
@@ -19,7 +20,7 @@ _LARGE_BYTES = 64 << 10
 _TEXTS = ("prompt", "response", "text", "context", "system")
 _FIELDS = ("bytes", "data", "path", "url", "uri")
 _LONGEST_NAME = 1024
-_OTHER_SUFFIXES = {
+OTHER_SUFFIXES = {
     **dict.fromkeys((".m4a", ".aac", ".wma", ".amr"), "audio"),
     **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm"), "video"),
 }
@@ -68,7 +69,7 @@ class MediaGuard:
         items = value[:3] if isinstance(value, list) else [value]
         kinds = {self._find_kind(item, folder, is_text=column in self._texts) for item in items}
         for kind in kinds - self._columns.switched_off - {None}:
-            names = "image= or audio=" if kind == "video" else f"{kind}="
+            names = f"{kind}=" if kind in ("image", "audio") else "image= or audio="
             fate = "read as text" if column in self._texts else "passed over"
             raise SourceError(
                 f"the column {column!r} holds {kind} files, and would be {fate}; name it by "
@@ -82,8 +83,19 @@ class MediaGuard:
         if isinstance(value, Mapping):
             if "array" in value and "sampling_rate" in value:
                 return "audio"
-            found = (self._find_kind(value.get(name), folder, is_text=is_text) for name in _FIELDS)
+            found = (
+                # What stands deeper under names of any kind is media where it is there.
+                self._find_kind(item, folder, is_text=is_text or name not in _FIELDS)
+                for name, item in value.items()
+            )
             return next(filter(None, found), None)
+        if isinstance(value, list):
+            return next(
+                filter(None, (self._find_kind(i, folder, is_text=is_text) for i in value[:3])),
+                None,
+            )
+        if isinstance(value, StoredObject):  # a tar's, under a name of its own
+            return "media"
         if isinstance(value, bytes):
             return sniff_media(value)
         if not isinstance(value, str):  # Pillow is not imported to learn that this is none of it
@@ -97,7 +109,7 @@ class MediaGuard:
 
     def _find_kind_of_file(self, name: str, folder: str | Path, *, is_text: bool) -> str | None:
         suffix = f".{name.partition('?')[0].rpartition('.')[2].lower()}"
-        kind = kind_of_suffix(suffix) or _OTHER_SUFFIXES.get(suffix)
+        kind = kind_of_suffix(suffix) or OTHER_SUFFIXES.get(suffix)
         if kind is None or len(name) > _LONGEST_NAME or "\n" in name:
             return None
         is_local = isinstance(folder, Path) or Path(name).is_absolute()

@@ -27,10 +27,28 @@ def describe_type(value: object) -> str:
     return type(value).__name__
 
 
+class DoubleNameError(ValueError):
+    """An object of JSON that has one name twice."""
+
+
+def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its pairs, for json.loads; of two with one name none is right."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise DoubleNameError
+    return made
+
+
 def parse_json(text: str, what: str, *, key: str) -> Any:
     """Parse JSON, with an error that tells nothing of the text."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=make_object)
+    except DoubleNameError:
+        raise DataError(
+            f"{what} has an object with one name twice; JSON keeps the last without a word: "
+            "rename one",
+            key=key,
+        ) from None
     except (ValueError, RecursionError) as error:
         column = (
             f" at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else ""

@@ -30,7 +30,7 @@ from gemma_tuner.media.image import decode_image
 from gemma_tuner.records import Audio, Example, Image
 from gemma_tuner.sources.columns import Keywords
 from gemma_tuner.sources.examples import ExampleReader, Outcome
-from gemma_tuner.sources.formats.files import Row
+from gemma_tuner.sources.formats.files import PEEKED_ROWS, Row
 from gemma_tuner.sources.hub import HubRows, locate_file
 from gemma_tuner.sources.hub_loading import HubName, OpenedSplit
 from gemma_tuner.sources.json_text import describe_type
@@ -103,6 +103,12 @@ class MemorySource:
             self._summary = {**found, **kind}
             return
         reader = ExampleReader(self._held.columns, self._keywords, split=self._split)
+        # Of a datasets.Dataset only the columns in use are read: the first rows of the others are
+        # looked at too.
+        unread = reader.guard.list_unread()
+        for _, values in islice(self._held.read(unread) if unread else (), PEEKED_ROWS):
+            if isinstance(values, Mapping):
+                reader.guard.look({name: values.get(name) for name in unread}, self.root)
         rows = self._held.read(reader.columns.names.values())
         yield from reader.read((Row(*_plain_row(*row)) for row in rows), self._locate)
         self._summary = {**reader.read_summary(), **kind}

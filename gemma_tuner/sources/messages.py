@@ -19,8 +19,9 @@ import numpy as np
 from gemma_tuner.checks import is_whole_number
 from gemma_tuner.errors import DataError
 from gemma_tuner.media.encoded import read_base64_media
-from gemma_tuner.modalities import MediaKind
+from gemma_tuner.modalities import MediaKind, kind_of_suffix
 from gemma_tuner.records import Audio, Image, Part, Role, StoredObject, Turn
+from gemma_tuner.sources.columns import name_parts
 from gemma_tuner.sources.json_text import describe_type, parse_json, write_json
 from gemma_tuner.sources.places import Places
 from gemma_tuner.storage.stores import is_stored, list_schemes
@@ -54,9 +55,22 @@ PASSED_FIELDS = (
 """Fields of a message that chat templates read; they go into ``Turn.fields``."""
 
 _CONTENT_FIELDS = ("role", "from", "content", "value", "function_call")
+_CALL_IDS = ("call_id", "toolCallId", "tool_use_id")  # which call a tool's turn responds to
 _CALL_ROLES = ("function_call", "tool_call")  # ShareGPT's: the content is the call
 _MARKS = ("weight", "loss_weight", "trainable", "train", "training", "loss", "mask")
 """Fields of a message that say whether it is trained on."""
+# What a message's field would say by its name, where nothing here can follow it.
+_REFUSALS: Mapping[str, str] = {
+    **dict.fromkeys(
+        ("image", "audio", "file", "video"),
+        'holds media; put them into its content, as {"type": "image", "image": …} or the like',
+    ),
+    "weight": 'says whether it is trained on in a form that is not read; write "train": true or '
+    "false",
+    "preference": "marks a bad answer; take it out, or set train to false",
+    "call": "holds calls in a form that is not read; name it tool_calls",
+    "tools": "declares tools; put them into a column tools of the row",
+}
 _PART_KINDS: Mapping[str, MediaKind] = {
     "image": "image",
     "image_url": "image",
@@ -68,6 +82,8 @@ _PART_KINDS: Mapping[str, MediaKind] = {
 _PART_VALUES = ("path", "url", "bytes", "data")
 _BASE64 = ("bytes", "data")  # JSON has no bytes: text under these names is base64
 _TEXT_KINDS = ("text", "input_text", "output_text")
+_CUTS = ("bbox", "box", "crop", "crop_box", "region", "roi")
+_NAMED_BESIDE = frozenset(("type", "text", "detail", "cache_control"))  # and say nothing of which
 _DESCRIPTIONS = frozenset(("detail", "format", "sampling_rate"))  # of a value, and none themselves
 _LONGEST_PATH = 4096  # Source: PATH_MAX of Linux; macOS has 1,024
 
@@ -76,6 +92,7 @@ def read_media(value: Any, kind: MediaKind, *, key: str) -> Image | Audio | None
     """Make a media part of one value, still encoded; None where it holds nothing."""
     part = Image if kind == "image" else Audio
     if isinstance(value, Mapping):
+        _refuse_cut(value, f"its {kind}", key)
         if kind == "audio" and value.get("array") is not None:
             return _read_samples(value, key)
         encoded = next((value[name] for name in _BASE64 if isinstance(value.get(name), str)), "")
@@ -171,9 +188,15 @@ def _read_turn(message: Any, where: str, places: Places, unused_fields: Counter[
     for field, value in message.items():
         if field in _CONTENT_FIELDS or field in _MARKS or value is None:
             continue
+        meaning = (*name_parts(field), "")[0]
         if field in PASSED_FIELDS:
             fields[field] = value
+        elif field in _CALL_IDS:
+            fields.setdefault("tool_call_id", value)
+        elif meaning == "reasoning":
+            fields.setdefault("reasoning", value)
         else:
+            _refuse_meaning(field, value, where, key)
             unused_fields[field] += 1
     calls = content if name in _CALL_ROLES else message.get("function_call")
     if calls is not None:
@@ -184,6 +207,32 @@ def _read_turn(message: Any, where: str, places: Places, unused_fields: Counter[
     if not fields.get("tool_calls", True):
         del fields["tool_calls"]
     return Turn(role, tuple(_read_content(content, role, where, places)), fields, is_trained)
+
+
+def _refuse_meaning(field: str, value: Any, where: str, key: str) -> None:
+    """Refuse a field of a message, or of a part, that means something and would be passed over."""
+    parts = name_parts(field)
+    said = next((_REFUSALS[part] for part in parts if part in _REFUSALS), "")
+    if "preference" in parts:  # of what is good, none can say how good
+        said = _REFUSALS["preference"] if value in (False, "false", "rejected") else ""
+    elif said and "weight" not in parts and not value:
+        said = ""
+    if not said and _names_media(value):
+        said = _REFUSALS["image"]
+    if said:
+        raise DataError(f"{where} has a field {field[:40]!r} that {said}", key=key)
+
+
+def _names_media(value: Any) -> bool:
+    if isinstance(value, Mapping | list):
+        items = value.values() if isinstance(value, Mapping) else value
+        return any(isinstance(item, str | Mapping) and _names_media(item) for item in items)
+    return (
+        isinstance(value, str)
+        and len(value) <= _LONGEST_PATH
+        and "\n" not in value
+        and kind_of_suffix(f".{value.rpartition('.')[2].lower()}") is not None
+    )
 
 
 def _read_marks(
@@ -234,6 +283,9 @@ def _read_content(content: Any, role: Role, where: str, places: Places) -> Itera
         text = part if isinstance(part, str) else fields.get("text")
         kind = "text" if isinstance(part, str) else fields.get("type")
         if kind in _TEXT_KINDS and isinstance(text, str):
+            for field in fields.keys() - {"type", "text"}:  # a mark is of a whole message
+                if fields[field] is not None:
+                    _refuse_meaning(field, fields[field], f"a part of {where}", places.key)
             yield from places.split(text, where, holds_media=holds_media)
         elif isinstance(kind, str) and kind in _PART_KINDS:
             yield _read_part(fields, kind, where, places)
@@ -255,14 +307,15 @@ def _is_part(part: Any) -> bool:
 def _read_part(fields: Mapping[str, Any], kind: str, where: str, places: Places) -> Image | Audio:
     """Read a part with media of its own, or with the place of the row's next item or of one."""
     medium = _PART_KINDS[kind]
-    value = next(
-        (fields[name] for name in (kind, medium, *_PART_VALUES) if fields.get(name) is not None),
-        None,
-    )
+    _refuse_cut(fields, f"a part of {where}", places.key)
+    known = (kind, medium, f"{medium}_url", f"input_{medium}", *_PART_VALUES)
+    value = next((fields[name] for name in known if fields.get(name) is not None), None)
     if isinstance(value, str) and value in (fields.get(name) for name in _BASE64):
         value = {"data": value}
     names = ("index", f"{medium}_index", f"{medium}_idx", "idx")
     given = [fields[name] for name in names if fields.get(name) is not None]
+    if value is None and not given and any(fields[n] for n in fields.keys() - _NAMED_BESIDE):
+        raise DataError(f"{where}: {_describe_forms(medium)}", key=places.key)
     if is_whole_number(value):  # {"type": "image", "image": 1}
         given, value = [*given, value], None
     is_made = isinstance(value, Image | Audio)  # by whoever had it opened
@@ -288,6 +341,18 @@ def _describe_forms(kind: MediaKind) -> str:
         f'{{"url"}}, BigQuery\'s ObjectRef ({{"uri", "version"}}){samples}; rename its '
         f"fields, or name another column by {kind}="
     )
+
+
+def _refuse_cut(fields: Mapping[str, Any], what: str, key: str) -> None:
+    """Refuse an image or a clip that says which part of it is meant: all of it would be used."""
+    for field, value in fields.items():
+        is_cut = field in _CUTS or {"start", "end", "segments"} & set(name_parts(field))
+        if is_cut and value is not None:
+            raise DataError(
+                f"{what} has a field {field[:40]!r} that says which part of it is meant; give "
+                "a clip's as columns of the row (start and end), or cut the file",
+                key=key,
+            )
 
 
 def _read_samples(value: Mapping[str, Any], key: str) -> Audio:

@@ -17,6 +17,9 @@ from gemma_tuner.errors import DataError
 from gemma_tuner.records import Turn
 from gemma_tuner.sources.json_text import describe_type, parse_json, refuse_depth
 
+_ARGUMENTS = ("arguments", "parameters", "input", "args", "kwargs")
+_CALL_FIELDS = ("name", "id", "call_id", "type", "index", "description", *_ARGUMENTS)
+
 
 def read_declarations(value: Any, what: str, *, key: str) -> tuple[Mapping[str, Any], ...]:
     """Read the tools that a row declares, wrapped or flat, as a list or its JSON."""
@@ -81,7 +84,9 @@ def pair_responses(turns: Sequence[Turn], *, key: str) -> tuple[Turn, ...]:
 def _find_call(turn: Turn, waiting: Mapping[str, str], where: str, key: str) -> str:
     given_id, name = turn.fields.get("tool_call_id"), turn.fields.get("name")
     for call_id, called in waiting.items():
-        if given_id in (None, "", call_id) and name in (None, "", called):
+        # A number in one place may be text in the other.
+        is_given = given_id in (None, "") or str(given_id) == str(call_id)
+        if is_given and name in (None, "", called):
             return call_id
     raise DataError(
         f"{where} responds to no call that waits for it: its id or name is another's, or that "
@@ -122,6 +127,12 @@ def _read_declaration(tool: Mapping[str, Any], what: str, key: str) -> Mapping[s
         properties = parameters.get("properties")
         if properties is None and all(isinstance(v, Mapping) for v in parameters.values()):
             parameters, properties = {}, parameters  # they stand alone
+        elif properties is None and not parameters.keys() & {"type", "$ref"}:
+            raise DataError(
+                f"the parameters in {what} are no JSON schema; give "
+                '{"type": "object", "properties": {…}}',
+                key=key,
+            )
         if properties:
             properties = _read_pairs(properties, f"the properties in {what}", key)
             parameters = {
@@ -139,13 +150,26 @@ def _read_call(call: Mapping[str, Any], where: str, key: str) -> dict[str, Any]:
     inner = call.get("function")
     function: Mapping[str, Any] = inner if isinstance(inner, Mapping) else call
     _need_name(function, where, key)
-    names = ("arguments", "parameters", "input", "args")
-    given = next((function[name] for name in names if function.get(name) is not None), None)
+    found = [function[name] for name in _ARGUMENTS if function.get(name) is not None]
+    unknown = any(
+        value not in (None, "") for name, value in function.items() if name not in _CALL_FIELDS
+    )
+    if len(found) > 1 or (not found and unknown):
+        raise DataError(
+            f"{where} has a call whose arguments stand "
+            f"{'under two names' if found else 'under no known name'}; give one of "
+            f"{', '.join(_ARGUMENTS)}",
+            key=key,
+        )
+    given = found[0] if found else None
     if isinstance(given, str):
         given = parse_json(given, "a tool call's arguments", key=key) if given.strip() else {}
     arguments = _read_pairs({} if given is None else given, "a tool call's arguments", key)
     refuse_depth(arguments, "a tool call's arguments", key=key)
-    outer = call if isinstance(inner, Mapping) else {"type": "function", "id": call.get("id")}
+    given_id = call.get("id", call.get("call_id"))
+    outer = {**call, "id": given_id}
+    if not isinstance(inner, Mapping):
+        outer = {"type": "function", "id": given_id}
     kept = {name: value for name, value in outer.items() if value not in (None, "")}
     if not isinstance(kept.get("id", ""), str | int):
         raise DataError(f"{where} has a call whose id is neither text nor a number", key=key)

@@ -79,6 +79,11 @@ def _read_header(numbered: Iterator[tuple[int, list[str]]], file: DataFile) -> l
     _, header = next(numbered, (0, []))
     if not header:
         raise SourceError(f"{name_last(file)!r} has no header; name the columns in its first line")
+    if all(len(name) > 2 and name[0] == name[-1] == "'" for name in header):
+        raise SourceError(
+            f"{name_last(file)!r} quotes its fields by ', which would be read as letters; write "
+            'it with "'
+        )
     double = next((name for name in header if header.count(name) > 1), None)
     if double is not None:
         shown = repr(double) if _reads_like_a_name(double) else "of one name"

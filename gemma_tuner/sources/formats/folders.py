@@ -100,6 +100,7 @@ _SPLITS = {
     "val": "validation",
     "valid": "validation",
     "validation": "validation",
+    **dict.fromkeys(("eval", "evaluation", "holdout", "heldout"), "validation"),
 }
 # What is cut off a file's name before it is read as that of a split.
 _ENDINGS = frozenset({*_FORMATS, *_TEXTS, *PACKED})

@@ -14,7 +14,12 @@ from typing import Any
 
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.sources.formats.lines import PACKED, DataFile, name_last, read_lines, read_text
-from gemma_tuner.sources.json_text import describe_type, parse_json
+from gemma_tuner.sources.json_text import (
+    DoubleNameError,
+    describe_type,
+    make_object,
+    parse_json,
+)
 
 _LISTS = frozenset(
     {"annotations", "data", "dataset", "examples", "instances", "items", "questions", "records"}
@@ -67,7 +72,7 @@ def _check_object(value: Any, file: DataFile, number: int) -> dict[str, Any] | D
 
 def _read_document(file: DataFile) -> Sequence[Any]:
     text = read_text(file)
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=make_object)
     values: list[Any] = []
     place = 0
     while place < len(text):
@@ -76,6 +81,11 @@ def _read_document(file: DataFile) -> Sequence[Any]:
             continue
         try:
             value, place = decoder.raw_decode(text, place)
+        except DoubleNameError:
+            raise SourceError(
+                f"{name_last(file)!r} has an object with one name twice; JSON keeps the last "
+                "without a word: rename one"
+            ) from None
         except (ValueError, RecursionError) as error:
             place = error.pos if isinstance(error, json.JSONDecodeError) else place
             raise SourceError(
@@ -104,6 +114,8 @@ def _unfold(value: Mapping[str, Any], file: DataFile) -> Sequence[Any] | None:
         )
     if lists:
         rows = value[lists[0]]
+        if lists[0] in ("test", "valid", "validation", "dev"):
+            return [{"split": lists[0], **row} for row in rows]  # trained by no mistake
         return _list_questions(rows) if "paragraphs" in rows[0] else rows
     inner = list(value.values())
     if all(isinstance(each, dict) for each in inner) and inner:

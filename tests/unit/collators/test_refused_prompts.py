@@ -141,6 +141,11 @@ def test_text_that_went_through_another_template_is_refused(family, text):
     [
         "### Instruction:\nAdd.\n\n### Response:\n3",
         "### Human: Hi### Assistant: Ho",
+        "### User:\nHi\n### Assistant:\nHo",
+        "A chat. USER: Hi ASSISTANT: Ho",
+        "\n\nHuman: Hi\n\nAssistant: Ho",
+        "<human>: Hi\n<bot>: Ho",
+        "<reserved_106>Hi<reserved_107>Ho",
     ],
 )
 def test_plain_words_of_a_template_are_refused_in_documents_alone(text):

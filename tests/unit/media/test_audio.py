@@ -356,3 +356,12 @@ def test_long_clips_in_blocks_are_as_in_one(rate_hz, extra, monkeypatch):
     blocks = decode_audio(samples, key="blocks", sample_rate_hz=rate_hz)
     np.testing.assert_allclose(blocks, whole, atol=1e-6)  # float32, summed in another order
     assert len(blocks) == len(whole)
+
+
+@pytest.mark.parametrize("container", ["WAV", "WAVEX", "AIFF", "AU", "CAF", "W64", "RF64", "NIST"])
+def test_what_is_cut_is_refused_in_each_container_and_the_whole_is_heard(container):
+    content = io.BytesIO()
+    soundfile.write(content, np.zeros(16_000), 16_000, format=container, subtype="PCM_16")
+    assert len(decode_audio(content.getvalue(), key="k")) == 16_000
+    with pytest.raises(DataError, match="truncated"):
+        decode_audio(content.getvalue()[:-8_000], key="k")

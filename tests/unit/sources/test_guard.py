@@ -121,3 +121,18 @@ def test_bytes_of_a_table_are_refused_by_its_schema():
         check_kinds(available, recognise_columns(names, {}))
     check_kinds(available, recognise_columns(names, {"ignore": ("xyz",)}))
     check_kinds(available, recognise_columns(names, {"image": "xyz"}))
+
+
+@pytest.mark.parametrize(
+    "value", [{"image": "a.png"}, {"x": {"y": [{"picture": "a.png"}]}}, [{"of": {"it": "a.png"}}]]
+)
+def test_media_deep_in_a_column_is_found(value, tmp_path):
+    (tmp_path / "a.png").write_bytes(ENCODED["png"][1])
+    (tmp_path / "a.jsonl").write_text(json.dumps({**PAIR, "extra": value}))
+    with pytest.raises(SourceError, match="'extra' holds image"):
+        list(LocalSource(tmp_path / "a.jsonl"))
+
+
+def test_words_deep_in_a_column_are_none(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({**PAIR, "meta": {"of": "gone.png", "n": [1]}}))
+    assert len(list(LocalSource(tmp_path / "a.jsonl"))) == 1

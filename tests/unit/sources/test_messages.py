@@ -382,3 +382,56 @@ def test_an_object_ref_that_cannot_be_read_is_told(change, words):
 def test_an_object_ref_without_metadata_has_no_known_size(details):
     part = read_media({**OBJECT_REF, "details": details}, "image", key="k")
     assert part.source.num_bytes is None
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        *({name: 0} for name in ("loss_mask", "is_trained", "train_on", "compute_loss", "Weight")),
+        *({name: True} for name in ("masked", "skip", "no_loss")),
+        {"label": False},
+        {"images": ["a.png"]},
+        {"imagePath": "x"},
+        {"audio": {"path": "a.wav"}},
+        {"attachments": [{"file": "a.png"}]},
+        {"tools": "[]"},
+        {"functions": [{"name": "f"}]},
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_a_field_of_a_message_that_means_something_is_never_passed_over(fields, role):
+    with pytest.raises(DataError, match=next(iter(fields))):
+        turns_of([{"role": role, "content": "Q", **fields}])
+
+
+@pytest.mark.parametrize(
+    "fields", [{"score": 0.5}, {"images": []}, {"label": True}, {"tools": None}, {"id": "1.0"}]
+)
+def test_a_field_of_a_message_that_changes_nothing_is_counted(fields):
+    turns_of([{"role": "assistant", "content": "A", **fields}])
+
+
+@pytest.mark.parametrize("field", ["thinking", "thought", "reasoning"])
+def test_a_thought_has_several_names(field):
+    (turn,) = turns_of([{"role": "assistant", "content": "A", field: "T"}])
+    assert turn.fields == {"reasoning": "T"}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "text", "text": "W", "train": False},
+        {"type": "image", "image": "a.png", "bbox": [0, 0, 5, 5]},
+        {"type": "image", "image": {"path": "a.png", "crop": [0, 0, 5, 5]}},
+        {"type": "image", "source": {"data": ENCODED}},
+        {"type": "audio", "audio": "a.wav", "start": 1, "end": 2},
+        {"type": "audio", "audio": {"path": "a.wav", "offset": 0, "duration": 1}},
+    ],
+)
+def test_a_part_that_says_more_than_is_read_is_refused(part):
+    with pytest.raises(DataError, match=r"field|form"):
+        parts_of([part], media={"image": [Image("other.png")]})
+
+
+def test_a_url_may_stand_under_the_name_of_its_kind():
+    assert parts_of([{"type": "audio", "audio_url": "a.wav"}]) == (Audio("a.wav"),)

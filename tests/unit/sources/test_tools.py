@@ -2,12 +2,15 @@
 
 import itertools
 import json
+from collections import Counter
 
 import pytest
 
 from gemma_tuner.errors import DataError
 from gemma_tuner.records import Example, Text, Turn
 from gemma_tuner.sources.columns import recognise_columns
+from gemma_tuner.sources.messages import read_turns
+from gemma_tuner.sources.places import Places
 from gemma_tuner.sources.rows import RowReader
 from gemma_tuner.sources.tools import pair_responses, read_calls, read_declarations
 
@@ -205,3 +208,32 @@ def test_an_object_or_a_list_as_an_answer_is_its_json(answer):
 def test_a_conversation_without_a_trained_answer_is_refused():
     with pytest.raises(DataError, match="marked as not trained"):
         read({"messages": [ASK, {**DONE, "weight": 0}]})
+
+
+@pytest.mark.parametrize("field", ["tool_call_id", "call_id", "toolCallId", "tool_use_id"])
+@pytest.mark.parametrize("as_given", [str, int])
+def test_responses_find_their_call_by_id_under_each_name_and_type(field, as_given):
+    calls = [{"id": n, "name": "w", "arguments": {"n": n}} for n in (1, 2)]
+    messages = [ASK, {"role": "assistant", "tool_calls": calls}]
+    messages += [{"role": "tool", "content": str(n), field: as_given(n)} for n in (2, 1)]
+    turns = read_turns([*messages, DONE], Places({}, "k"), unused_fields=Counter())
+    paired = pair_responses(turns, key="k")
+    assert [turn.fields["tool_call_id"] for turn in paired[2:4]] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"name": "w", "tool_args": {"n": 1}},
+        {"name": "w", "arguments": {}, "parameters": {"n": 1}},
+        {"function": {"name": "w", "inputs": "{}"}},
+    ],
+)
+def test_arguments_under_unknown_names_are_not_lost(call):
+    with pytest.raises(DataError, match="arguments"):
+        read_calls([call], "it", key="k")
+
+
+def test_parameters_that_are_no_schema_are_refused():
+    with pytest.raises(DataError, match="schema"):
+        read_declarations([{"name": "w", "parameters": {"city": "string"}}], "it", key="k")

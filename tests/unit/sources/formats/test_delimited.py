@@ -75,3 +75,9 @@ def test_ljspeech_is_known_by_its_form_and_speakers_are_no_speech(tmp_path):
     ]
     speakers = file_of(tmp_path / "a.csv", "a1|a long sentence that is said|p1\n" * 3)
     assert list_csv_columns(speakers, ["a1"]) != ["id", "audio", "text"]
+
+
+def test_fields_in_single_quotes_are_refused(tmp_path):
+    file = file_of(tmp_path / "a.csv", "'prompt','response'\n'Q','A'\n")
+    with pytest.raises(SourceError, match="quotes its fields by '"):
+        list_csv_columns(file)

@@ -190,3 +190,25 @@ def test_a_value_that_python_cannot_hold_costs_its_row_alone(tmp_path, place):
     assert "not UTF-8" in str(bad[place + 1])
     assert "caf" not in str(bad[place + 1])
     assert bad[51].key == "a.parquet:51"
+
+
+@pytest.mark.parametrize(
+    "row", ['{"text": "a", "text": "b"}', '{"text": "a", "x": [{"y": 1, "y": 2}]}']
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_an_object_with_one_name_twice_is_refused(tmp_path, row, name):
+    (tmp_path / name).write_text(f"[{row}]" if name == "a.json" else row)
+    try:
+        ((_, outcome),) = rows_of(tmp_path / name, "jsonl")
+    except SourceError as error:
+        outcome = error
+    assert "one name twice" in str(outcome)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"), [("test", "test"), ("valid", "valid"), ("train", None)]
+)
+def test_rows_under_the_name_of_a_split_are_of_it(tmp_path, name, split):
+    (tmp_path / "a.json").write_text(json.dumps({name: [{"text": "a"}], "version": 1}))
+    ((_, row),) = rows_of(tmp_path / "a.json", "jsonl")
+    assert row.get("split") == split

@@ -145,7 +145,7 @@ def test_two_media_with_one_caption_are_refused(tmp_path):
         ("val-00001-of-00003.jsonl", "validation"),
         ("gsm8k_test.jsonl", "test"),
         ("validation/part.jsonl", "validation"),
-        ("holdout-00000-of-00002.jsonl", "holdout"),
+        ("holdout-00000-of-00002.jsonl", "validation"),
         ("train_test_mix.jsonl", "train_test_mix"),
         ("training.jsonl.gz", "train"),
         ("snli_1.0_train.jsonl", "train"),
@@ -153,7 +153,7 @@ def test_two_media_with_one_caption_are_refused(tmp_path):
         ("corpus.train.jsonl", "train"),
         ("corpus_1.0.csv", "corpus_1.0"),
         ("c4.00000-of-00010.json.gz", "c4"),
-        ("holdout.txt", "holdout"),
+        ("holdout.txt", "validation"),
     ],
 )
 def test_the_split_of_a_file_is_in_its_name(name, split):
