@@ -161,9 +161,10 @@ def _pin(name: str, value: Setting) -> Setting:
 
 def _pin_text(name: str, value: str) -> str:
     is_glob = "://" not in value and any(character in value for character in "*?[")
+    exists = os.path.exists(value)  # noqa: PTH110 - Path's raises where a name is too long
     is_path = {
-        "data": is_glob or Path(value).exists(),
-        "model": value != TINY and Path(value).exists(),
+        "data": is_glob or exists,
+        "model": value != TINY and exists,
         "from_adapter": True,
         "out": True,
         "cache_dir": True,

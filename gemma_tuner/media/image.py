@@ -48,7 +48,7 @@ _DECODER_ERRORS = (
     zlib.error,
     Warning,
 )
-_MAX_RATIO = 300  # of the sides; more than any processor has tokens for
+_MAX_SIDE = 65_535  # JPEG's own; longer and thin, processors take gigabytes to resize it
 _BOMBS = (PIL.Image.DecompressionBombError, PIL.Image.DecompressionBombWarning)
 
 # EXIF orientation -> what turns the stored pixels upright; 1 is upright.
@@ -142,10 +142,9 @@ def _finish(
             f"{max_pixels:,}; make it smaller",
             key=key,
         )
-    if max(width, height) > _MAX_RATIO * min(width, height):
+    if max(width, height) > _MAX_SIDE:
         raise DataError(
-            f"{name} is {width}x{height}: one side is more than {_MAX_RATIO} times the other, and "
-            "processors keep that ratio in memory; crop it",
+            f"{name} is {width}x{height}, and no side may be longer than {_MAX_SIDE:,}; crop it",
             key=key,
         )
     if is_blank:
