@@ -24,7 +24,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # ---- sizes ----------------------------------------------------------------------------------
 
-MAX_PACKAGE_LINES = 39_500
+# 34,000 with what there was; what people's data, files and habits need came to it (see CHANGELOG).
+MAX_PACKAGE_LINES = 39_700
 MAX_FOLDER_LINES = 4_000
 MAX_FOLDER_MODULES = 25
 # Folders that may be larger -> why.

@@ -278,7 +278,8 @@ def test_words_that_look_like_media_in_a_manifest_are_none(tmp_path):
     rows = [
         {"prompt": '["image","a.png"]', "response": '["audio",{"inline":0}]'} for _ in range(3)
     ]
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"k": ["image", "x"]}}}]
+    schema = {"type": "object", "properties": {"k": {"enum": ["image", "x"]}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
     assert open_rows(tmp_path, rows).media_kinds == frozenset()
     chat = [
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
