@@ -314,7 +314,9 @@ def test_stalled_attempts_leave_threads_for_others():
     for uri, content in contents.items():
         assert fetcher.fetch(pin(uri, content)) == content
     assert time.monotonic() - began < 2.5
-    assert fetcher.counts.failures == {"timeout": 14}
+    # A busy machine may take so long for one that does not stall, too.
+    assert fetcher.counts.failures.keys() == {"timeout"}
+    assert fetcher.counts.failures["timeout"] >= 14
     fetcher.close()
 
 

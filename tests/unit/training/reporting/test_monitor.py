@@ -255,9 +255,11 @@ def test_shapes_warn_only_where_they_cost_something(tmp_path, reports):
 
 def test_the_memory_line_is_what_the_process_holds(reports):
     monitor = RunMonitor(CPU, 8 * GIB)
-    held = torch.ones(16 * 2**20)  # 64 MiB
+    # Fresh pages: a large process may have freed memory to give to a tensor.
+    held = mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    held.write(bytes(b"1") * len(held))
     monitor.after_step(1, reports)
-    del held
+    held.close()
     line = monitor.read_memory()
     assert line.peak_bytes >= line.driver_bytes + 60 * 2**20
     assert monitor.read_memory().peak_bytes < line.peak_bytes
