@@ -257,7 +257,7 @@ def test_the_memory_line_is_what_the_process_holds(reports):
     monitor = RunMonitor(CPU, 8 * GIB)
     # Fresh pages: a large process may have freed memory to give to a tensor.
     held = mmap.mmap(-1, 64 * 2**20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    held.write(bytes(b"1") * len(held))
+    held.write(b"1" * len(held))
     monitor.after_step(1, reports)
     held.close()
     line = monitor.read_memory()
