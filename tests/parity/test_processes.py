@@ -26,7 +26,7 @@ from tests.two_processes import (
 pytestmark = pytest.mark.slow
 
 # A smooth step: Adam's default turns rounding into whole steps.
-SMOOTH = {"epsilon": 1.0, "learning_rate": 0.1}
+SMOOTH = {"epsilon": 1.0, "learning_rate": 0.05}
 
 
 def assert_same_runs(folder, reference):
