@@ -68,12 +68,16 @@ def list_media(modality: Modality | None) -> tuple[MediaKind, ...]:
     return () if modality in (None, "text") else (modality,)
 
 
+_VALUES = ("bf16",)  # of options with choices, which Typer asks about too
+
 _Settings: Any = object  # a base, so that type checkers allow for the fields that are read
 _T = TypeVar("_T")
 
 
 def normalize_flag(name: str) -> str:
     """Call an option by its name here, as Typer's ``token_normalize_func``."""
+    if name in _VALUES:
+        return name
     if instead := INSTEAD.get(name.replace("-", "_")):
         raise typer.BadParameter(f"there is no --{name}; {instead}")
     return ALIASES.get(name, name)

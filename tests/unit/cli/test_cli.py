@@ -11,6 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from gemma_tuner.cli.main import app
+from gemma_tuner.cli.settings import normalize_flag
 from gemma_tuner.doctor import Part
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -199,3 +200,16 @@ def test_the_doctor_runs_as_a_module_and_writes_its_report(tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"the report is in {path}" in " ".join(done.stdout.split())
     assert json.loads(path.read_text())["parts"] == ["memory"]
+
+
+def test_no_choice_is_taken_for_the_flag_of_another_tool():
+    # Click normalises what is chosen as it does flags.
+    def list_choices(command):
+        for name in getattr(command, "commands", {}):
+            yield from list_choices(command.commands[name])
+        for parameter in command.params:
+            yield from getattr(getattr(parameter, "type", None), "choices", ())
+
+    choices = {str(choice) for choice in list_choices(typer.main.get_command(app))}
+    assert "bf16" in choices
+    assert {choice: normalize_flag(choice) for choice in choices} == {c: c for c in choices}
