@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import pytest
 import typer
 from typer.testing import CliRunner
 
+from gemma_tuner.checks import split_union
 from gemma_tuner.cli.main import app
 from gemma_tuner.cli.settings import normalize_flag
 from gemma_tuner.doctor import Part
@@ -203,13 +205,15 @@ def test_the_doctor_runs_as_a_module_and_writes_its_report(tmp_path):
 
 
 def test_no_choice_is_taken_for_the_flag_of_another_tool():
-    # Click normalises what is chosen as it does flags.
+    # Typer normalises what is chosen as it does flags.
     def list_choices(command):
         for name in getattr(command, "commands", {}):
             yield from list_choices(command.commands[name])
         for parameter in command.params:
-            yield from getattr(getattr(parameter, "type", None), "choices", ())
+            descriptor = getattr(parameter, "type_descriptor", None)
+            for hint in split_union(getattr(descriptor, "annotation", None)):
+                yield from get_args(hint) if get_origin(hint) is Literal else ()
 
-    choices = {str(choice) for choice in list_choices(typer.main.get_command(app))}
+    choices = set(list_choices(typer.main.get_command(app)))
     assert "bf16" in choices
     assert {choice: normalize_flag(choice) for choice in choices} == {c: c for c in choices}
