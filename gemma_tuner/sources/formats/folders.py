@@ -4,7 +4,7 @@ A folder, on this machine or in a bucket, means, in this order:
 
 1. its manifest, where it holds one: ``manifest.jsonl``, ``metadata.jsonl``, ``metadata.csv`` or
    ``metadata.parquet``
-2. else its transcripts (:mod:`gemma_tuner.sources.formats.corpora`), with the clips anywhere
+2. else its transcripts (``corpora``), with the clips anywhere
    below it
 3. else its data files (``.jsonl .ndjson .json .csv .tsv .parquet .arrow .tar``, those of text also
    packed: ``.gz .bz2 .xz .zst``), or, where it holds none itself, those of its subfolders; all of
