@@ -477,7 +477,7 @@ def test_an_interrupt_while_a_model_answers(models, monkeypatch):
     monkeypatch.chdir(models)
     import gemma_tuner.training.adapters as adapters
 
-    def interrupt(*arguments):
+    def interrupt(*arguments, **keywords):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(adapters, "load_adapter", interrupt)
@@ -487,7 +487,7 @@ def test_an_interrupt_while_a_model_answers(models, monkeypatch):
         done = invoke("generate", "-p", "Hello", "--adapter", "run")
     finally:
         signal.signal(signal.SIGINT, before)
-    assert done.exit_code == 130
+    assert done.exit_code == 130, done.stderr
     assert done.stderr.splitlines()[-1] == "interrupted"
 
 
