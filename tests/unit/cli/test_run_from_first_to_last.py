@@ -385,10 +385,10 @@ def test_what_was_trained_has_the_same_loss_when_it_is_loaded(folder, tmp_path, 
 
 def test_a_new_run_goes_on_with_an_adapter_of_a_run_or_of_mlx(folder, run):
     before = load_file(run / "adapter/adapter_model.safetensors")
-    assert invoke("export", "mlx", run, folder / "mlx").exit_code == 0
+    assert invoke("export", "mlx", run, folder / "of-mlx").exit_code == 0
     flags = ["--max-steps", 1, "--max-tokens", 128, "--learning-rate", 1e-9]
     flags += ["--cache-dir", folder / "cache"]
-    for number, given in enumerate((run, folder / "mlx/adapters.safetensors")):
+    for number, given in enumerate((run, folder / "of-mlx/adapters.safetensors")):
         out = folder / f"runs/further-{number}"
         flag = ("--adapter", "--resume-adapter-file")[number]
         done = invoke("train", flag, given, *flags, "--out", out)
