@@ -100,15 +100,17 @@ class Budget:
         consecutive: int,
         rows: int,
         read_records: Callable[[], Iterable[BadExample]],
+        num_shards: int = 1,
     ) -> None:
-        """Raise if the bad rows so far are more than the budget allows."""
-        allowed = self.count_allowed(rows)
+        """Raise if the bad rows are more than the budget allows, or than a shard's part of it."""
+        allowed = -(-self.count_allowed(rows) // num_shards)
         if bad <= allowed and consecutive <= self.max_consecutive_bad:
             return
         if bad == 1:
             raise error
         limit = (
             f"max_bad_fraction={self.max_bad_fraction:g} of {rows:,} rows allows {allowed:,}"
+            f"{f' to each of {num_shards} processes' if num_shards > 1 else ''}"
             if bad > allowed
             else f"max_consecutive_bad={self.max_consecutive_bad:,}"
         )

@@ -448,5 +448,6 @@ class ExampleStream:
             bad=bad,
             consecutive=consecutive,
             epoch_rows=max(len(slot.view), int(share * len(self))),
+            num_shards=self._num_shards,
         )
         self._num_passed_over += 1

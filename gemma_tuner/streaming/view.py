@@ -115,6 +115,7 @@ class DatasetView:
         bad: int,
         consecutive: int,
         epoch_rows: int,
+        num_shards: int,
     ) -> None:
         """Note a row in the quarantine, and raise its error where the budget allows no more."""
         # bad: bad rows of the epoch with this one; consecutive: those since the last good one.
@@ -128,6 +129,7 @@ class DatasetView:
             bad=bad,
             consecutive=consecutive,
             rows=epoch_rows,
+            num_shards=num_shards,
             read_records=quarantine.inspect,
         )
 

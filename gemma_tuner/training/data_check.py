@@ -56,6 +56,7 @@ class DataCheck:
         lengths: Rows by their tokens before anything is cut.
         counts: What the collator would cut or split, by name.
         bad: Why rows cannot be used, by their keys.
+        bad_elsewhere: How many more the other processes of the run have found.
         seconds: How long it took.
     """
 
@@ -69,6 +70,7 @@ class DataCheck:
     lengths: Counter[int] = field(default_factory=Counter)
     counts: Counter[str] = field(default_factory=Counter)
     bad: dict[str, str] = field(default_factory=dict)
+    bad_elsewhere: int = 0
     seconds: float = 0.0
 
     @property
@@ -104,7 +106,9 @@ class DataCheck:
 
     def refuse_beyond_budget(self) -> None:
         """Raise where more rows are bad than the stream allows, with all reasons."""
-        if self.allowed is None or len(self.bad) <= self.allowed:
+        num_bad = len(self.bad) + self.bad_elsewhere
+        # Of several processes those that have found some raise, and the others hear of it.
+        if self.allowed is None or num_bad <= self.allowed or not self.bad:
             return
         (key, first), *others = self.bad.items()
         listed = [f"{other!r}: {reason}" for other, reason in others[:_SHOWN]]
@@ -112,7 +116,7 @@ class DataCheck:
             listed.append(f"{len(others) - _SHOWN:,} more, which Trainer.check() lists")
         raise DataError(
             f"{first}. Nothing was trained: of {self.checked:,} rows checked before "
-            f"the first step {len(self.bad):,} cannot be used, and max_bad_fraction allows "
+            f"the first step {num_bad:,} cannot be used, and max_bad_fraction allows "
             f"{self.allowed:,} of {self.rows:,}{'. ' * bool(listed)}{'; '.join(listed)}",
             key=key,
         )

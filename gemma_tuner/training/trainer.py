@@ -270,6 +270,8 @@ class Trainer:
                 self._tell_beginning(reports)
                 if self.step == 0:
                     found = self._check(self.config.check_seconds, stop)
+                    num_bad = len(found.bad)
+                    found.bad_elsewhere = self.processes.sum_counts([num_bad])[0] - num_bad
                     found.refuse_beyond_budget()
                     if self.config.check_seconds and found.is_remarkable:
                         reports.event(0, "checked", found.summary)

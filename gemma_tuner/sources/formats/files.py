@@ -205,37 +205,38 @@ def _read_parquet(
 ) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     with _open_parquet(file) as table:
         names = [name for name in table.schema_arrow.names if name in needed]
-        number = 0
-        try:
-            for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=names):
-                for values in _list_rows(batch, file, number + 1):
-                    number += 1
-                    yield number, values
-        except (pyarrow.ArrowException, OSError) as error:
-            raise SourceError(
-                f"{name_last(file)!r} is damaged after row {number:,} ({type(error).__name__}); "
-                "write or fetch it again"
-            ) from None
+        yield from _number_rows(file, table.iter_batches(batch_size=_PARQUET_ROWS, columns=names))
 
 
 def _read_arrow(
     file: DataFile, needed: set[str]
 ) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
-    number = 0
     with _open_arrow(file) as batches:
         names = [name for name in batches.schema.names if name in needed]
-        try:
-            for batch in _list_batches(batches):
-                for start in range(0, batch.num_rows, _PARQUET_ROWS):
-                    rows = batch.select(names).slice(start, _PARQUET_ROWS)
-                    for values in _list_rows(rows, file, number + 1):
-                        number += 1
-                        yield number, values
-        except (pyarrow.ArrowException, OSError) as error:
-            raise SourceError(
-                f"{name_last(file)!r} is damaged after row {number:,} ({type(error).__name__}); "
-                "write or fetch it again"
-            ) from None
+        yield from _number_rows(
+            file,
+            (
+                batch.select(names).slice(start, _PARQUET_ROWS)
+                for batch in _list_batches(batches)
+                for start in range(0, batch.num_rows, _PARQUET_ROWS)
+            ),
+        )
+
+
+def _number_rows(
+    file: DataFile, batches: Iterable[pyarrow.RecordBatch]
+) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
+    number = 0
+    try:
+        for batch in batches:
+            for values in _list_rows(batch, file, number + 1):
+                number += 1
+                yield number, values
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SourceError(
+            f"{name_last(file)!r} is damaged after row {number:,} ({type(error).__name__}); write "
+            "or fetch it again"
+        ) from None
 
 
 def _list_rows(

@@ -4,6 +4,8 @@ import dataclasses
 import stat
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gemma_tuner.errors import ConfigError, DataError, SourceError
 from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine, read_reason
@@ -131,3 +133,28 @@ def test_budgets_that_cannot_be(settings):
     with pytest.raises(ConfigError, match=name):
         Budget(**settings)
     assert dataclasses.asdict(Budget())[name] is not value
+
+
+@given(fraction=st.floats(0.001, 0.5), rows=st.integers(100, 100_000), shards=st.integers(1, 16))
+def test_shards_together_keep_the_budget_of_the_whole_to_one_row_each(fraction, rows, shards):
+    budget = Budget(fraction, max_consecutive_bad=10**9)
+
+    def is_within(bad):
+        try:
+            check(
+                budget,
+                DataError("x", key="k"),
+                bad=bad,
+                consecutive=1,
+                rows=rows,
+                num_shards=shards,
+            )
+        except DataError:
+            return False
+        return True
+
+    allowed = budget.count_allowed(rows)
+    of_a_shard = -(-allowed // shards)
+    assert is_within(of_a_shard)
+    assert not is_within(of_a_shard + 1)
+    assert allowed <= of_a_shard * shards < allowed + shards

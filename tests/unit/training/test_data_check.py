@@ -214,6 +214,23 @@ def test_a_bad_row_within_the_budget_costs_itself_and_beyond_it_says_what_resume
     assert trainer.counts["passed_over"] == 2
 
 
+@pytest.mark.parametrize("num_elsewhere", [0, 1, 9])
+def test_bad_rows_of_all_processes_are_held_against_one_budget(tmp_path, processor, num_elsewhere):
+    rows = texts(tmp_path, 100)
+    rows[3]["response"] = "word " * 3000
+    stream = open_rows(tmp_path, rows, max_bad_fraction=0.02)
+    found = check_rows(stream, gt.TextCollator(processor, max_tokens=256), ("text",))
+    found.bad_elsewhere = num_elsewhere
+    assert len(found.bad) == 1
+    if num_elsewhere < 2:  # of two that are allowed
+        found.refuse_beyond_budget()
+        return
+    with pytest.raises(gt.DataError, match="10 cannot be used, and max_bad_fraction allows 2"):
+        found.refuse_beyond_budget()
+    found.bad.clear()
+    found.refuse_beyond_budget()  # it hears of it from those that found some
+
+
 def test_nothing_in_a_bucket_is_downloaded(tmp_path, processor):
     from gemma_tuner.testing import GcsServer
 
