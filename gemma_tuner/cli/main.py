@@ -12,12 +12,13 @@ from gemma_tuner.cli.generate import generate
 from gemma_tuner.cli.plan import plan
 from gemma_tuner.cli.preview import preview
 from gemma_tuner.cli.quarantine import quarantine
-from gemma_tuner.cli.settings import normalize_flag
+from gemma_tuner.cli.settings import AnsweringGroup, normalize_flag
 from gemma_tuner.cli.train import train
 from gemma_tuner.doctor.command import doctor
 from gemma_tuner.watch.command import watch
 
 app = typer.Typer(
+    cls=AnsweringGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": normalize_flag},

@@ -20,6 +20,7 @@ from gemma_tuner.cli.defaults import GROUPS, config_option, list_settings
 from gemma_tuner.cli.opening import show_losses as show_losses
 from gemma_tuner.cli.settings import (
     PANELS,
+    AnsweringCommand,
     RecipeSettings,
     RunSettings,
     make_option,
@@ -78,7 +79,7 @@ def read_arguments(
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     summary, *_ = Path(script).read_text(encoding="utf-8").removeprefix('"""').split("\n\n")
     aliases = {"token_normalize_func": normalize_flag}
-    app.command(help=summary, context_settings=aliases)(collect)
+    app.command(help=summary, cls=AnsweringCommand, context_settings=aliases)(collect)
     try:
         app(given, prog_name=f"python {os.path.relpath(script)}")
     except SystemExit:

@@ -22,6 +22,7 @@ from typing import (
 
 import typer
 from docstring_parser import google
+from typer.core import TyperCommand, TyperGroup
 
 from gemma_tuner.checks import split_union
 from gemma_tuner.collators.settings import CollatorSettings
@@ -68,19 +69,32 @@ def list_media(modality: Modality | None) -> tuple[MediaKind, ...]:
     return () if modality in (None, "text") else (modality,)
 
 
-_VALUES = ("bf16",)  # of options with choices, which Typer asks about too
-
 _Settings: Any = object  # a base, so that type checkers allow for the fields that are read
 _T = TypeVar("_T")
 
 
 def normalize_flag(name: str) -> str:
     """Call an option by its name here, as Typer's ``token_normalize_func``."""
-    if name in _VALUES:
-        return name
-    if instead := INSTEAD.get(name.replace("-", "_")):
-        raise typer.BadParameter(f"there is no --{name}; {instead}")
     return ALIASES.get(name, name)
+
+
+class _Answers:
+    # Not in normalize_flag, which is asked about choices too: bf16 is one, --bf16 a foreign flag.
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for given in args:
+            name = given.partition("=")[0]
+            if name.startswith("--") and (instead := INSTEAD.get(name[2:].replace("-", "_"))):
+                raise typer.BadParameter(f"there is no {name}; {instead}", ctx=ctx)
+        parsed: list[str] = super().parse_args(ctx, args)  # type: ignore[misc]
+        return parsed
+
+
+class AnsweringCommand(_Answers, TyperCommand):
+    """A command that says what flags of other trainers are here."""
+
+
+class AnsweringGroup(_Answers, TyperGroup):
+    """Commands that say what flags of other trainers are here."""
 
 
 # --- options from docstrings -------------------------------------------------------------------
