@@ -17,6 +17,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from gemma_tuner.models.packed import PackedLinear
+
 
 @register_flop_formula(torch.ops.aten.addmm_, get_raw=True)
 def _count_addmm_flops(_: Tensor, one: Tensor, other: Tensor, **__: Any) -> int:
@@ -24,7 +26,7 @@ def _count_addmm_flops(_: Tensor, one: Tensor, other: Tensor, **__: Any) -> int:
     return 2 * one.shape[0] * one.shape[1] * other.shape[1]
 
 
-LINEAR: tuple[type[nn.Module], ...] = (nn.Linear,)
+LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, PackedLinear)
 """Layers that multiply by ``weight`` (``[out, in]``), which some may unpack when it is read, and
 add a bias. They can be adapted."""
 

@@ -1,0 +1,145 @@
+"""Frozen layers of packed weights, which are unpacked where they are multiplied and never kept.
+
+An unpacked matrix lives from the read of ``weight`` to the end of the product: in the forward
+pass, in its recomputation, and in the backward pass, one layer at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemma_tuner.models.grids import Grid, Packed
+
+_PILES = ("gate_up_proj", "down_proj")
+
+
+class FrozenLinear(torch.autograd.Function):
+    """``x Wᵀ`` of a layer whose ``W`` is read again for the backward pass, not kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, layer: Any) -> Tensor:
+        """Multiply ``[..., in]`` by ``[out, in]``, ``layer``'s weight."""
+        ctx.layer = layer
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiate by ``x``."""
+        (of_output,) = grad_outputs
+        return of_output @ ctx.layer.weight, None, None
+
+
+class _Parts(nn.Module):
+    """Buffers of packed weights."""
+
+    def _register(self, name: str, packed: Packed) -> None:
+        for part, tensor in zip(Packed._fields, packed, strict=True):
+            self.register_buffer(name + part, tensor)
+
+    def _find(self, name: str) -> Packed:
+        return Packed(*(getattr(self, name + part) for part in Packed._fields))
+
+
+class PackedLinear(_Parts):
+    """A linear layer without bias whose ``weight`` is made whenever it is read."""
+
+    bias = None
+
+    def __init__(self, packed: Packed, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.out_features, groups = packed.scales.shape
+        self.in_features = groups * grid.group
+        self._register("", packed)
+
+    @property
+    def weight(self) -> Tensor:
+        """``[out, in]``, of the scales' dtype."""
+        return self.grid.unpack(self._find(""))
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch gives it
+        """Multiply ``[..., in]`` by the weights."""
+        return FrozenLinear.apply(input, self.weight, self)
+
+    def extra_repr(self) -> str:
+        """Say the shape and the grid."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.grid}"
+
+
+class PackedExperts(_Parts):
+    """Gemma 4's experts; one is unpacked when tokens are sent to it."""
+
+    def __init__(self, experts: Any, gate_up: Packed, down: Packed, grid: Grid) -> None:
+        super().__init__()
+        self.grid = grid
+        self.num_experts = experts.num_experts
+        self.act_fn = experts.act_fn
+        for name, packed in zip(_PILES, (gate_up, down), strict=True):
+            self._register(f"{name}_", packed)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Send each of ``[tokens, hidden]`` through its experts and sum what they answer."""
+        total = torch.zeros_like(hidden_states)
+        tokens = len(hidden_states)
+        # In the order of transformers' own loop: by expert, then by rank, then by token.
+        chosen = top_k_index.T.flatten()
+        order = chosen.argsort(stable=True)
+        counts = F.one_hot(chosen, self.num_experts + 1).sum(0)[:-1]
+        start = 0
+        for expert, count in enumerate(counts.tolist()):  # the layer's only wait for the device
+            sent = order[start : start + count]
+            start += count
+            if not count:
+                continue
+            token, rank = sent % tokens, sent // tokens
+            gate, up = self._multiply("gate_up_proj", expert, hidden_states[token]).chunk(2, -1)
+            answer = self._multiply("down_proj", expert, self.act_fn(gate) * up)
+            answer = answer * top_k_weights[token, rank, None]
+            total.index_add_(0, token, answer.to(total.dtype))
+        return total
+
+    def _multiply(self, name: str, expert: int, x: Tensor) -> Tensor:
+        matrix = _Expert(self, f"{name}_", expert)
+        return FrozenLinear.apply(x, matrix.weight, matrix)
+
+    def read_expert(self, name: str, expert: int) -> Tensor:
+        """Unpack one matrix of a pile, ``[out, in]``."""
+        parts = (None if part is None else part[expert] for part in self._find(name))
+        return self.grid.unpack(Packed(*parts))
+
+
+class _Expert:
+    """A matrix of a pile, as :class:`FrozenLinear` reads it."""
+
+    def __init__(self, experts: PackedExperts, name: str, index: int) -> None:
+        self._experts, self._name, self._index = experts, name, index
+
+    @property
+    def weight(self) -> Tensor:
+        return self._experts.read_expert(self._name, self._index)
+
+
+def make_packed(layer: Any, grid: Grid, *, is_filled: bool = True) -> nn.Module:
+    """Pack a linear layer or experts; unfilled, the packed layer is to be loaded."""
+
+    def read(weight: Tensor) -> Packed:
+        if is_filled:
+            return grid.pack(weight.detach())
+        return grid.empty(*weight.shape, dtype=weight.dtype, device=weight.device)
+
+    if isinstance(layer, nn.Linear):
+        return PackedLinear(read(layer.weight), grid)
+    return PackedExperts(layer, *(read(getattr(layer, name)) for name in _PILES), grid)
+
+
+def replace_packed(model: nn.Module, grids: Mapping[str, Grid], *, is_filled: bool = True) -> None:
+    """Put packed layers in the places of those named."""
+    for name, grid in grids.items():
+        model.set_submodule(
+            name, make_packed(model.get_submodule(name), grid, is_filled=is_filled)
+        )
