@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from gemma_tuner.export.mlx import export_mlx as export_mlx
     from gemma_tuner.export.mlx import import_mlx as import_mlx
     from gemma_tuner.export.mlx_checkpoint import from_mlx as from_mlx
+    from gemma_tuner.export.packing import pack as pack
     from gemma_tuner.models.loading import load_model as load_model
     from gemma_tuner.models.lora import add_lora as add_lora
     from gemma_tuner.models.lora_config import LoraConfig as LoraConfig
@@ -110,6 +111,7 @@ _HOME = {
     "load_adapter": "training.adapters",
     "load_model": "models.loading",
     "mix": "streaming.mixing",
+    "pack": "export.packing",
     "plan": "planning.plan",
     "push_to_hub": "export.adapter",
     "stream_bigquery": "streaming.opening",

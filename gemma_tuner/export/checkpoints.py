@@ -155,7 +155,7 @@ def _write_weights(
 
 
 def _group(tensors: Sequence[NewTensor], shard_bytes: int) -> list[list[NewTensor]]:
-    """Fill shards in order; within one the widest elements come first, so that all are aligned."""
+    """Fill shards in order; within one, tensors that would leave others unaligned come last."""
     shards: list[list[NewTensor]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -164,7 +164,11 @@ def _group(tensors: Sequence[NewTensor], shard_bytes: int) -> list[list[NewTenso
             filled = 0
         shards[-1].append(tensor)
         filled += tensor.num_bytes
-    return [sorted(shard, key=lambda tensor: -tensor.dtype.itemsize) for shard in shards]
+    return [sorted(shard, key=_place) for shard in shards]
+
+
+def _place(tensor: NewTensor) -> int:
+    return 0 if tensor.num_bytes % 8 == 0 else 9 - tensor.dtype.itemsize
 
 
 def _header(tensors: Sequence[NewTensor]) -> bytes:

@@ -20,7 +20,8 @@ from gemma_tuner.export.checkpoints import (
 )
 from gemma_tuner.export.deltas import Delta, Replacement, read_adapter
 from gemma_tuner.export.folders import new_folder
-from gemma_tuner.export.weights import StoredTensor, tensor_bytes
+from gemma_tuner.export.weights import StoredTensor, UnpackedTensor, tensor_bytes
+from gemma_tuner.models.grids import PACKED
 
 
 @dataclass
@@ -96,6 +97,7 @@ def export_merged(
         tensors[HEAD] = tensors[found.embedding]
         text = {**config.get("text_config", {}), "tie_word_embeddings": False}
         config = {**config, "tie_word_embeddings": False, "text_config": text}
+    config = {key: value for key, value in config.items() if key != PACKED}
     report = MergeReport(Path(path), len(deltas), len(tensors) - len(deltas))
     report.dtypes = tuple(
         sorted({str(tensors[key].dtype).removeprefix("torch.") for key in deltas})
@@ -118,7 +120,7 @@ def export_merged(
 
 
 def _merge(
-    stored: StoredTensor, delta: Delta | Replacement, report: MergeReport
+    stored: StoredTensor | UnpackedTensor, delta: Delta | Replacement, report: MergeReport
 ) -> Iterator[bytes]:
     for index, rows, block in stored.blocks():
         merged = delta.merge(block, index, rows)

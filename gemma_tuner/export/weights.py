@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from gemma_tuner.checks import check_path
 from gemma_tuner.errors import CheckpointError
+from gemma_tuner.models.grids import PACKED, Grid, Packed, read_grids
+from gemma_tuner.models.packed import list_parts
 
 INDEX = "model.safetensors.index.json"
 _CHUNK_BYTES = 16 * 2**20
@@ -58,15 +60,16 @@ class StoredTensor:
         with safe_open(self.path, "pt") as file:
             return file.get_tensor(self.name)
 
-    def blocks(self) -> Iterator[tuple[int, slice, Tensor]]:
+    def blocks(self, step: int | None = None) -> Iterator[tuple[int, slice, Tensor]]:
         """Read a matrix, or a pile of them, in blocks of rows that take little memory."""
         # A vector is one block, and so is what is no pile of matrices, as a convolution's weight.
+        # step: Rows of a block.
         # Yields: For each block the matrix's number, its rows, and the block ``[rows, in]``.
         if len(self.shape) not in (2, 3):
             yield 0, slice(None), self.read()
             return
         *piles, num_rows, num_columns = self.shape
-        step = max(1, _BLOCK_ELEMENTS // num_columns)
+        step = step or max(1, _BLOCK_ELEMENTS // num_columns)
         with safe_open(self.path, "pt") as file:
             part = file.get_slice(self.name)
             for index in range(math.prod(piles)):
@@ -85,6 +88,50 @@ class StoredTensor:
                     raise SafetensorError(f"{self.path.name} ended early")
                 left -= len(chunk)
                 yield chunk
+
+
+@dataclass(frozen=True, slots=True)
+class UnpackedTensor:
+    """A weight that is packed in a file: what it stands for, made as it is read."""
+
+    name: str
+    grid: Grid
+    parts: tuple[StoredTensor, ...]  # numbers, scales, biases if the grid has them
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weight."""
+        return self.parts[1].dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        *rows, groups = self.parts[1].shape
+        return (*rows, groups * self.grid.group)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the weight."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """Unpack it."""
+        return self._unpack(*(part.read() for part in self.parts))
+
+    def blocks(self) -> Iterator[tuple[int, slice, Tensor]]:
+        """Unpack it in blocks of rows, as :meth:`StoredTensor.blocks` reads."""
+        step = max(1, _BLOCK_ELEMENTS // self.shape[-1])
+        for blocks in zip(*(part.blocks(step) for part in self.parts), strict=True):
+            index, rows, _ = blocks[0]
+            yield index, rows, self._unpack(*(block for _, _, block in blocks))
+
+    def copy(self) -> Iterator[bytes]:
+        """Unpack its bytes in chunks."""
+        for _, _, block in self.blocks():
+            yield from tensor_bytes(block)
+
+    def _unpack(self, numbers: Tensor, scales: Tensor, biases: Tensor | None = None) -> Tensor:
+        return self.grid.unpack(Packed(numbers, scales, biases))
 
 
 def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
@@ -120,8 +167,29 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def list_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """List all tensors of a checkpoint, in the order of its files."""
+def list_tensors(folder: Path) -> dict[str, StoredTensor | UnpackedTensor]:
+    """List all tensors of a checkpoint, in the order of its files; packed ones as weights."""
+    packed = read_json(folder / "config.json").get(PACKED)
+    return _list_unpacked(list_stored(folder), read_grids(packed))
+
+
+def _list_unpacked(
+    stored: Mapping[str, StoredTensor], grids: Mapping[str, Grid]
+) -> dict[str, StoredTensor | UnpackedTensor]:
+    tensors: dict[str, StoredTensor | UnpackedTensor] = dict(stored)
+    for module, grid in grids.items():
+        for weight in ("weight", "gate_up_proj", "down_proj"):
+            parts = list_parts(module, weight)
+            if parts.numbers not in stored:
+                continue
+            found = tuple(tensors.pop(part) for part in parts if part in stored)
+            name = f"{module}.{weight}"
+            tensors[name] = UnpackedTensor(name, grid, found)
+    return tensors
+
+
+def list_stored(folder: Path) -> dict[str, StoredTensor]:
+    """List all tensors of a checkpoint as they are stored, in the order of its files."""
     name = folder.resolve().name
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map", {})

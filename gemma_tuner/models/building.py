@@ -17,7 +17,9 @@ from gemma_tuner.modalities import MEDIA, MODALITIES, Modality
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.embeddings import NAME, Placement
 from gemma_tuner.models.families import Family, family_of
+from gemma_tuner.models.grids import PACKED, read_grids
 from gemma_tuner.models.norms import use_lean_norms
+from gemma_tuner.models.packed import replace_packed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -69,6 +71,7 @@ def make_partial_class(
             if medium.modality in absent:
                 setattr(config, medium.config, None)
     full_class = getattr(transformers, family.model_class)
+    grids = read_grids(getattr(config, PACKED, None))
 
     class WithoutParts(full_class):
         _keys_to_ignore_on_load_unexpected = [rf"^({'|'.join(left_out)})\."] if left_out else []
@@ -78,6 +81,7 @@ def make_partial_class(
             for name in left_out:
                 parent, _, part = name.rpartition(".")
                 setattr(self.get_submodule(parent), part, None)
+            replace_packed(self, grids, is_filled=False)
 
     WithoutParts.__name__ = full_class.__name__
     WithoutParts.__module__ = full_class.__module__  # else it is taken for a checkpoint's code

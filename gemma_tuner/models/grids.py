@@ -9,14 +9,17 @@ the last axis. In four bits a byte holds column ``j`` of ``in`` in its low half 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gemma_tuner.errors import ConfigError
+from gemma_tuner.errors import CheckpointError, ConfigError
 
+PACKED = "packed"
+"""The key of config.json that names packed modules and their grids."""
 GROUPS = (32, 64, 128)
+_KINDS = ("symmetric", "affine")
 # Unpacked at a time on the CPU, so that what is in between stays in its cache.
 _BLOCK_ELEMENTS = 2**20
 # Numbers of which each is tried as that of a group's extreme, from the lowest.
@@ -46,9 +49,21 @@ class Grid:
         if self.group not in GROUPS:
             raise ConfigError(f"group is {self.group!r}; it may be 32, 64 or 128")
 
+    @classmethod
+    def parse(cls, text: str) -> Grid:
+        """Read what ``str`` writes: ``symmetric-4-32``."""
+        kind, *numbers = text.split("-") if isinstance(text, str) else ("",)
+        if kind not in _KINDS or len(numbers) != 2 or not all(map(str.isdecimal, numbers)):
+            raise ConfigError(f"{text!r} is no grid of weights; one is written symmetric-4-32")
+        return cls(int(numbers[0]), int(numbers[1]), is_affine=kind == "affine")
+
+    def __str__(self) -> str:
+        """Name it, as configurations do."""
+        return f"{_KINDS[self.is_affine]}-{self.bits}-{self.group}"
+
     def fits(self, columns: int) -> bool:
-        """Whether rows of so many columns have whole groups, and halves."""
-        return columns % self.group == 0 and columns % 2 == 0
+        """Whether rows of so many columns have whole groups."""
+        return columns % self.group == 0
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> Packed:
         """Make room for a weight of some shape."""
@@ -104,6 +119,18 @@ class Grid:
         # Shifts of int8 are arithmetic: the sign comes along.
         low.copy_(numbers & 15 if self.is_affine else (numbers << 4) >> 4)
         high.copy_(numbers >> 4)
+
+
+def read_grids(packed: Any) -> dict[str, Grid]:
+    """Read which modules of a checkpoint are packed, and on which grids."""
+    # packed: What ``config.json`` has under ``PACKED``; None where it has nothing.
+    try:
+        return {name: Grid.parse(text) for name, text in (packed or {}).items()}
+    except (AttributeError, ConfigError) as error:
+        raise CheckpointError(
+            f"config.json says of packed weights what cannot be read ({error}); pack the "
+            "checkpoint again"
+        ) from None
 
 
 def _find_affine(

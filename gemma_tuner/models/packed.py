@@ -6,6 +6,7 @@ pass, in its recomputation, and in the backward pass, one layer at a time.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gemma_tuner.errors import CheckpointError
+from gemma_tuner.models.families import family_of
 from gemma_tuner.models.grids import Grid, Packed
 
 _PILES = ("gate_up_proj", "down_proj")
+_PACKABLE = re.compile(
+    r"\d+\.((self_attn|mlp)\.\w+_proj|per_layer_(input_gate|projection)|experts)"
+)
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -32,6 +38,12 @@ class FrozenLinear(torch.autograd.Function):
         """Differentiate by ``x``."""
         (of_output,) = grad_outputs
         return of_output @ ctx.layer.weight, None, None
+
+
+def list_parts(module: str, weight: str) -> Packed:
+    """Name what stands for a weight of a packed module, ``weight`` or a pile of experts."""
+    start = f"{module}." if weight == "weight" else f"{module}.{weight}_"
+    return Packed(*(start + part for part in Packed._fields))
 
 
 class _Parts(nn.Module):
@@ -68,7 +80,9 @@ class PackedLinear(_Parts):
 
     def extra_repr(self) -> str:
         """Say the shape and the grid."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, {self.grid}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, grid={self.grid}"
+        )
 
 
 class PackedExperts(_Parts):
@@ -137,9 +151,25 @@ def make_packed(layer: Any, grid: Grid, *, is_filled: bool = True) -> nn.Module:
     return PackedExperts(layer, *(read(getattr(layer, name)) for name in _PILES), grid)
 
 
+def list_packable(gemma: Any, grid: Grid) -> dict[str, Grid]:
+    """Name the decoder's large matrices that fit a grid: nearly all that a model weighs."""
+    # Not its router, nor Gemma 3n's small mixers; towers and tables stay as they are.
+    start = f"{family_of(gemma.config).decoder}.layers."
+    named = _PACKABLE.fullmatch
+    return {
+        start + name: grid
+        for name, module in gemma.get_decoder().layers.named_modules()
+        if named(name) and all(grid.fits(weight.shape[-1]) for weight in module.parameters())
+    }
+
+
 def replace_packed(model: nn.Module, grids: Mapping[str, Grid], *, is_filled: bool = True) -> None:
     """Put packed layers in the places of those named."""
     for name, grid in grids.items():
-        model.set_submodule(
-            name, make_packed(model.get_submodule(name), grid, is_filled=is_filled)
-        )
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            layer = None
+        if not (isinstance(layer, nn.Linear) or all(hasattr(layer, pile) for pile in _PILES)):
+            raise CheckpointError(f"{name} is named as packed, and is no layer of the model")
+        model.set_submodule(name, make_packed(layer, grid, is_filled=is_filled))
