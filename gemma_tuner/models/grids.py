@@ -88,8 +88,8 @@ class Grid:
         low, high = numbers.chunk(2, dim=-1)
         return (low & 15) | (high << 4)
 
-    def unpack(self, packed: Packed) -> Tensor:
-        """Return the weights, ``[..., in]`` in the scales' dtype.
+    def unpack(self, packed: Packed, *, in_blocks: bool = True) -> Tensor:
+        """Return the weights, ``[..., in]`` in the scales' dtype; on the CPU block by block.
 
         Multiplied, then added, each rounded, as MLX does: what is computed with equals to the bit
         what is merged into.
@@ -100,7 +100,7 @@ class Grid:
             *numbers.shape[:-1], columns, dtype=scales.dtype, device=numbers.device
         )
         rows = len(numbers)
-        if numbers.device.type == "cpu":
+        if in_blocks and numbers.device.type == "cpu":
             rows = max(1, _BLOCK_ELEMENTS * rows // max(1, weight.numel()))
         for start in range(0, len(numbers), rows):
             block = slice(start, start + rows)

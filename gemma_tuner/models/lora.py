@@ -210,6 +210,7 @@ def wrap_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int = 0) ->
     with seeded(model.device, seed), warnings.catch_warnings():
         # PEFT 0.21 asks for it by the name that transformers 6 will not have.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)  # see LINEAR
         wrapped = peft.get_peft_model(model, config)
     wrapped.train(training)
     for module in wrapped.modules():

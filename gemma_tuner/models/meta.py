@@ -19,6 +19,7 @@ from gemma_tuner.models.building import choose_left_out, finish_model, make_part
 from gemma_tuner.models.families import family_of, loaded_modalities
 from gemma_tuner.models.identity import active_adapter
 from gemma_tuner.models.lora import unwrap_peft, wrap_peft
+from gemma_tuner.models.packed import PackedLayer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -91,6 +92,8 @@ def make_fake(model: nn.Module, mode: FakeTensorMode, device: torch.device) -> N
     kept = []  # or a new tensor might get an old one's id
     with mode:
         for module in model.modules():
+            if isinstance(module, PackedLayer):
+                module.is_traced = True
             for name, parameter in list(module.named_parameters(recurse=False)):
                 kept.append(parameter)
                 if id(parameter) not in fakes:

@@ -46,8 +46,12 @@ def list_parts(module: str, weight: str) -> Packed:
     return Packed(*(start + part for part in Packed._fields))
 
 
-class _Parts(nn.Module):
+class PackedLayer(nn.Module):
     """Buffers of packed weights."""
+
+    is_traced = False
+    """Whether tensors have no values: then experts share tokens evenly, and the CPU's way to
+    unpack does not stand for a device's."""
 
     def _register(self, name: str, packed: Packed) -> None:
         for part, tensor in zip(Packed._fields, packed, strict=True):
@@ -57,7 +61,7 @@ class _Parts(nn.Module):
         return Packed(*(getattr(self, name + part) for part in Packed._fields))
 
 
-class PackedLinear(_Parts):
+class PackedLinear(PackedLayer):
     """A linear layer without bias whose ``weight`` is made whenever it is read."""
 
     bias = None
@@ -72,7 +76,7 @@ class PackedLinear(_Parts):
     @property
     def weight(self) -> Tensor:
         """``[out, in]``, of the scales' dtype."""
-        return self.grid.unpack(self._find(""))
+        return self.grid.unpack(self._find(""), in_blocks=not self.is_traced)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch gives it
         """Multiply ``[..., in]`` by the weights."""
@@ -85,7 +89,7 @@ class PackedLinear(_Parts):
         )
 
 
-class PackedExperts(_Parts):
+class PackedExperts(PackedLayer):
     """Gemma 4's experts; one is unpacked when tokens are sent to it."""
 
     def __init__(self, experts: Any, gate_up: Packed, down: Packed, grid: Grid) -> None:
@@ -103,9 +107,8 @@ class PackedExperts(_Parts):
         # In the order of transformers' own loop: by expert, then by rank, then by token.
         chosen = top_k_index.T.flatten()
         order = chosen.argsort(stable=True)
-        counts = F.one_hot(chosen, self.num_experts + 1).sum(0)[:-1]
         start = 0
-        for expert, count in enumerate(counts.tolist()):  # the layer's only wait for the device
+        for expert, count in enumerate(self._count(chosen)):
             sent = order[start : start + count]
             start += count
             if not count:
@@ -117,6 +120,13 @@ class PackedExperts(_Parts):
             total.index_add_(0, token, answer.to(total.dtype))
         return total
 
+    def _count(self, chosen: Tensor) -> list[int]:
+        """How many tokens each expert gets; the layer's only wait for the device."""
+        if self.is_traced:
+            each, rest = divmod(len(chosen), self.num_experts)
+            return [each + (expert < rest) for expert in range(self.num_experts)]
+        return F.one_hot(chosen, self.num_experts + 1).sum(0)[:-1].tolist()
+
     def _multiply(self, name: str, expert: int, x: Tensor) -> Tensor:
         matrix = _Expert(self, f"{name}_", expert)
         return FrozenLinear.apply(x, matrix.weight, matrix)
@@ -124,7 +134,7 @@ class PackedExperts(_Parts):
     def read_expert(self, name: str, expert: int) -> Tensor:
         """Unpack one matrix of a pile, ``[out, in]``."""
         parts = (None if part is None else part[expert] for part in self._find(name))
-        return self.grid.unpack(Packed(*parts))
+        return self.grid.unpack(Packed(*parts), in_blocks=not self.is_traced)
 
 
 class _Expert:

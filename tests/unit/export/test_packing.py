@@ -120,4 +120,17 @@ def test_a_merged_run_computes_what_its_adapter_does(base, tmp_path):
     expected, found = read_logits(model), read_logits(merged)
     before, _ = gt.load_model(folder, device="cpu", dtype="float32")
     moved = (expected - read_logits(before)).norm()
-    assert (found - expected).norm() < 0.1 * moved  # merged weights are rounded to bfloat16
+    assert (found - expected).norm() < 0.2 * moved  # merged weights are rounded to bfloat16
+
+
+def test_the_plan_counts_packed_weights_as_they_stay(base, tmp_path):
+    folder = gt.pack(base, tmp_path / "packed")
+    model, _ = gt.load_model(folder, device="cpu", dtype="bfloat16")
+    model = gt.add_lora(model, gt.LoraConfig(rank=4))
+    plan = gt.plan(folder, lora=gt.LoraConfig(rank=4), memory_gib=8, max_tokens=64, device="mps")
+    dense = gt.plan(base, lora=gt.LoraConfig(rank=4), memory_gib=8, max_tokens=64, device="mps")
+    decoder = model.get_base_model().get_decoder().layers
+    tensors = [*decoder.parameters(), *decoder.buffers()]
+    held = sum(x.nbytes for x in tensors if not x.requires_grad)
+    assert held <= plan.footprint.resident["decoder"] <= 2 * held  # the allocator rounds small tensors
+    assert plan.footprint.resident["decoder"] < 0.8 * dense.footprint.resident["decoder"]
