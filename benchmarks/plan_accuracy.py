@@ -1,15 +1,17 @@
 """Predicted against measured peak memory of a LoRA step at a checkpoint's real size, on a GPU.
 
-    python -m benchmarks.plan_accuracy FOLDER [--shape 1x2048x512 ...]
+    python -m benchmarks.plan_accuracy FOLDER [--shape 1x2048x512 ...] [--packed symmetric-4-32]
 
 FOLDER holds a released config.json. A model of that size with random weights takes one step for
 each shape (rows x tokens x targets a row) and each number of checkpointed layers; its peak is
-CUDA's ``max_memory_allocated``. The prediction is :class:`StepTracer`'s, which has no weights.
+CUDA's ``max_memory_allocated``, its time the median of five. The prediction is :class:`StepTracer`'s, which has no weights.
 """
 
 import argparse
 import gc
 import json
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ import transformers
 from benchmarks.compare_steps.models import build_random
 from gemma_tuner.batch import Batch, Row, pad_rows
 from gemma_tuner.models.attention import use_attention
+from gemma_tuner.models.grids import Grid
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.models.meta import build_meta_copy
 from gemma_tuner.models.modes import begin_training
 from gemma_tuner.models.norms import use_lean_norms
+from gemma_tuner.models.packed import list_packable, replace_packed
 from gemma_tuner.planning.trace import StepTracer
 
 SHAPES = ("1x2048x512", "4x850x80", "2x1024x1023", "8x400x40")
@@ -41,14 +45,31 @@ def measure_step(model: Any, batch: Batch) -> tuple[int, int]:
     return resident, torch.cuda.max_memory_allocated() - resident
 
 
+def measure_seconds(model: Any, batch: Batch) -> float:
+    """The median of five steps."""
+    seconds = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        measure_step(model, batch)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("config_folder", type=Path)
     parser.add_argument("--shape", action="append", help="rows x tokens x targets, as 1x2048x512")
+    parser.add_argument("--packed", type=Grid.parse, help="a grid of the decoder's weights")
     args = parser.parse_args()
     device = torch.device("cuda")
     config = transformers.AutoConfig.from_pretrained(args.config_folder)
     gemma = build_random(config, device, torch.bfloat16)
+    if args.packed:
+        grids = list_packable(gemma, args.packed)
+        replace_packed(gemma, grids)
+        gemma.config.packed = {name: str(grid) for name, grid in grids.items()}
     use_attention(gemma)
     use_lean_norms(gemma)
     model = add_lora(gemma, LoraConfig(rank=16))
@@ -81,6 +102,8 @@ def main() -> None:
                 "step_gb": [round(x / 1e9, 3) for x in (found.step_bytes, measured)],
                 "peak_ratio": round((weights + found.step_bytes) / (resident + measured), 4),
                 "step_ratio": round(found.step_bytes / measured, 4),
+                "seconds": round(measure_seconds(model, batch), 4),
+                "packed": args.packed and str(args.packed),
             }
             print(json.dumps(record), flush=True)
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}))
