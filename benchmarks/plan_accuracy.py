@@ -4,7 +4,8 @@
 
 FOLDER holds a released config.json. A model of that size with random weights takes one step for
 each shape (rows x tokens x targets a row) and each number of checkpointed layers; its peak is
-CUDA's ``max_memory_allocated``, its time the median of five. The prediction is :class:`StepTracer`'s, which has no weights.
+CUDA's ``max_memory_allocated``, its time the median of five. The prediction is
+:class:`StepTracer`'s, which has no weights.
 """
 
 import argparse
@@ -34,14 +35,18 @@ SHAPES = ("1x2048x512", "4x850x80", "2x1024x1023", "8x400x40")
 CHUNK = 256
 
 
+def run_step(model: Any, batch: Batch) -> None:
+    loss = target_loss_sum(model, batch.to(torch.device("cuda")), chunk_tokens=CHUNK)
+    (loss / batch.num_target_tokens).backward()
+    model.zero_grad(set_to_none=True)
+
+
 def measure_step(model: Any, batch: Batch) -> tuple[int, int]:
     """Bytes that lie there between steps, and those on top of them at a step's peak."""
     gc.collect()
     torch.cuda.reset_peak_memory_stats()
     resident = torch.cuda.memory_allocated()
-    loss = target_loss_sum(model, batch.to(torch.device("cuda")), chunk_tokens=CHUNK)
-    (loss / batch.num_target_tokens).backward()
-    model.zero_grad(set_to_none=True)
+    run_step(model, batch)
     return resident, torch.cuda.max_memory_allocated() - resident
 
 
@@ -51,7 +56,7 @@ def measure_seconds(model: Any, batch: Batch) -> float:
     for _ in range(5):
         torch.cuda.synchronize()
         start = time.perf_counter()
-        measure_step(model, batch)
+        run_step(model, batch)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
