@@ -30,6 +30,7 @@ from gemma_tuner.models.families import family_of
 from gemma_tuner.models.lora_config import TARGETS
 from gemma_tuner.models.lora_config import LoraConfig as LoraConfig
 from gemma_tuner.models.lora_linear import is_linear, register_layers, use_lean_adapters
+from gemma_tuner.models.packed import PackedLayer
 
 _DECODER_LAYER = r"{decoder}\.layers\.{layers}\."
 _PATTERNS = {
@@ -156,6 +157,7 @@ def find_adapters(
     model: PreTrainedModel, config: LoraConfig
 ) -> tuple[peft.LoraConfig, dict[str, int]]:
     """Find the modules of a model that are meant, and say it in PEFT's terms."""
+    _refuse_packed(model, config)
     modules = {name for name, module in model.named_modules() if is_linear(module)}
     layers = _choose_layers(model, config)
     patterns: list[str] = []
@@ -192,6 +194,20 @@ def find_adapters(
         task_type="CAUSAL_LM",
     )
     return peft_config, counts
+
+
+def _refuse_packed(model: nn.Module, config: LoraConfig) -> None:
+    """Refuse what would train packed weights themselves, or adapt packed experts."""
+    if any(isinstance(module, PackedLayer) for module in model.modules()):
+        for what, is_meant in (
+            ("the variant 'full'", config.variant == "full"),
+            ("the target 'experts'", "experts" in config.targets),
+        ):
+            if is_meant:
+                raise ConfigError(
+                    f"{what} needs weights that are not packed; load the checkpoint in bfloat16, "
+                    "or leave it out"
+                )
 
 
 def list_targets(model: Any) -> list[str]:

@@ -87,6 +87,7 @@ CALLS = {
     gt.export_gguf_adapter: ("adapter", "gguf"),
     gt.import_mlx: ("adapter", "new"),
     gt.from_mlx: ("base", "new"),
+    gt.pack: ("base", "new"),
     gt.push_to_hub: ("adapter", "repository"),
 }
 BRIEFLY = {

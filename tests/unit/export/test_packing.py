@@ -132,5 +132,15 @@ def test_the_plan_counts_packed_weights_as_they_stay(base, tmp_path):
     decoder = model.get_base_model().get_decoder().layers
     tensors = [*decoder.parameters(), *decoder.buffers()]
     held = sum(x.nbytes for x in tensors if not x.requires_grad)
-    assert held <= plan.footprint.resident["decoder"] <= 2 * held  # the allocator rounds small tensors
+    assert (
+        held <= plan.footprint.resident["decoder"] <= 2 * held
+    )  # the allocator rounds small tensors
     assert plan.footprint.resident["decoder"] < 0.8 * dense.footprint.resident["decoder"]
+
+
+@pytest.mark.parametrize("wish", [{"variant": "full"}, {"targets": ("experts",)}])
+def test_packed_weights_are_not_trained_themselves(wish):
+    model, _ = tiny_model("gemma4-26b-a4b")
+    replace_packed(model, list_packable(model, Grid(4, 32)))
+    with pytest.raises(ConfigError, match="not packed"):
+        gt.add_lora(model, gt.LoraConfig(rank=2, **wish))
