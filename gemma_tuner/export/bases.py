@@ -14,7 +14,7 @@ import torch
 from gemma_tuner.differences import shorten_differences
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.deltas import Adapter, Delta, Replacement
-from gemma_tuner.export.weights import StoredTensor, find_checkpoint, list_tensors, read_json
+from gemma_tuner.export.weights import Weight, find_checkpoint, list_tensors, read_json
 from gemma_tuner.models.adapter_names import full_name
 from gemma_tuner.models.families import family_of_type
 from gemma_tuner.models.identity import hash_decoder_norms, portable_name
@@ -28,7 +28,7 @@ class Base:
 
     folder: Path
     config: Mapping[str, Any]  # config.json
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, Weight]
     deltas: Mapping[str, Delta | Replacement]  # by names in tensors
     embedding: str  # its name in tensors
     is_untied: bool  # whether the adapter parts the head from the embedding, its twin here
@@ -85,7 +85,7 @@ def find_base(adapter: Adapter, base: str | Path | None, revision: str | None) -
 
 
 def check_fits(
-    adapter: Adapter, tensors: Mapping[str, StoredTensor], folder: Path, model_type: str
+    adapter: Adapter, tensors: Mapping[str, Weight], folder: Path, model_type: str
 ) -> dict[str, Delta | Replacement]:
     """Give the adapter's deltas by the checkpoint's names; refuse one of other shapes."""
     base = portable_name(str(folder))
@@ -133,9 +133,7 @@ def name_embedding(model_type: str) -> str:
     return f"{family_of_type(model_type).decoder}.embed_tokens.weight"
 
 
-def _check_same_release(
-    adapter: Adapter, folder: Path, tensors: Mapping[str, StoredTensor]
-) -> None:
+def _check_same_release(adapter: Adapter, folder: Path, tensors: Mapping[str, Weight]) -> None:
     """Refuse a base of the same shapes that is another release, where the adapter can tell."""
     name = portable_name(str(folder))
     if adapter.norms_sha256 is not None:

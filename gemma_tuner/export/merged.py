@@ -20,7 +20,7 @@ from gemma_tuner.export.checkpoints import (
 )
 from gemma_tuner.export.deltas import Delta, Replacement, read_adapter
 from gemma_tuner.export.folders import new_folder
-from gemma_tuner.export.weights import StoredTensor, UnpackedTensor, tensor_bytes
+from gemma_tuner.export.weights import Weight, tensor_bytes
 from gemma_tuner.models.grids import PACKED
 
 
@@ -119,9 +119,7 @@ def export_merged(
     return report
 
 
-def _merge(
-    stored: StoredTensor | UnpackedTensor, delta: Delta | Replacement, report: MergeReport
-) -> Iterator[bytes]:
+def _merge(stored: Weight, delta: Delta | Replacement, report: MergeReport) -> Iterator[bytes]:
     for index, rows, block in stored.blocks():
         merged = delta.merge(block, index, rows)
         rounded = merged.to(stored.dtype)

@@ -26,7 +26,7 @@ from gemma_tuner.export.mlx_names import transformers_name
 from gemma_tuner.export.weights import (
     StoredTensor,
     find_checkpoint,
-    list_tensors,
+    list_stored,
     read_json,
     tensor_bytes,
 )
@@ -95,7 +95,7 @@ def from_mlx(checkpoint: str | Path, path: str | Path, *, revision: str | None =
     config = read_json(folder / "config.json")
     model_type = str(config.get("model_type"))
     settings = config.get("quantization") or config.get("quantization_config") or {}
-    sources = _translate(_read_sources(list_tensors(folder), settings), model_type)
+    sources = _translate(_read_sources(list_stored(folder), settings), model_type)
     if model_type == "gemma3n" and not any("embed_vision" in name for name in sources):
         raise CheckpointError(
             f"{portable_name(str(folder))} has no projectors, without which transformers cannot "

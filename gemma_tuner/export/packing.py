@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -107,7 +107,7 @@ class _Packing:
         self._stored, self._grid = stored, grid
         self._packed: list[Packed] = []
 
-    def list_parts(self, names: Packed) -> Iterator[NewTensor]:
+    def list_parts(self, names: Sequence[str]) -> Iterator[NewTensor]:
         """What will be written."""
         meta = torch.device("meta")
         parts = self._grid.empty(*self._stored.shape, dtype=self._stored.dtype, device=meta)
@@ -122,6 +122,7 @@ class _Packing:
         if not self._packed:
             self._packed = [self._grid.pack(block) for _, _, block in self._stored.blocks()]
         for packed in self._packed:
-            yield from tensor_bytes(packed[index])
+            if (part := packed[index]) is not None:
+                yield from tensor_bytes(part)
         if is_last:
             self._packed = []

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from huggingface_hub import snapshot_download
@@ -134,6 +134,9 @@ class UnpackedTensor:
         return self.grid.unpack(Packed(numbers, scales, biases))
 
 
+Weight: TypeAlias = StoredTensor | UnpackedTensor
+
+
 def find_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
     """Find the folder of a checkpoint without using a network."""
     check_path("base", name_or_path)
@@ -167,7 +170,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return document
 
 
-def list_tensors(folder: Path) -> dict[str, StoredTensor | UnpackedTensor]:
+def list_tensors(folder: Path) -> dict[str, Weight]:
     """List all tensors of a checkpoint, in the order of its files; packed ones as weights."""
     packed = read_json(folder / "config.json").get(PACKED)
     return _list_unpacked(list_stored(folder), read_grids(packed))
@@ -175,14 +178,16 @@ def list_tensors(folder: Path) -> dict[str, StoredTensor | UnpackedTensor]:
 
 def _list_unpacked(
     stored: Mapping[str, StoredTensor], grids: Mapping[str, Grid]
-) -> dict[str, StoredTensor | UnpackedTensor]:
-    tensors: dict[str, StoredTensor | UnpackedTensor] = dict(stored)
+) -> dict[str, Weight]:
+    tensors: dict[str, Weight] = dict(stored)
     for module, grid in grids.items():
         for weight in ("weight", "gate_up_proj", "down_proj"):
             parts = list_parts(module, weight)
-            if parts.numbers not in stored:
+            if parts[0] not in stored:
                 continue
-            found = tuple(tensors.pop(part) for part in parts if part in stored)
+            found = tuple(stored[part] for part in parts if part in stored)
+            for part in found:
+                del tensors[part.name]
             name = f"{module}.{weight}"
             tensors[name] = UnpackedTensor(name, grid, found)
     return tensors

@@ -40,10 +40,10 @@ class FrozenLinear(torch.autograd.Function):
         return of_output @ ctx.layer.weight, None, None
 
 
-def list_parts(module: str, weight: str) -> Packed:
+def list_parts(module: str, weight: str) -> tuple[str, ...]:
     """Name what stands for a weight of a packed module, ``weight`` or a pile of experts."""
     start = f"{module}." if weight == "weight" else f"{module}.{weight}_"
-    return Packed(*(start + part for part in Packed._fields))
+    return tuple(start + part for part in Packed._fields)
 
 
 class PackedLayer(nn.Module):
@@ -133,8 +133,9 @@ class PackedExperts(PackedLayer):
 
     def read_expert(self, name: str, expert: int) -> Tensor:
         """Unpack one matrix of a pile, ``[out, in]``."""
-        parts = (None if part is None else part[expert] for part in self._find(name))
-        return self.grid.unpack(Packed(*parts), in_blocks=not self.is_traced)
+        numbers, scales, biases = self._find(name)
+        one = Packed(numbers[expert], scales[expert], None if biases is None else biases[expert])
+        return self.grid.unpack(one, in_blocks=not self.is_traced)
 
 
 class _Expert:
@@ -158,7 +159,8 @@ def make_packed(layer: Any, grid: Grid, *, is_filled: bool = True) -> nn.Module:
 
     if isinstance(layer, nn.Linear):
         return PackedLinear(read(layer.weight), grid)
-    return PackedExperts(layer, *(read(getattr(layer, name)) for name in _PILES), grid)
+    gate_up, down = (read(getattr(layer, name)) for name in _PILES)
+    return PackedExperts(layer, gate_up, down, grid)
 
 
 def list_packable(gemma: Any, grid: Grid) -> dict[str, Grid]:
