@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from gemma_tuner.collators.preview import Preview, preview_row
 from gemma_tuner.errors import CheckpointError, ConfigError, DataError
+from gemma_tuner.log import announce
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.loss import Loss, target_loss_sum
 from gemma_tuner.models.modes import begin_training, end_training
@@ -449,8 +450,8 @@ class Trainer:
             config=settings,
         )
         if self.config.watch and self.processes.is_main:
-            address = open_page(self.config.output_dir)
-            reports.event(self.step, "watch", f"watch this run at {address}")
+            # Not logged: whoever has the address reads the run's answers.
+            announce(f"watch this run at {open_page(self.config.output_dir)}")
         if reason := target_only_of(unwrap_peft(self.model)).reason:
             reports.event(self.step, "all_positions", f"every layer runs everywhere: {reason}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import webbrowser
 from pathlib import Path
 from typing import Annotated
@@ -44,4 +45,5 @@ def watch(
         if open_browser:
             webbrowser.open(url)
 
-    serve(opened, port=port, parent_pid=parent_pid, announce=announce)
+    token = "" if parent_pid is None else sys.stdin.read()  # see open_page
+    serve(opened, port=port, parent_pid=parent_pid, token=token, announce=announce)

@@ -1,12 +1,16 @@
-"""The page's server: on loopback alone, and only for pages that came from it."""
+"""The page's server: on loopback alone, for those who have its token, and only for its pages."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
+import secrets
 import socket
 from collections.abc import Callable, Sequence
-from urllib.parse import urlsplit
+from dataclasses import dataclass
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qs, urlsplit
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,6 +22,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.training.reporting.page import write_address
 from gemma_tuner.watch.page import Page
 from gemma_tuner.watch.run import Run
 from gemma_tuner.watch.samples import MEDIA_TYPES, find_media
@@ -54,14 +59,17 @@ def serve(
     *,
     port: int = 0,
     parent_pid: int | None = None,
+    token: str = "",
     announce: Callable[[str], None],
 ) -> None:
     """Serve the page until the process is interrupted or its parent ends."""
     listener = _listen(port)
     watched = Watched(runs, parent_pid)
     # Nothing is compressed: it does not leave the machine, and the cores are needed elsewhere.
+    token = token or secrets.token_urlsafe()
+    port = listener.getsockname()[1]
     config = uvicorn.Config(
-        _build_app(watched),
+        _build_app(watched, Guard(token, f"gemma_tuner_{port}")),
         log_level="error",
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=1,
@@ -75,7 +83,7 @@ def serve(
             server.should_exit = True
 
     pages.timer(READ_SECONDS, follow)
-    announce(f"http://{HOST}:{listener.getsockname()[1]}")
+    announce(write_address(port, token))
     with contextlib.suppress(KeyboardInterrupt):  # the usual end of a page
         server.run(sockets=[listener])
 
@@ -95,7 +103,7 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def _build_app(watched: Watched) -> FastAPI:
+def _build_app(watched: Watched, guard: Guard) -> FastAPI:
     app = FastAPI(openapi_url=None)
 
     @app.get("/media/{index}/{name}")
@@ -121,16 +129,39 @@ def _build_app(watched: Watched) -> FastAPI:
         show_welcome_message=False,
         favicon="◭",
     )
-    app.add_middleware(SameOrigin)
+    app.add_middleware(OwnPages, guard=guard)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=NAMES, www_redirect=False)
     return app
 
 
-class SameOrigin:
-    """Refuses requests of other sites' pages, and sends headers that keep this page to itself."""
+@dataclass(frozen=True)
+class Guard:
+    """Who may read the page: whoever has its address, and then the browser that came with it."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    token: str
+    cookie: str  # its name: cookies do not know ports
+
+    def admits(self, scope: Scope) -> bool:
+        """Whether a request has the token, in its address or in a cookie."""
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
+        cookies = SimpleCookie()
+        with contextlib.suppress(CookieError):
+            cookies.load(Headers(scope=scope).get("cookie", ""))
+        if self.cookie in cookies:
+            given.append(cookies[self.cookie].value)
+        return any(hmac.compare_digest(each.encode(), self.token.encode()) for each in given)
+
+
+class OwnPages:
+    """Refuses strangers and other sites' pages; sends headers that keep this page to itself."""
+
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
         self._app = app
+        self._guard = guard
+        self._headers = {
+            **_HEADERS,
+            "set-cookie": f"{guard.cookie}={guard.token}; Path=/; HttpOnly; SameSite=Strict",
+        }
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -138,6 +169,14 @@ class SameOrigin:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        if not self._guard.admits(scope):
+            refusal = PlainTextResponse(
+                "give the page's whole address, with its token; it was printed where the page was "
+                "started",
+                status_code=403,
+            )
+            await refusal(scope, receive, send)
+            return
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc != headers.get("host"):
             refusal = PlainTextResponse("another site's page", status_code=403)
@@ -146,7 +185,7 @@ class SameOrigin:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(_HEADERS)
+                MutableHeaders(scope=message).update(self._headers)
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

@@ -121,7 +121,7 @@ def open_page(browser, url):
 
 def check_origins(browser, url):
     """Everything that the page has asked for came from its own server."""
-    host = url.removeprefix("http://")
+    host = url.removeprefix("http://").partition("/")[0]
     own = (f"http://{host}/", f"ws://{host}/", "data:", "blob:")
     assert len(browser.requests) > 5
     assert [each for each in browser.requests if not each.startswith(own)] == []
@@ -140,8 +140,9 @@ def test_it_listens_on_loopback_alone_and_to_its_own_pages_alone(finished):
         ]
         assert listening == ["127.0.0.1"]
 
-        port = url.rpartition(":")[2]
-        assert httpx.get(f"http://localhost:{port}").status_code == 200
+        home, _, token = url.partition("/?token=")
+        port = home.rpartition(":")[2]
+        assert httpx.get(f"http://localhost:{port}/?token={token}").status_code == 200
         policy = httpx.get(url).headers["content-security-policy"]
         assert policy.startswith("default-src 'self';")
         # A page elsewhere whose name has come to lead to 127.0.0.1.
@@ -151,10 +152,17 @@ def test_it_listens_on_loopback_alone_and_to_its_own_pages_alone(finished):
         for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
             assert httpx.get(url, headers={"Origin": origin}).status_code == 403, origin
         socket = f"ws://127.0.0.1:{port}/_nicegui_ws/socket.io/?EIO=4&transport=websocket"
-        with connect(socket, origin=url):
+        cookie = {"Cookie": f"gemma_tuner_{port}={token}"}
+        with connect(socket, origin=home, additional_headers=cookie):
             pass
-        for headers in ({"origin": "http://evil.example"}, {"origin": "null"}):
-            with pytest.raises(InvalidStatus), connect(socket, **headers):
+        for headers in (
+            *({"origin": "http://evil.example"}, {"origin": "null"}),
+            {"origin": home, "additional_headers": {"Cookie": f"gemma_tuner_{port}=guess"}},
+        ):
+            with (
+                pytest.raises(InvalidStatus),
+                connect(socket, **{"additional_headers": cookie, **headers}),
+            ):
                 pass
 
         for path in (
@@ -170,10 +178,12 @@ def test_it_listens_on_loopback_alone_and_to_its_own_pages_alone(finished):
             # As it stands: httpx would resolve the dots.
             request = httpx.Request("GET", httpx.URL(url).copy_with(raw_path=path.encode()))
             with httpx.Client() as client:
+                assert client.send(request).status_code == 403, path
+                request.headers.update(cookie)
                 found = client.send(request)
             assert found.status_code == 404, path
             assert b'"kind"' not in found.content, path
-        picture = httpx.get(f"{url}/media/0/001-1.png")
+        picture = httpx.get(f"{home}/media/0/001-1.png", headers=cookie)
         assert picture.content == (finished / "samples" / "001-1.png").read_bytes()
         assert picture.headers["content-type"] == "image/png"
         assert picture.headers["x-content-type-options"] == "nosniff"
@@ -213,17 +223,39 @@ def test_it_ends_with_the_process_that_trains(browser, tmp_path):
     wait_until(lambda: not answers(url), seconds=20)
 
 
-def test_a_run_opens_its_page(tmp_path):
+def test_only_who_has_the_token_reads_a_run(finished):
+    # Others with an account on this machine reach the port as well.
+    with serve(finished) as (url, process):
+        home, _, token = url.partition("/?token=")
+        assert len(token) > 40
+        assert not any(token in argument for argument in psutil.Process(process.pid).cmdline())
+        for path in ("/", "/?token=", "/?token=guess", "/media/0/001-1.png", "/_nicegui/x", "/x"):
+            found = httpx.get(home + path)
+            assert found.status_code == 403, path
+            assert "token" in found.text
+            assert "set-cookie" not in found.headers
+        with httpx.Client() as client:
+            cookie = client.get(url).headers["set-cookie"]
+            assert "HttpOnly" in cookie
+            assert "SameSite=Strict" in cookie
+            assert client.get(f"{home}/media/0/001-1.png").status_code == 200
+
+
+def test_a_run_opens_its_page(tmp_path, caplog):
     build_trainer(tmp_path, max_steps=2, watch=True).fit()
-    lines = map(json.loads, (tmp_path / "run/log.jsonl").read_text().splitlines())
-    (event,) = [line for line in lines if line.get("name") == "watch"]
-    url = event["message"].rpartition(" ")[2]
+    (message,) = [message for message in caplog.messages if "watch this run at" in message]
+    url = message.rpartition(" ")[2]
+    token = url.partition("/?token=")[2]
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert token
+    assert not any(token.encode() in each for each in written)
     pages = [
         child
         for child in psutil.Process().children()
         if "gemma_tuner.watch" in " ".join(child.cmdline())
     ]
     assert len(pages) == 1
+    assert not any(token in argument for argument in pages[0].cmdline())
     try:
         wait_until(lambda: answers(url))
     finally:

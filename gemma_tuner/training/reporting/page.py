@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import subprocess
 import sys
@@ -29,10 +30,19 @@ def open_page(output_dir: str | Path) -> str:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [str(output_dir), "--port", str(port), "--parent-pid", str(os.getpid())]
-    subprocess.Popen(
+    token = secrets.token_urlsafe()
+    process = subprocess.Popen(
         [sys.executable, "-m", MODULE, *arguments],
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,  # everyone on the machine may read a process's arguments
         stdout=subprocess.DEVNULL,
         start_new_session=True,  # Ctrl-C is for the run, whose last step the page shows
     )
-    return f"http://127.0.0.1:{port}"
+    if process.stdin is not None:
+        process.stdin.write(token.encode())
+        process.stdin.close()
+    return write_address(port, token)
+
+
+def write_address(port: int, token: str) -> str:
+    """The address by which a browser on this machine opens a page."""
+    return f"http://127.0.0.1:{port}/?token={token}"
