@@ -11,12 +11,16 @@ losses, two of its events carry data::
 
 from __future__ import annotations
 
+import io
 import math
 from array import array
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as pa_json
 from numpy.typing import NDArray
 
 COLUMNS = (
@@ -51,6 +55,15 @@ WARNINGS = (
 
 # Phases that come and go, and the address of the page.
 _UNLISTED = ("training", "evaluating", "sampling", "watch")
+
+
+_STEP = b'{"kind": "step", '  # how JsonlLog begins the line of a step
+_MANY_LINES = 100
+_NUMBERS = [(name, pa.float64()) for name in COLUMNS]
+_PARSING = pa_json.ParseOptions(
+    explicit_schema=pa.schema([("step", pa.int64()), *_NUMBERS, ("device", pa.struct(_NUMBERS))]),
+    unexpected_field_behavior="ignore",
+)
 
 
 class HeldOut(NamedTuple):
@@ -166,6 +179,15 @@ class History:
         elif kind == "event":
             self._add_event(record)
 
+    def add_steps(self, table: pa.Table) -> None:
+        """Take up many steps' records at once, as :func:`read_steps` found them."""
+        self._steps.frombytes(table["step"].to_numpy().tobytes())
+        device = table["device"].combine_chunks()
+        for name, column in self._columns.items():
+            values = pc.coalesce(table[name], pc.struct_field(device, name))
+            found = np.array(values.to_numpy(zero_copy_only=False), dtype=np.float64)
+            column.frombytes(np.where(np.isfinite(found), found, np.nan).tobytes())
+
     def _add_step(self, record: Mapping[str, Any]) -> None:
         device = _mapping(record.get("device"))
         step = whole(record.get("step"))
@@ -196,6 +218,29 @@ class History:
             self.events.append(Event(step, name, str(record.get("message", ""))))
         if name in PHASES:
             self.phase = name
+
+
+def read_steps(lines: list[bytes]) -> tuple[pa.Table | None, list[bytes]]:
+    """Read the steps among a log's lines at once: a million a second, not 40,000.
+
+    Returns:
+        Their records, or None; and the lines to be read one by one: all others, the last step,
+        which says where the run is, and where something is odd every one.
+    """
+    last = next((i for i in reversed(range(len(lines))) if lines[i].startswith(_STEP)), 0)
+    steps, others = [], []
+    for line in lines[:last]:
+        (steps if line.startswith(_STEP) else others).append(line)
+    text = b"\n".join(steps)
+    if len(steps) < _MANY_LINES or b'"nonfinite"' in text:  # which is an event, too
+        return None, lines
+    try:
+        table = pa_json.read_json(io.BytesIO(text), parse_options=_PARSING)
+    except pa.ArrowInvalid:
+        return None, lines
+    if len(table) != len(steps) or table["step"].null_count or pc.min(table["step"]).as_py() < 0:
+        return None, lines
+    return table, others + lines[last:]
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

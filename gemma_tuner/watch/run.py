@@ -16,7 +16,7 @@ from gemma_tuner.settings import parse_file
 from gemma_tuner.streaming.quarantine import RUN_FILE as QUARANTINE_FILE
 from gemma_tuner.streaming.quarantine import BadExample, Budget, Quarantine
 from gemma_tuner.training.reporting.metrics import LOG_FILE
-from gemma_tuner.watch.history import History
+from gemma_tuner.watch.history import History, read_steps
 from gemma_tuner.watch.samples import Sample, read_sample
 from gemma_tuner.watch.tail import JsonlTail
 
@@ -47,7 +47,7 @@ class Run:
         self.samples: dict[int, dict[str, Sample]] = {}  # by step and by key
         self.quarantine: list[BadExample] = []
         self.settings: dict[str, Any] = {}  # also those of the recipe or command that began it
-        self._log = JsonlTail(folder / LOG_FILE)
+        self._log = JsonlTail(folder / LOG_FILE, read_steps)
         self._samples = JsonlTail(folder / SAMPLES_FILE)
         self._changed: dict[str, int] = {}
 
@@ -73,6 +73,8 @@ class Run:
         for gain in self._log.read():
             if gain.has_restarted:
                 self.history = History()
+            if gain.table is not None:
+                self.history.add_steps(gain.table)
             for record in gain.records:
                 self.history.add(record)
             has_changed |= gain.has_restarted or bool(gain.records)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,8 @@ class Gain(NamedTuple):
     records: list[dict[str, Any]]
     # The file is another one, or shorter than it was: forget what was read before.
     has_restarted: bool = False
+    # What the reader of many lines made of those that are not among the records.
+    table: Any = None
 
 
 class JsonlTail:
@@ -28,10 +30,20 @@ class JsonlTail:
 
     The file need not be there yet. A resumed run replaces its log by another of the same name,
     which is read from its beginning.
+
+    Args:
+        path: The file.
+        read_many: Takes lines, and returns what it makes of those that it reads at once, and the
+            others, which are parsed one by one.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+        read_many: Callable[[list[bytes]], tuple[Any, list[bytes]]] | None = None,
+    ) -> None:
         self.path = path
+        self._read_many = read_many
         self.num_damaged = 0  # finished lines that are not a JSON object
         self.changed_seconds: float | None = None  # when it was last written, since 1970
         self._identity: tuple[int, int] | None = None
@@ -86,11 +98,14 @@ class JsonlTail:
             self._is_within_long_line = False
             self.num_damaged += 1
             finished = finished.partition(b"\n")[2]
-        return Gain(self._parse(finished), has_restarted), status.st_size
+        table, lines = None, finished.split(b"\n")
+        if self._read_many is not None:
+            table, lines = self._read_many(lines)
+        return Gain(self._parse(lines), has_restarted, table), status.st_size
 
-    def _parse(self, lines: bytes) -> list[dict[str, Any]]:
+    def _parse(self, lines: list[bytes]) -> list[dict[str, Any]]:
         records = []
-        for line in lines.split(b"\n"):
+        for line in lines:
             if not line.strip():
                 continue
             try:

@@ -1,5 +1,6 @@
 """A log as columns: figures as logged, times as they follow, nothing that breaks the page."""
 
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gemma_tuner.training.reporting.metrics import DeviceRecord, EvalRecord, JsonlLog, StepRecord
-from gemma_tuner.watch.history import COLUMNS, History
+from gemma_tuner.watch.history import COLUMNS, History, read_steps
 from gemma_tuner.watch.tail import JsonlTail
 
 
@@ -137,3 +138,58 @@ def test_no_line_breaks_it(records):
     num_steps = sum(record["kind"] == "step" for record in records)
     assert len(history) == num_steps == len(history.wait_shares())
     assert all(len(history.column(name)) == num_steps for name in COLUMNS)
+
+
+def read_slowly(lines):
+    history = History()
+    for line in lines:
+        history.add(json.loads(line))
+    return history
+
+
+def make_log(changes=()):
+    """Steps as they are logged, with an event and held-out losses among them."""
+    lines = []
+    for step in range(1, 301):
+        record = {"kind": "step", "step": step, "loss": 3.0 / step, "tokens": 10 * step}
+        record |= {"tokens_per_second": None if step % 7 == 0 else 5.0, "counts": {"cut": step}}
+        record |= {"device": {"peak_bytes": step * 2**20} if step % 2 else None}
+        record |= dict(changes).get(step, {})
+        lines.append(json.dumps(record).encode())
+        if step % 50 == 0:
+            lines.append(b'{"kind": "event", "step": %d, "name": "saved"}' % step)
+            lines.append(b'{"kind": "eval", "step": %d, "loss": 2.5}' % step)
+    return lines
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {9: {"nonfinite": {"loss": "NaN"}, "loss": None}},
+        {9: {"loss": "three"}},
+        {9: {"step": -1}},
+        {9: {"step": 2.5}},
+        {9: {"memory_bytes": 10**400}},
+        {9: {"device": ["a"]}},
+        {9: {"kind": "steps"}},
+        {300: {"loss": 1.0}},
+    ],
+    ids=str,
+)
+def test_many_steps_are_read_at_once_as_one_by_one(changes):
+    lines = make_log(changes)
+    table, others = read_steps(lines)
+    quick = History()
+    if table is not None:
+        assert len(others) < 20
+        quick.add_steps(table)
+    for line in others:
+        quick.add(json.loads(line))
+    slow = read_slowly(lines)
+    assert (table is None) == (9 in changes and not {"kind", "memory_bytes"} & changes[9].keys())
+    np.testing.assert_array_equal(quick.steps, slow.steps)
+    for name in COLUMNS:
+        np.testing.assert_array_equal(quick.column(name), slow.column(name), name)
+    for name in ("held_out", "events", "phase", "last", "step"):
+        assert getattr(quick, name) == getattr(slow, name), name
