@@ -257,3 +257,13 @@ def test_sphinx_builds_them_without_a_warning(tmp_path):
     reference = (tmp_path / "reference.html").read_text(encoding="utf-8")
     missing = [n for n in gt.__all__ if f'id="gemma_tuner.{n}"' not in reference]
     assert missing == ["testing"]  # whose parts stand there one by one
+
+
+def test_each_promise_is_held_by_a_test_that_is_there():
+    page = (ROOT / "docs/promises.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| ") and "held by" not in line]
+    held = [re.search(r"`(tests/[\w/]+\.py)::(\w+)` \|$", row) for row in rows]
+    assert len(rows) > 30
+    assert all(held), [row for row, found in zip(rows, held, strict=True) if not found]
+    for found in held:
+        assert f"def {found[2]}(" in (ROOT / found[1]).read_text(), found[0]
