@@ -11,7 +11,6 @@ losses, two of its events carry data::
 
 from __future__ import annotations
 
-import io
 import math
 from array import array
 from collections.abc import Mapping
@@ -60,6 +59,7 @@ _UNLISTED = ("training", "evaluating", "sampling", "watch")
 _STEP = b'{"kind": "step", '  # how JsonlLog begins the line of a step
 _MANY_LINES = 100
 _NUMBERS = [(name, pa.float64()) for name in COLUMNS]
+_READING = pa_json.ReadOptions(block_size=1 << 18)  # for each core a part of what is read
 _PARSING = pa_json.ParseOptions(
     explicit_schema=pa.schema([("step", pa.int64()), *_NUMBERS, ("device", pa.struct(_NUMBERS))]),
     unexpected_field_behavior="ignore",
@@ -235,7 +235,7 @@ def read_steps(lines: list[bytes]) -> tuple[pa.Table | None, list[bytes]]:
     if len(steps) < _MANY_LINES or b'"nonfinite"' in text:  # which is an event, too
         return None, lines
     try:
-        table = pa_json.read_json(io.BytesIO(text), parse_options=_PARSING)
+        table = pa_json.read_json(pa.BufferReader(text), _READING, _PARSING)
     except pa.ArrowInvalid:
         return None, lines
     if len(table) != len(steps) or table["step"].null_count or pc.min(table["step"]).as_py() < 0:
