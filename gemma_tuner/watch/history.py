@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.json as pa_json
 from numpy.typing import NDArray
 
@@ -184,8 +183,9 @@ class History:
         self._steps.frombytes(table["step"].to_numpy().tobytes())
         device = table["device"].combine_chunks()
         for name, column in self._columns.items():
-            values = pc.coalesce(table[name], pc.struct_field(device, name))
-            found = np.array(values.to_numpy(zero_copy_only=False), dtype=np.float64)
+            found = table[name].to_numpy().astype(np.float64)  # null is NaN
+            of_device = device.field(name).to_numpy(zero_copy_only=False).astype(np.float64)
+            found = np.where(np.isnan(found), of_device, found)
             column.frombytes(np.where(np.isfinite(found), found, np.nan).tobytes())
 
     def _add_step(self, record: Mapping[str, Any]) -> None:
@@ -221,12 +221,9 @@ class History:
 
 
 def read_steps(lines: list[bytes]) -> tuple[pa.Table | None, list[bytes]]:
-    """Read the steps among a log's lines at once: a million a second, not 40,000.
-
-    Returns:
-        Their records, or None; and the lines to be read one by one: all others, the last step,
-        which says where the run is, and where something is odd every one.
-    """
+    """Read the steps among a log's lines at once: a million in 3 seconds, not 24."""
+    # Returns: Their records, or None; and the lines to be read one by one: all others, the last
+    # step, which says where the run is, and where something is odd every one.
     last = next((i for i in reversed(range(len(lines))) if lines[i].startswith(_STEP)), 0)
     steps, others = [], []
     for line in lines[:last]:
@@ -238,7 +235,7 @@ def read_steps(lines: list[bytes]) -> tuple[pa.Table | None, list[bytes]]:
         table = pa_json.read_json(pa.BufferReader(text), _READING, _PARSING)
     except pa.ArrowInvalid:
         return None, lines
-    if len(table) != len(steps) or table["step"].null_count or pc.min(table["step"]).as_py() < 0:
+    if len(table) != len(steps) or table["step"].null_count or table["step"].to_numpy().min() < 0:
         return None, lines
     return table, others + lines[last:]
 
