@@ -16,6 +16,8 @@ from gemma_tuner.records import StoredObject
 
 GLOB = re.compile(r"[*?\[{]")
 """Characters that make a URI a glob."""
+OTHER_FORM = (AttributeError, LookupError, TypeError, ValueError)
+"""What clients raise where an answer is of another form than they know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +28,14 @@ class StoreOptions:
         gcs_client: A ``google.cloud.storage.Client``; None makes one with the application-default
             credentials when the first object is asked for.
         num_connections: How many connections are kept open; as many as there are threads.
+        attempt_timeout_seconds: How long each wait for metadata may take.
+        total_timeout_seconds: How long one question for metadata may take, repeats included.
     """
 
     gcs_client: Any = None
     num_connections: int = 64
+    attempt_timeout_seconds: float = 30.0
+    total_timeout_seconds: float = 300.0
 
 
 class TransientReadError(SourceError):
