@@ -329,8 +329,8 @@ class _RangeReader(io.RawIOBase):
         if self._position == self._num_checked:  # what is read from its first byte to its last
             self._checksum = google_crc32c.extend(self._checksum, content)
             self._num_checked += num_bytes
-            is_whole = self._num_checked == self._num_bytes and self._stored.start is None
-            if is_whole and self._stored.crc32c not in (None, self._checksum):
+            expected = None if self._stored.start is not None else self._stored.crc32c
+            if self._num_checked == self._num_bytes and expected not in (None, self._checksum):
                 raise CorruptReadError(
                     f"{_name(self._stored)} came with another checksum than it was found with; "
                     "start again, and if this persists, upload it again"

@@ -60,9 +60,9 @@ class GcsStore:
     def __init__(self, options: StoreOptions) -> None:
         self._given_client: storage.Client | None = options.gcs_client
         self._num_connections = options.num_connections
-        self._wait_seconds = min(_METADATA_TIMEOUT_SECONDS, options.attempt_timeout_seconds)
-        self._retry_seconds = min(_RETRY_TIMEOUT_SECONDS, options.total_timeout_seconds)
-        self._total_seconds = options.total_timeout_seconds
+        self._total_seconds = options.fetch.total_timeout_seconds
+        self._wait_seconds = min(_METADATA_TIMEOUT_SECONDS, options.fetch.attempt_timeout_seconds)
+        self._retry_seconds = min(_RETRY_TIMEOUT_SECONDS, self._total_seconds)
         self._client: storage.Client | None = None
         self._opening = threading.Lock()
         self._unlistable: set[str] = set()

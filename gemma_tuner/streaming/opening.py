@@ -286,13 +286,7 @@ def _refuse_rows(argument: str, given: object) -> None:
 def _make_fetcher(options: StreamOptions) -> Fetcher:
     config = options.fetch
     # An attempt that was abandoned holds its connection until it ends.
-    how = StoreOptions(
-        options.gcs_client,
-        num_connections=8 * config.io_threads,
-        attempt_timeout_seconds=config.attempt_timeout_seconds,
-        total_timeout_seconds=config.total_timeout_seconds,
-    )
-    stores = Stores(how)
+    stores = Stores(StoreOptions(options.gcs_client, 8 * config.io_threads, config))
     return Fetcher(stores, options.folder / "media", config)
 
 

@@ -31,6 +31,7 @@ from gemma_tuner.streaming.opening import stream_bigquery, stream_gcs
 from gemma_tuner.streaming.stream import ExampleStream
 from gemma_tuner.testing.cloud.bigquery.server import BigQueryFault, BigQueryServer
 from gemma_tuner.testing.cloud.bigquery.tables import RefusedError
+from gemma_tuner.testing.cloud.gcs import server as gcs_server
 from gemma_tuner.testing.cloud.gcs.api import Answer
 from gemma_tuner.testing.cloud.gcs.faults import (
     Effect,
@@ -116,10 +117,31 @@ class Token(google.auth.credentials.Credentials):
     def valid(self) -> bool:
         return not self.expired_now
 
-    def refresh(self, _) -> None:
+    def refresh(self, request) -> None:
         if self.expired_now:
             raise google.auth.exceptions.RefreshError("expired")
         self.token = "t"
+
+
+HONEST_SEND = gcs_server._Connection._send
+
+
+def send(connection, answer: Answer, delivery) -> None:
+    """Send bare bytes where there is no status, and one by one after the header ``Trickle``."""
+    if not answer.status:
+        connection.wfile.write(answer.body)
+        connection.close_connection = True
+    elif "Trickle" in answer.headers:
+        slow = tuple((bytes([byte]), 0.05) for byte in answer.body)
+        HONEST_SEND(connection, answer, replace(delivery, pieces=slow))
+    else:
+        if "Content-Length" in answer.headers:  # a lie, sent as the only one
+            connection.close_connection = True
+            answer = replace(answer, body=answer.body[: int(answer.headers["Content-Length"])])
+            delivery = replace(delivery, pieces=((answer.body, 0.0),))
+            headers = {k: v for k, v in answer.headers.items() if k != "Content-Length"}
+            answer = replace(answer, headers=headers)
+        HONEST_SEND(connection, answer, delivery)
 
 
 @dataclass(frozen=True)
@@ -132,8 +154,10 @@ class Alter:
 class Bucket:
     """A server with rows and pictures, its clients, and a way to let something go wrong."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
         self.server = GcsServer().start()
+        patch.setattr(gcs_server._Connection, "_send", send)
         for number, picture in enumerate(PICTURES):
             self.server.put("b", name(number), picture)
         rows = [
@@ -249,7 +273,7 @@ BUCKET_FAULTS: dict[str, Callable[[Bucket, str], None]] = {
     "a reset once": once(Reset(10)),
     "a body that ends early, once": once(Truncate()),
     "a body that stalls, once": once(Stall(30.0, after_bytes=10)),
-    "a trickle": always(alter(trickle_seconds=0.05)),
+    "a trickle": always(alter(headers={"Trickle": "1"})),
     "another part than was asked for": always(
         alter(lambda body: body[: len(body) // 2], headers={"Content-Range": "bytes 0-1/9"})
     ),
@@ -272,8 +296,7 @@ ONLY_LISTINGS = ("pages that come again", "empty pages for ever")
 @pytest.fixture(name="bucket")
 def _bucket(tmp_path, monkeypatch) -> Iterator[Bucket]:
     with ExitStack() as stack:
-        bucket = Bucket(tmp_path)
-        bucket.patch = monkeypatch
+        bucket = Bucket(tmp_path, monkeypatch)
         stack.callback(bucket.close)
         yield bucket
 

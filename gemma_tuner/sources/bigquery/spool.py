@@ -218,8 +218,7 @@ class _SpoolRun:
             )
         num_rows = sum(part.num_rows for part in self._opened)
         if record.is_exact and num_rows > (record.num_rows or 0):
-            # Which came twice cannot be told. A query's result stays as it is; a table is found
-            # anew, as rows may have been added just when it was counted.
+            # A table is counted anew: rows may have been added just then.
             (self._parts.drop_session if record.job else self._parts.reset)()
             raise SourceError(
                 f"BigQuery sent {num_rows:,} rows of a table that held {record.num_rows:,}, so "

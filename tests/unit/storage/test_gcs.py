@@ -21,6 +21,7 @@ from google.cloud import storage
 
 from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.records import StoredObject
+from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.storage.gcs import GcsStore
 from gemma_tuner.storage.gcs_errors import explain
 from gemma_tuner.storage.objects import (
@@ -266,7 +267,9 @@ def test_metadata_that_trickle_are_given_up(uri):
             AnonymousCredentials(),
             client_options={"api_endpoint": f"http://127.0.0.1:{server.server_port}"},
         )
-        how = StoreOptions(client, attempt_timeout_seconds=0.3, total_timeout_seconds=0.3)
+        how = StoreOptions(
+            client, fetch=FetchConfig(attempt_timeout_seconds=0.3, total_timeout_seconds=0.3)
+        )
         store = GcsStore(how)
         began = time.monotonic()
         with pytest.raises(TransientReadError, match="nor looked up within"):

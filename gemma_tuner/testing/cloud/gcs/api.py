@@ -81,13 +81,12 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response; ``chunked`` where its length is not sent before it, 0 where it is no HTTP."""
+    """A response; ``chunked`` where its length is not sent before it."""
 
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = field(default_factory=dict)
     chunked: bool = False
-    trickle_seconds: float = 0.0  # between the bytes of the body
 
 
 @dataclass(slots=True)

@@ -253,8 +253,6 @@ class _Connection(http.server.BaseHTTPRequestHandler):
             effect = gcs.faults.choose(call.operation, call.bucket, call.name, byte_range)
             answer = self._answer(call, effect)
         delivery = _plan_delivery(answer.body, effect)
-        if pause := answer.trickle_seconds:
-            delivery = _Delivery(tuple((bytes([byte]), pause) for byte in answer.body))
         logged = self._describe(call, answer, effect, delivery)
         gcs.log.append(logged)
         self._num_sent_bytes = 0
@@ -299,16 +297,12 @@ class _Connection(http.server.BaseHTTPRequestHandler):
         )
 
     def _send(self, answer: Answer, delivery: _Delivery) -> None:
-        if not answer.status:
-            self.wfile.write(answer.body)
-            self.close_connection = True
-            return
         self.send_response(answer.status)
         for name, value in answer.headers.items():
             self.send_header(name, value)
         if answer.chunked:
             self.send_header("Transfer-Encoding", "chunked")
-        elif answer.status not in (204, 304) and "Content-Length" not in answer.headers:
+        elif answer.status not in (204, 304):
             self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
         for piece, pause_seconds in delivery.pieces:
