@@ -25,8 +25,9 @@ class FetchConfig:
         cache_bytes: Media kept on disk, least recently used out first; 0 keeps none.
         min_free_disk_bytes: Rarely needed: what the cache leaves free on its disk.
         attempt_timeout_seconds: Rarely needed: how long one attempt at a read may take.
-        total_timeout_seconds: Rarely needed: how long all attempts at one read may take; of
-            BigQuery, for how long a stream of rows may bring nothing.
+        total_timeout_seconds: Rarely needed: how long all attempts at one read, or at one
+            question for metadata, may take; of BigQuery, for how long a stream of rows may bring
+            nothing, and how long a query is waited for: a later start goes on waiting.
         hedged_fraction: Reads that last three times the running median are begun a second time,
             and the first answer counts; at most this fraction of all reads. 0 never does.
 

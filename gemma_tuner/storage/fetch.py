@@ -299,7 +299,7 @@ class _RangeReader(io.RawIOBase):
         self._fetcher = fetcher
         self._stored = stored
         self._num_bytes = num_bytes
-        self._position = 0
+        self._position = self._num_checked = self._checksum = 0
 
     def readable(self) -> bool:
         return True
@@ -325,7 +325,17 @@ class _RangeReader(io.RawIOBase):
         num_bytes = min(len(view), _READ_AHEAD_BYTES, self._num_bytes - self._position)
         if num_bytes <= 0:
             return 0
-        view[:num_bytes] = self._fetcher.read_range(self._stored, self._position, num_bytes)
+        content = self._fetcher.read_range(self._stored, self._position, num_bytes)
+        if self._position == self._num_checked:  # what is read from its first byte to its last
+            self._checksum = google_crc32c.extend(self._checksum, content)
+            self._num_checked += num_bytes
+            expected = None if self._stored.start is not None else self._stored.crc32c
+            if self._num_checked == self._num_bytes and expected not in (None, self._checksum):
+                raise CorruptReadError(
+                    f"{_name(self._stored)} came with another checksum than it was found with; "
+                    "start again, and if this persists, upload it again"
+                )
+        view[:num_bytes] = content
         self._position += num_bytes
         return num_bytes
 

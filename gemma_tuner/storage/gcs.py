@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -56,9 +57,12 @@ def split_uri(uri: str, *, needs_name: bool = False) -> tuple[str, str]:
 class GcsStore:
     """Objects of Google Cloud Storage, for any number of threads."""
 
-    def __init__(self, client: storage.Client | None = None, *, num_connections: int = 64) -> None:
-        self._given_client = client
-        self._num_connections = num_connections
+    def __init__(self, options: StoreOptions) -> None:
+        self._given_client: storage.Client | None = options.gcs_client
+        self._num_connections = options.num_connections
+        self._total_seconds = options.fetch.total_timeout_seconds
+        self._wait_seconds = min(_METADATA_TIMEOUT_SECONDS, options.fetch.attempt_timeout_seconds)
+        self._retry_seconds = min(_RETRY_TIMEOUT_SECONDS, self._total_seconds)
         self._client: storage.Client | None = None
         self._opening = threading.Lock()
         self._unlistable: set[str] = set()
@@ -74,14 +78,23 @@ class GcsStore:
             return
         how = {"prefix": name} if is_folder else {"match_glob": name}
         num_found = 0
+        last, last_news = "", time.monotonic()
         page, token = self._list_page(bucket, **how)
         while True:
+            seconds = 0.0 if page else time.monotonic() - last_news
+            if seconds > self._total_seconds or (page and page[0].uri <= last):
+                raise SourceError(
+                    f"the listing of {describe(bucket)} comes to no end: after {num_found:,} "
+                    "objects its pages are empty or come again; start again, or name a prefix"
+                )
             for stored in page:
                 if not stored.uri.endswith("/"):
                     num_found += 1
                     yield stored
             if token is None:
                 break
+            if page:
+                last, last_news = page[-1].uri, time.monotonic()
             page, token = self._list_page(bucket, page_token=token, **how)
         if not num_found:
             raise ObjectChangedError(
@@ -143,7 +156,8 @@ class GcsStore:
             raise self._explain_change(stored, timeout_seconds) from None
         if num_bytes is not None and len(content) != num_bytes:
             raise CorruptReadError(
-                f"{describe(bucket, name)} gave {len(content):,} bytes of the {num_bytes:,} asked"
+                f"{describe(bucket, name)} gave {len(content):,} bytes of the {num_bytes:,} "
+                "asked; look for a proxy on the way"
             )
         return content
 
@@ -177,7 +191,7 @@ class GcsStore:
         blob = self._open_blob(bucket, name)
 
         def reload() -> StoredObject:
-            blob.reload(timeout=_METADATA_TIMEOUT_SECONDS, retry=_make_retry())
+            blob.reload(timeout=self._wait_seconds, retry=_make_retry(self._retry_seconds))
             return _describe_blob(blob)
 
         return self._ask(reload, bucket, name)
@@ -227,8 +241,8 @@ class GcsStore:
             blobs = client.list_blobs(
                 bucket,
                 fields=_FIELDS,
-                timeout=_METADATA_TIMEOUT_SECONDS,
-                retry=_make_retry(),
+                timeout=self._wait_seconds,
+                retry=_make_retry(self._retry_seconds),
                 **how,
             )
             page = [_describe_blob(blob) for blob in next(blobs.pages)]
@@ -239,15 +253,15 @@ class GcsStore:
     def _ask(self, request: Callable[[], Answer], bucket: str, name: str = "") -> Answer:
         """Ask for metadata, which no server can draw out by answering byte by byte."""
         # The client's timeout is of a wait for bytes; its retry looks at the clock in between.
-        seconds = _RETRY_TIMEOUT_SECONDS + _METADATA_TIMEOUT_SECONDS
-        with explain_errors(bucket, name):
-            try:
+        seconds = min(self._retry_seconds + self._wait_seconds, self._total_seconds)
+        try:
+            with explain_errors(bucket, name):
                 return self._requests.submit(request).result(seconds)
-            except TimeoutError:
-                raise TransientReadError(
-                    f"{describe(bucket, name)} could not be looked up within {seconds:g} s; check "
-                    "the network and start again"
-                ) from None
+        except TransientReadError as error:
+            raise TransientReadError(
+                f"{error}, nor looked up within {seconds:g} s; check the network, or a proxy on "
+                "the way, and start again"
+            ) from None
 
     def _open_blob(self, bucket: str, name: str, generation: int | None = None) -> Any:
         return self._open_client().bucket(bucket).blob(name, generation=generation)
@@ -261,13 +275,13 @@ class GcsStore:
 
 def open_store(options: StoreOptions) -> GcsStore:
     """Open Google Cloud Storage."""
-    return GcsStore(options.gcs_client, num_connections=options.num_connections)
+    return GcsStore(options)
 
 
-def _make_retry() -> Any:
+def _make_retry(seconds: float) -> Any:
     from google.api_core.retry import Retry
 
-    return Retry(predicate=is_transient, timeout=_RETRY_TIMEOUT_SECONDS)
+    return Retry(predicate=is_transient, initial=min(1.0, seconds / 8), timeout=seconds)
 
 
 def _prepare_client(client: storage.Client | None, num_connections: int) -> storage.Client:
@@ -303,6 +317,8 @@ def _prepare_client(client: storage.Client | None, num_connections: int) -> stor
 
 def _describe_blob(blob: storage.Blob) -> StoredObject:
     checksum = blob.crc32c
+    if blob.generation is None or blob.size is None or blob.size < 0:
+        raise ValueError("a description without generation or size")
     return StoredObject(
         f"gs://{blob.bucket.name}/{blob.name}",
         generation=blob.generation,

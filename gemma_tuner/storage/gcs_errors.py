@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 
-from gemma_tuner.errors import SourceError, quote_name
+from gemma_tuner.errors import GemmaTunerError, SourceError, quote_name
 from gemma_tuner.storage.objects import (
+    OTHER_FORM,
     AccessDeniedError,
     CorruptReadError,
     ObjectChangedError,
@@ -40,6 +41,8 @@ def explain_errors(bucket: str, name: str = "") -> Iterator[None]:
 
     try:
         yield
+    except GemmaTunerError:
+        raise
     except (
         api.GoogleAPIError,
         auth.GoogleAuthError,
@@ -47,6 +50,7 @@ def explain_errors(bucket: str, name: str = "") -> Iterator[None]:
         OSError,  # of which requests' errors are
         http.client.HTTPException,
         urllib3.exceptions.HTTPError,
+        *OTHER_FORM,
     ) as error:
         explained = explain(error, bucket, name)
         raise explained from None

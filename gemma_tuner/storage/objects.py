@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 from gemma_tuner.errors import SourceError
 from gemma_tuner.records import StoredObject
+from gemma_tuner.storage.config import FetchConfig
 
 GLOB = re.compile(r"[*?\[{]")
 """Characters that make a URI a glob."""
+OTHER_FORM = (AttributeError, LookupError, TypeError, ValueError)  # of an answer, to clients
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +28,12 @@ class StoreOptions:
         gcs_client: A ``google.cloud.storage.Client``; None makes one with the application-default
             credentials when the first object is asked for.
         num_connections: How many connections are kept open; as many as there are threads.
+        fetch: How long a wait for metadata and a question for them may take.
     """
 
     gcs_client: Any = None
     num_connections: int = 64
+    fetch: FetchConfig = FetchConfig()  # noqa: RUF009 - it is frozen
 
 
 class TransientReadError(SourceError):

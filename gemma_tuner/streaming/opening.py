@@ -184,6 +184,7 @@ def stream_bigquery(
         media_root=options.media_root,
         client=bigquery_client,
         read_client=bigquery_read_client,
+        attempt_timeout_seconds=options.fetch.attempt_timeout_seconds,
         total_timeout_seconds=options.fetch.total_timeout_seconds,
     )
     source.folder /= name_source(source)
@@ -285,7 +286,7 @@ def _refuse_rows(argument: str, given: object) -> None:
 def _make_fetcher(options: StreamOptions) -> Fetcher:
     config = options.fetch
     # An attempt that was abandoned holds its connection until it ends.
-    stores = Stores(StoreOptions(options.gcs_client, num_connections=8 * config.io_threads))
+    stores = Stores(StoreOptions(options.gcs_client, 8 * config.io_threads, config))
     return Fetcher(stores, options.folder / "media", config)
 
 

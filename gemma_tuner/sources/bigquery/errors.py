@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from gemma_tuner.errors import SourceError
-from gemma_tuner.storage.objects import AccessDeniedError
+from gemma_tuner.errors import GemmaTunerError, SourceError
+from gemma_tuner.storage.objects import OTHER_FORM, AccessDeniedError
 
 _PERMISSION = re.compile(r"\bbigquery\.[A-Za-z]+\.[A-Za-z]+\b")
 _DENIED = re.compile(r"Access Denied: (Table|View|Dataset|Project|Routine) ([\w:.\-$]+?):? ")
@@ -35,6 +35,8 @@ def explain_errors(
 
     try:
         yield
+    except GemmaTunerError:
+        raise
     except (auth.RefreshError, auth.DefaultCredentialsError, api.Unauthorized):
         raise AccessDeniedError(
             f"Google Cloud does not accept the credentials, or there are none; {LOG_IN}"
@@ -54,6 +56,7 @@ def explain_errors(
         auth.GoogleAuthError,
         requests.RequestException,
         TimeoutError,
+        *OTHER_FORM,
     ) as error:
         raise SourceError(
             f"{action} {table} failed ({name(error)}); start again: what is read already is kept"

@@ -67,6 +67,7 @@ class Record:
     table: str = ""  # ``project.dataset.table``; empty until the query has run
     columns: list[Column] = field(default_factory=list)  # all of the table
     num_rows: int | None = None  # that it holds at least; None where BigQuery cannot know
+    is_exact: bool = False  # it holds no more rows than those
     num_billed_bytes: int = 0  # by the query
     session: ReadSession | None = None
     num_expired: int = 0  # sessions that ended before they were read
@@ -256,7 +257,7 @@ def _decode(message: pyarrow.Buffer, schema: pyarrow.Schema) -> pyarrow.RecordBa
     try:
         batch = pyarrow.ipc.read_record_batch(message, schema)
         batch.validate(full=True)  # unchecked, offsets that lead anywhere end the process
-    except (pyarrow.ArrowException, MemoryError, OSError):
+    except (pyarrow.ArrowException, EOFError, MemoryError, OSError):
         return None
     return batch
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from google.cloud.bigquery import Client, QueryJob, SchemaField, TableReference
     from google.cloud.bigquery_storage import BigQueryReadClient
 
-_CALL_SECONDS = 60.0  # of each wait for bytes
-_LONGEST_CALL_SECONDS = 660.0  # with the client's own repeats, which end after 600
 _LEAST_BILLED = 10 << 20  # for each table that a query reads
 # Source: https://cloud.google.com/bigquery/pricing#on_demand_pricing
 _READABLE = ("TABLE", "SNAPSHOT")
@@ -52,24 +50,27 @@ def open_clients(project: str | None) -> tuple[Client, BigQueryReadClient]:
 
 
 def describe_table(
-    client: Client, table: str, *, is_result: bool = False
-) -> tuple[list[Column], int | None]:
-    """Ask for the columns and rows of a table that the Storage Read API can read."""
-    # A streaming buffer's rows are not counted.
+    client: Client, table: str, *, seconds: float, is_result: bool = False
+) -> tuple[list[Column], int | None, bool]:
+    """Ask for the columns and rows of a table; True where there are no more rows than those."""
     with explain_errors("looking up", table, "bigquery.tables.get"):
-        found = _ask(client.get_table, table)
+        found = _ask(seconds, client.get_table, table)
     if not is_result and found.table_type not in _READABLE:
         raise SourceError(
             f"{table} is of the type {found.table_type}, which has no snapshots and cannot be "
             f"read as a table; {_QUERY_INSTEAD.format(table)}"
         )
-    return list_columns(found.schema), found.num_rows
+    # A streaming buffer's rows are not counted.
+    return list_columns(found.schema), found.num_rows, found.streaming_buffer is None
 
 
-def _ask(request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+def _ask(seconds: float, request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     """Make a request, which no server can draw out by answering byte by byte."""
-    request = partial(request, *arguments, timeout=_CALL_SECONDS, **options)
-    return DaemonPool("gemma-tuner-bigquery", 1).submit(request).result(_LONGEST_CALL_SECONDS)
+    from google.cloud.bigquery import DEFAULT_RETRY
+
+    retry = DEFAULT_RETRY.with_timeout(seconds)
+    request = partial(request, *arguments, timeout=seconds, retry=retry, **options)
+    return DaemonPool("gemma-tuner-bigquery", 1).submit(request).result(seconds)
 
 
 def list_columns(schema: Sequence[SchemaField]) -> list[Column]:
@@ -88,8 +89,10 @@ class BigQueryQuery:
         parameters: Sequence[Any],
         max_bytes_billed: int | Literal[False] | None,
         destination: TableReference | None,  # None: BigQuery's temporary table, for a day
+        seconds: float,  # of each question, and of the wait for the end
     ) -> None:
         self._client = client
+        self._seconds = seconds
         self._sql = sql
         self._parameters = parameters
         self._max_bytes_billed = max_bytes_billed
@@ -107,7 +110,7 @@ class BigQueryQuery:
         with explain_errors(
             "the dry run of", "the query", "bigquery.jobs.create", remedy="mend query="
         ):
-            job = _ask(self._client.query, self._sql, job_config=config)
+            job = _ask(self._seconds, self._client.query, self._sql, job_config=config)
         if job.statement_type not in (None, "SELECT"):
             raise ConfigError(f"query= is a {job.statement_type} statement; give a SELECT")
         num_bytes = job.total_bytes_processed or 0
@@ -130,7 +133,7 @@ class BigQueryQuery:
 
         with explain_errors("running", "the query", "bigquery.jobs.create"):
             try:
-                job = _ask(self._client.get_job, job_id, location=location or None)
+                job = _ask(self._seconds, self._client.get_job, job_id, location=location or None)
             except api.NotFound:
                 job = self._begin(job_id, location)
             if not isinstance(job, QueryJob):
@@ -148,6 +151,7 @@ class BigQueryQuery:
             config.destination = self._destination
             config.write_disposition = "WRITE_EMPTY"
         return _ask(
+            self._seconds,
             self._client.query,
             self._sql,
             job_config=config,
@@ -161,7 +165,12 @@ class BigQueryQuery:
         import google.api_core.exceptions as api
 
         try:
-            job.result()
+            _ask(self._seconds, job.result)
+        except TimeoutError:
+            raise SourceError(
+                f"the query has not ended after {self._seconds:g} s; start again to go on waiting "
+                "for it, which bills nothing anew, or raise FetchConfig's total_timeout_seconds"
+            ) from None
         except api.GoogleAPICallError as error:
             self.has_failed = job.error_result is not None
             if isinstance(error, api.Conflict):

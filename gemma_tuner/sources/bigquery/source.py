@@ -198,10 +198,12 @@ class BigQuerySource:
             self._run_query(client, self._query, parts)
             return
         table = str(_parse_table(client, self._table or ""))
-        columns, num_rows = describe_table(client, table)
+        columns, num_rows, is_exact = describe_table(
+            client, table, seconds=self._total_timeout_seconds
+        )
         self._make_reader(columns)
         if not (self._row_restriction or self._snapshot_time):
-            record.num_rows = num_rows
+            record.num_rows, record.is_exact = num_rows, is_exact
         # The table as it is now, and as it was then for a run that goes on tomorrow.
         snapshot = self._snapshot_time or datetime.datetime.now(datetime.UTC)
         record.snapshot_time = snapshot.astimezone(datetime.UTC).isoformat()
@@ -217,6 +219,7 @@ class BigQuerySource:
             parameters=self._query_parameters,
             max_bytes_billed=self._max_bytes_billed,
             destination=_parse_table(client, destination) if destination else None,
+            seconds=self._total_timeout_seconds,
         )
         if not record.job:
             estimate, columns = query.estimate()
@@ -233,7 +236,9 @@ class BigQuerySource:
         finally:
             if query.has_failed:
                 parts.reset()
-        record.columns, record.num_rows = describe_table(client, table, is_result=True)
+        record.columns, record.num_rows, record.is_exact = describe_table(
+            client, table, seconds=self._total_timeout_seconds, is_result=True
+        )
         record.table = table
         parts.save_record()
 

@@ -40,7 +40,6 @@ OpenClients = Callable[[], "tuple[Client, BigQueryReadClient]"]
 
 _MAX_EXPIRED = 3
 _MAX_DAMAGED = 3
-_SESSION_SECONDS = 120.0
 _FIRST_WAIT_SECONDS = 0.1
 _LONGEST_WAIT_SECONDS = 60.0
 _CLOSING_SECONDS = 2.0
@@ -55,7 +54,7 @@ class ReadRequest:
     row_restriction: str
     max_streams: int  # read at one time
     max_bytes: int | Literal[False] | None  # by BigQuery's estimate; None and False: no limit
-    attempt_timeout_seconds: float  # of one call of ``ReadRows``, which another continues
+    attempt_timeout_seconds: float  # of one call of ``ReadRows``; doubled while it brings nothing
     total_timeout_seconds: float  # for which a stream may bring nothing
 
 
@@ -111,6 +110,7 @@ def _open_session(
 ) -> ReadSession:
     """Open a session, and keep it in the record."""
     import google.api_core.exceptions as api
+    from google.api_core.retry import Retry, if_exception_type
     from google.cloud.bigquery_storage_v1 import types
 
     record = parts.record
@@ -141,7 +141,11 @@ def _open_session(
                 parent=f"projects/{request.project or tables.project}",
                 read_session=asked,
                 max_stream_count=request.max_streams,
-                timeout=_SESSION_SECONDS,
+                timeout=request.total_timeout_seconds,
+                retry=Retry(
+                    predicate=if_exception_type(api.ServerError, api.TooManyRequests),
+                    timeout=request.total_timeout_seconds,
+                ),
             )
         except (api.NotFound, api.BadRequest):
             # A snapshot or a result that is gone would stop every further start as well.
@@ -212,6 +216,14 @@ class _SpoolRun:
                 f"{record.num_rows:,}; start again, and what is read already is kept. If a row "
                 "access policy hides the others from you, give row_restriction='TRUE'"
             )
+        num_rows = sum(part.num_rows for part in self._opened)
+        if record.is_exact and num_rows > (record.num_rows or 0):
+            # A table is counted anew: rows may have been added just then.
+            (self._parts.drop_session if record.job else self._parts.reset)()
+            raise SourceError(
+                f"BigQuery sent {num_rows:,} rows of a table that held {record.num_rows:,}, so "
+                "that some came twice or were added just then; start again: it is read anew"
+            )
 
     def _read_streams(self, missing: list[int]) -> None:
         self._stopped.clear()
@@ -254,17 +266,22 @@ class _SpoolRun:
         part = self._opened[number]
         num_damaged = 0
         wait_seconds = _FIRST_WAIT_SECONDS
+        request = self._request
+        call_seconds = request.attempt_timeout_seconds
         last_news = time.monotonic()
         while not self._stopped.is_set():
             num_rows = part.num_rows
+            left_seconds = max(0.001, last_news + request.total_timeout_seconds - time.monotonic())
             try:
-                if self._read_on(number, part):
+                if self._read_on(number, part, min(call_seconds, left_seconds)):
                     return
             except (api.ServerError, api.TooManyRequests, api.Aborted) as error:
                 refuse_lasting(error)
+                call_seconds *= 2
                 if part.num_rows > num_rows:
                     wait_seconds, last_news = _FIRST_WAIT_SECONDS, time.monotonic()
-                if time.monotonic() - last_news > self._request.total_timeout_seconds:
+                    call_seconds = request.attempt_timeout_seconds
+                if time.monotonic() - last_news >= request.total_timeout_seconds:
                     raise
             except (api.OutOfRange, api.InvalidArgument):
                 if self._session.whole.get(str(number)) != part.num_rows:
@@ -286,19 +303,29 @@ class _SpoolRun:
                     raise SessionExpiredError("the read session has expired") from None
                 raise
             self._count_repeat()
-            self._stopped.wait(random.uniform(0, wait_seconds))
+            self._stopped.wait(min(random.uniform(0, wait_seconds), left_seconds))
             wait_seconds = min(2 * wait_seconds, _LONGEST_WAIT_SECONDS)
 
-    def _read_on(self, number: int, part: Part) -> bool:
+    def _read_on(self, number: int, part: Part, seconds: float) -> bool:
         """Read on from where the part ends; True at the end of the stream."""
+        import google.api_core.exceptions as api
+
+        until = time.monotonic() + seconds
+
+        def check_time(*wait: Any) -> None:
+            if wait:
+                self._count_repeat()
+            if time.monotonic() > until:  # the client begins further calls by itself
+                raise api.DeadlineExceeded("the calls that are one attempt took too long")
+
         # Without its own retry, which would wait for a day: the client still takes up a stream
         # that breaks off after it has brought rows.
         call = self._client.read_rows(
             self._session.streams[number],
             part.num_rows,
             retry=None,
-            timeout=self._request.attempt_timeout_seconds,
-            retry_delay_callback=self._count_repeat,
+            timeout=seconds,
+            retry_delay_callback=check_time,
         )
         with self._lock:
             self._calls[number] = call
@@ -306,6 +333,7 @@ class _SpoolRun:
             with self._lock:
                 if self._stopped.is_set():
                     return True
+            check_time()
             if response.row_count:
                 part.append(
                     response.arrow_record_batch.serialized_record_batch, response.row_count
@@ -317,6 +345,6 @@ class _SpoolRun:
                 self._parts.save_record()
         return True
 
-    def _count_repeat(self, *_: Any) -> None:
+    def _count_repeat(self) -> None:
         with self._lock:
             self._parts.record.num_repeats += 1

@@ -10,7 +10,7 @@ from gemma_tuner.records import Audio, Example, Image, StoredObject, Text, Turn
 from gemma_tuner.sources.local import LocalSource
 from gemma_tuner.sources.pins import pin_media
 from gemma_tuner.storage.gcs import GcsStore
-from gemma_tuner.storage.objects import AccessDeniedError, ObjectChangedError
+from gemma_tuner.storage.objects import AccessDeniedError, ObjectChangedError, StoreOptions
 from gemma_tuner.testing.cloud.gcs.server import GcsServer
 
 
@@ -75,7 +75,7 @@ def test_uris_and_references_get_version_size_and_checksum(server):
     generation = server.put("b", "s/a.wav", b"sound!")
     bare = StoredObject("gs://b/a.jpg")
     reference = StoredObject("gs://b/s/a.wav", generation=generation, num_bytes=6)
-    store = GcsStore(server.client())
+    store = GcsStore(StoreOptions(server.client()))
     outcomes = [
         make(0, Image("gs://b/a.jpg"), Audio("gs://b/s/a.wav"), Image("local.jpg")),
         make(1, Image(bare), Audio(reference)),
@@ -104,7 +104,7 @@ def test_what_cannot_be_pinned_is_wrong_with_its_example_alone(server):
         make(5, Image("gs://nowhere/x.jpg")),
         make(6),
     ]
-    pinned = list(pin_media(outcomes, OneStore(GcsStore(server.client()))))
+    pinned = list(pin_media(outcomes, OneStore(GcsStore(StoreOptions(server.client())))))
     assert [origin for origin, _ in pinned] == [f"t:{n}" for n in range(7)]
     good, *bad, last = [outcome for _, outcome in pinned]
     assert isinstance(good, Example)
@@ -127,7 +127,11 @@ def test_a_missing_permission_ends_the_reading(server):
     server.put("b", "a.jpg", b"x")
     server.forbid("b")
     with pytest.raises(AccessDeniedError, match=r"storage\.objects\.get"):
-        list(pin_media([make(0, Image("gs://b/a.jpg"))], OneStore(GcsStore(server.client()))))
+        list(
+            pin_media(
+                [make(0, Image("gs://b/a.jpg"))], OneStore(GcsStore(StoreOptions(server.client())))
+            )
+        )
 
 
 def test_batches_keep_the_order_and_hold_a_bounded_number():
@@ -158,7 +162,7 @@ def test_rows_of_local_files_may_name_objects(server, tmp_path):
         server.put("b", f"m/{number}.jpg", b"%d" % number)
     rows = [{"image": f"gs://b/m/{number}.jpg", "caption": "C"} for number in range(31)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    store = GcsStore(server.client())
+    store = GcsStore(StoreOptions(server.client()))
     *good, bad = pin_media(LocalSource(tmp_path / "a.jsonl"), OneStore(store))
     assert [sources_of(example)[0].num_bytes for _, example in good] == [1] * 10 + [2] * 20
     assert bad[0] == "a.jsonl:31"

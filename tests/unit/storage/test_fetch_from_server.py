@@ -53,7 +53,7 @@ def make_fetcher(server, folder, cache_bytes=1 << 26, **config):
 
 
 def pin(server, name="a/"):
-    return list(GcsStore(server.client()).list_objects(f"gs://media/{name}"))
+    return list(GcsStore(StoreOptions(server.client())).list_objects(f"gs://media/{name}"))
 
 
 @pytest.mark.parametrize(

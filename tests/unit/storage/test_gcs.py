@@ -21,13 +21,14 @@ from google.cloud import storage
 
 from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.records import StoredObject
-from gemma_tuner.storage import gcs
+from gemma_tuner.storage.config import FetchConfig
 from gemma_tuner.storage.gcs import GcsStore
 from gemma_tuner.storage.gcs_errors import explain
 from gemma_tuner.storage.objects import (
     AccessDeniedError,
     CorruptReadError,
     ObjectChangedError,
+    StoreOptions,
     TransientReadError,
 )
 from gemma_tuner.testing.cloud.gcs.faults import (
@@ -52,7 +53,7 @@ def server():
 
 @pytest.fixture
 def store(server):
-    return GcsStore(server.client())
+    return GcsStore(StoreOptions(server.client()))
 
 
 def asked(server):
@@ -257,23 +258,23 @@ class Trickle(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.mark.parametrize("uri", ["gs://b/a.jpg", "gs://b/deep/", "gs://b/*.jpg"])
-def test_metadata_that_trickle_are_given_up(uri, monkeypatch):
-    monkeypatch.setattr(gcs, "_METADATA_TIMEOUT_SECONDS", 0.3)
-    monkeypatch.setattr(gcs, "_RETRY_TIMEOUT_SECONDS", 0.3)
+def test_metadata_that_trickle_are_given_up(uri):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Trickle) as server:
         server.stopping = threading.Event()
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        store = GcsStore(
-            storage.Client(
-                "p",
-                AnonymousCredentials(),
-                client_options={"api_endpoint": f"http://127.0.0.1:{server.server_port}"},
-            )
+        client = storage.Client(
+            "p",
+            AnonymousCredentials(),
+            client_options={"api_endpoint": f"http://127.0.0.1:{server.server_port}"},
         )
+        how = StoreOptions(
+            client, fetch=FetchConfig(attempt_timeout_seconds=0.3, total_timeout_seconds=0.3)
+        )
+        store = GcsStore(how)
         began = time.monotonic()
-        with pytest.raises(TransientReadError, match="could not be looked up within"):
+        with pytest.raises(TransientReadError, match="nor looked up within"):
             list(store.list_objects(uri))
-        with pytest.raises(TransientReadError, match="could not be looked up within"):
+        with pytest.raises(TransientReadError, match="nor looked up within"):
             store.pin_objects([f"gs://b/{number}" for number in range(20)])
         assert time.monotonic() - began < 5
         server.stopping.set()
@@ -332,7 +333,7 @@ def test_errors_that_no_server_makes_at_will(error, expected):
 def test_the_client_is_made_when_the_first_object_is_asked_for(server, monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.endpoint)
     server.put("b", "a", b"x")
-    store = GcsStore()
+    store = GcsStore(StoreOptions())
     assert server.requests == []
     assert len(store.pin_objects(["gs://b/a"])) == 1
     assert len(asked(server)) == 1
@@ -342,7 +343,7 @@ def test_many_threads_keep_their_connections(server):
     server.put("b", "a", b"0123456789" * 1000)
     server.latency_seconds = 0.02
     client = server.client()
-    store = GcsStore(client, num_connections=48)
+    store = GcsStore(StoreOptions(client, num_connections=48))
     (stored,) = store.pin_objects(["gs://b/a"])
     together = threading.Barrier(48)
     contents = []
@@ -371,7 +372,7 @@ def test_without_credentials_the_remedy_is_told(monkeypatch):
     with pytest.raises(
         AccessDeniedError, match=r"no Google Cloud credentials.*gcloud auth"
     ) as caught:
-        GcsStore().pin_objects(["gs://b/a"])
+        GcsStore(StoreOptions()).pin_objects(["gs://b/a"])
     assert "secret" not in str(caught.value)
 
 
@@ -379,9 +380,9 @@ def test_without_the_package_the_remedy_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "google.cloud.storage", None)
     monkeypatch.delattr(google.cloud, "storage")
     with pytest.raises(SourceError, match=r"google-cloud-storage.*install"):
-        GcsStore().pin_objects(["gs://b/a"])
+        GcsStore(StoreOptions()).pin_objects(["gs://b/a"])
 
 
 def test_something_else_than_a_client_is_refused():
     with pytest.raises(ConfigError, match="the storage client is a str"):
-        GcsStore("gs://b").pin_objects(["gs://b/a"])
+        GcsStore(StoreOptions("gs://b")).pin_objects(["gs://b/a"])
