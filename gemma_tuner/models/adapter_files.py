@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gemma_tuner.disk import check_room, disk_errors_explained, sync, sync_all, temporary_sibling
-from gemma_tuner.errors import CheckpointError
+from gemma_tuner.errors import CheckpointError, DivergedError
 from gemma_tuner.models.identity import active_adapter, hash_decoder_norms, portable_name
 
 CONFIG = "adapter_config.json"
@@ -134,6 +134,7 @@ def _place(folder: Path, num_bytes: int, write: Callable[[Path], object]) -> Pat
 
 def write_adapter(model: PeftModel, folder: Path, *, step: int | None = None) -> None:
     """Write the active adapter's files into an empty folder."""
+    refuse_nonfinite(adapter_tensors(model))
     name = active_adapter(model)
     model.save_pretrained(
         str(folder), safe_serialization=True, save_embedding_layers=False, selected_adapters=[name]
@@ -152,6 +153,18 @@ def write_adapter(model: PeftModel, folder: Path, *, step: int | None = None) ->
     write_trained_with(
         folder, trained_with(model), **more, **({} if step is None else {"step": step})
     )
+
+
+def refuse_nonfinite(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse to save what no training can go on from, and nobody can use."""
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise DivergedError(
+            f"{len(broken)} of {len(tensors)} trained tensors are infinite or undefined "
+            f"({broken[0]}{', ...' if len(broken) > 1 else ''}): they are not saved, and what was "
+            "saved before stays. With a lower learning rate begin a run from there, "
+            "load_adapter(model, FOLDER, trainable=True), or anew"
+        )
 
 
 def hash_base(model: Any) -> str:

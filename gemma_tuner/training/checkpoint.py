@@ -43,6 +43,7 @@ from gemma_tuner.errors import CheckpointError, ConfigError, ResumeError
 from gemma_tuner.models.adapter_files import (
     WEIGHTS,
     adapter_tensors,
+    refuse_nonfinite,
     saving_explained,
     write_adapter,
 )
@@ -86,6 +87,7 @@ def save_checkpoint(
     """Write a checkpoint, then delete the oldest beyond ``keep``."""
     folder = Path(output_dir) / "checkpoints" / name_checkpoint(state.step)
     kept = _optimizer_tensors(model, optimizer)
+    refuse_nonfinite({**adapter_tensors(model), **kept})
     document = _encode_state(state, model)
     tensors = [*adapter_tensors(model).values(), *kept.values()]
     with saving_explained("save a checkpoint", Path(output_dir)):

@@ -9,10 +9,19 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from gemma_tuner.cli.opening import fit
-from gemma_tuner.errors import CheckpointError, ConfigError, DataError, describe_error
+from gemma_tuner.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    describe_error,
+)
 from gemma_tuner.records import Example
+from gemma_tuner.training.checkpoint import list_checkpoints
 from gemma_tuner.training.lock import FILE, folder_locked, refuse_running
 from gemma_tuner.training.reporting import page
 from gemma_tuner.training.trainer import FitResult
@@ -132,6 +141,33 @@ def test_an_error_is_described_without_what_it_may_repeat():
     assert said is not None
     assert SECRET not in said
     assert "gemma_tuner.records, line " in said
+
+
+@pytest.mark.parametrize("what", ["weights", "moments"])
+def test_what_is_infinite_is_never_saved_and_what_was_saved_stays(tmp_path, what):
+    trainer = build_trainer(tmp_path, max_steps=6, save_every_steps=1, eval_every_steps=1)
+    train_step = trainer.train_step
+
+    def take_a_step_too_far(step_input):
+        outcome = train_step(step_input)
+        if trainer.step == 3:
+            weight, state = next(iter(trainer.optimizer.state.items()))
+            (weight.data if what == "weights" else state["exp_avg_sq"]).view(-1)[0] = torch.inf
+        return outcome
+
+    trainer.train_step = take_a_step_too_far
+    with pytest.raises(DivergedError, match=r"1 of \d+ trained tensors .*lower learning rate"):
+        trainer.fit()
+    assert read_run(tmp_path).find_phase().name == "failed"
+    checkpoints = list_checkpoints(tmp_path / "run")
+    assert checkpoints[-1].name == "step-00000002"
+    assert load_file(checkpoints[-1] / "adapter_model.safetensors")
+    kept = [path.name for path in (tmp_path / "run/best").iterdir()]
+    assert what == "moments" or "step-00000003" not in kept
+    if what == "weights":
+        with pytest.raises(DivergedError):
+            trainer.save(tmp_path / "adapter", best=False)
+        assert not (tmp_path / "adapter" / "adapter_config.json").exists()
 
 
 # --- one folder, one run -----------------------------------------------------------------------
