@@ -1,17 +1,31 @@
-"""A long run over examples of many lengths, watched."""
+"""A long run over examples of many lengths, watched.
 
+``python -m tests.long_runs 10000 FOLDER`` trains so many steps on images, with held-out losses,
+samples and checkpoints, and prints what is held now and then.
+"""
+
+import gc
 import json
 import math
+import os
 import random
+import sys
+import threading
+from pathlib import Path
+
+import torch
 
 from gemma_tuner.collators.multimodal import MultimodalCollator
+from gemma_tuner.device import memory_private_bytes
+from gemma_tuner.evaluation.samples import SampleGenerations
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.streaming.opening import stream_local
-from gemma_tuner.testing import tiny_model
+from gemma_tuner.testing import sample_data, tiny_model
 from gemma_tuner.training.config import TrainConfig
 from gemma_tuner.training.trainer import Trainer
 
 STEPS = 500
+_MOMENTS = 20
 WORDS = ("green", "lamp", "door", "house", "river", "open", "today", "seven", "birds", "sing")
 
 
@@ -68,3 +82,69 @@ def run_long(folder, hold, *, device="cpu", steps=STEPS, family="gemma4-e2b"):
     )
     trainer.fit()
     return trainer
+
+
+def count_tensor_bytes():
+    """Bytes of all tensors that Python knows, each memory counted once."""
+    gc.collect()
+    held = {}
+    for left in gc.get_objects():
+        if issubclass(type(left), torch.Tensor):  # isinstance would wake lazy objects
+            storage = left.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values())
+
+
+def count_open():
+    """Open files and threads of this process."""
+    return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
+
+def main(num_steps, folder):
+    """Print what a run on images holds, at so many moments."""
+    folder = Path(folder)
+
+    def hold(step):
+        if step % (num_steps // _MOMENTS) == 0:
+            files, threads = count_open()
+            written = sum(len(names) for _, _, names in os.walk(folder / "run"))
+            held = {
+                "step": step,
+                "private_bytes": memory_private_bytes(),
+                "tensor_bytes": count_tensor_bytes(),
+                "objects": len(gc.get_objects()),
+                "open_files": files,
+                "threads": threads,
+                "files_written": written,
+            }
+            sys.stdout.write(f"{json.dumps(held)}\n")
+            sys.stdout.flush()
+        return 0
+
+    model, processor = tiny_model("gemma4-e2b")
+    stream = stream_local(sample_data("image"), cache_dir=folder / "cache")
+    collator = MultimodalCollator(processor)
+    every = num_steps // _MOMENTS
+    config = TrainConfig(
+        max_steps=num_steps,
+        learning_rate=1e-3,
+        eval_every_steps=every,
+        save_every_steps=every,
+        progress=False,
+        output_dir=folder / "run",
+    )
+    WatchedTrainer(
+        add_lora(model, LoraConfig(rank=4)),
+        stream,
+        collator,
+        config,
+        eval_stream=stream.take(4),
+        samples=SampleGenerations(
+            collator, [stream[0], stream[1]], every_steps=every, max_new_tokens=8
+        ),
+        hold=hold,
+    ).fit()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

@@ -1,25 +1,11 @@
 """A long run over examples of many lengths holds as much at its end as at its beginning."""
 
-import gc
-
 import pytest
-import torch
 
 from gemma_tuner.device import memory_private_bytes
 from gemma_tuner.training.reporting.monitor import MANY_SHAPES
-from tests.long_runs import STEPS, run_long
+from tests.long_runs import STEPS, count_open, count_tensor_bytes, run_long
 from tests.mps.test_conformance import run_part
-
-
-def count_tensor_bytes():
-    """Bytes of all tensors that Python knows, each memory counted once."""
-    gc.collect()
-    held = {}
-    for left in gc.get_objects():
-        if issubclass(type(left), torch.Tensor):  # isinstance would wake lazy objects
-            storage = left.untyped_storage()
-            held[storage.data_ptr()] = storage.nbytes()
-    return sum(held.values())
 
 
 def check_flat(held, shapes_by_step):
@@ -38,17 +24,20 @@ def test_a_long_run_on_the_cpu_is_flat(tmp_path):
     """Tensors are counted now and then, as that takes longer than a step; batches read ahead are
     among them."""
     private = {}
+    opened = []
 
     def hold(step):
         if step % 50 == 0:
             held.append(count_tensor_bytes())
             private[step] = memory_private_bytes()
+            opened.append(count_open())
         return held[-1]
 
     held = [0]
     trainer = run_long(tmp_path, hold)
     assert max(trainer.held[49:]) <= 1.03 * min(trainer.held[49:])
     assert private[STEPS] <= 1.1 * private[100]
+    assert max(opened[1:]) <= opened[1]  # files and threads
 
 
 @pytest.mark.slow
