@@ -20,6 +20,7 @@ from gemma_tuner.sources.columns import Columns, Keywords, read_ignored, recogni
 from gemma_tuner.sources.formats.files import Row
 from gemma_tuner.sources.formats.folders import NO_SPLIT, name_canonically, name_split
 from gemma_tuner.sources.guard import MediaGuard
+from gemma_tuner.sources.json_text import refuse_depth
 from gemma_tuner.sources.rows import RowReader
 from gemma_tuner.storage.stores import is_stored, list_schemes
 
@@ -78,6 +79,11 @@ class ExampleReader:
             if isinstance(row.values, DataError):
                 yield row.origin, row.values
                 continue
+            try:  # what follows goes as deep as a row does
+                refuse_depth(row.values, "its values", key=row.origin)
+            except DataError as error:
+                yield row.origin, error
+                continue
             self._refuse_late_columns(row.values, row.origin)
             self.guard.look(row.values, row.folder)
             if "split" in self.columns.names and not self._is_of_split(row.values):
@@ -100,7 +106,7 @@ class ExampleReader:
             )
 
     def _describe_splits(self) -> str:
-        splits = ", ".join(sorted(self._splits))
+        splits = ", ".join(map(quote_name, sorted(self._splits)))
         if self._split is not None:
             return (
                 f"there is no split {self._split!r}; the splits are: {splits}; give one of these"

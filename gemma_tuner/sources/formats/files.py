@@ -19,7 +19,7 @@ import pyarrow
 import pyarrow.ipc
 import pyarrow.parquet
 
-from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.errors import DataError, SourceError, quote_name
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.columns import Columns
 from gemma_tuner.sources.formats.corpora import (
@@ -45,6 +45,12 @@ _PARQUET_ROWS = 64  # small, as rows may hold media
 _PEEKED_AT_ONCE = 16
 _PEEKED_BYTES = 1 << 20
 _HEADER = re.compile(r"\w+(,\w+|\t\w+|;\w+|\|\w+)+")  # the first line of a table
+
+
+# What a damaged file can raise, wherever it is looked at: lengths without end, names that are no
+# text, types that are none.
+_DAMAGE = (pyarrow.ArrowException, OSError, MemoryError, ArithmeticError, LookupError, TypeError,
+           ValueError)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +102,10 @@ def _list_columns_of(
     match file_format:
         case "parquet":
             with _open_parquet(file) as table:
-                return table.schema_arrow.names
+                return _check_names(file, table.schema_arrow.names)
         case "arrow":
             with _open_arrow(file) as batches:
-                return batches.schema.names
+                return _check_names(file, batches.schema.names)
         case "csv":
             return list_csv_columns(file, named)
         case "text":
@@ -111,6 +117,16 @@ def _list_columns_of(
             return (*TRANSCRIPT_COLUMNS, *SEGMENT_COLUMNS) if is_cut else TRANSCRIPT_COLUMNS
         case _:
             return _peek_names(file)
+
+
+def _check_names(file: DataFile, names: list[str]) -> list[str]:
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise SourceError(
+            f"{name_last(file)!r} has several columns named {quote_name(twice)}; rename all but "
+            "one"
+        )
+    return names
 
 
 def _peek_names(file: DataFile) -> dict[str, None]:
@@ -154,7 +170,7 @@ def peek_columns(
         with _open_parquet(file, ahead=False) as table:
             for field in table.schema_arrow:
                 left = {field.name: columns.get(field.name, 0)}
-                count = _count_peeked(table.metadata, field.name)
+                count = _count_peeked(table.metadata)
                 batches = table.iter_batches(batch_size=count, columns=[field.name])
                 if not pyarrow.types.is_primitive(field.type):
                     yield from _peek(batches, left)
@@ -166,12 +182,11 @@ def peek_columns(
             yield from _peek(_list_batches(batches), names)
 
 
-def _count_peeked(metadata: pyarrow.parquet.FileMetaData, name: str) -> int:
-    """How many values of a Parquet column to read at once: large ones one by one."""
+def _count_peeked(metadata: pyarrow.parquet.FileMetaData) -> int:
+    """How many values of a Parquet column to read at once: those of large rows one by one."""
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        leaves = [group.column(number) for number in range(group.num_columns)]
-        its = [leaf for leaf in leaves if f"{leaf.path_in_schema}.".startswith(f"{name}.")]
-        if num_bytes := sum(leaf.total_uncompressed_size for leaf in its):
+        # Of all columns: pyarrow ends the process at a column whose statistics are damaged.
+        if num_bytes := group.total_byte_size:
             return max(1, min(_PEEKED_AT_ONCE, group.num_rows * _PEEKED_BYTES // num_bytes))
     return _PEEKED_AT_ONCE
 
@@ -232,7 +247,7 @@ def _number_rows(
             for values in _list_rows(batch, file, number + 1):
                 number += 1
                 yield number, values
-    except (pyarrow.ArrowException, OSError) as error:
+    except _DAMAGE as error:
         raise SourceError(
             f"{name_last(file)!r} is damaged after row {number:,} ({type(error).__name__}); write "
             "or fetch it again"
@@ -280,13 +295,12 @@ def _open_arrow(file: DataFile) -> Iterator[Any]:
             is_file = stream.read(6) == b"ARROW1"
             stream.seek(0)
             read = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
-            batches = opened.enter_context(read(stream))
-        except (pyarrow.ArrowException, OSError) as error:
+            yield opened.enter_context(read(stream))
+        except _DAMAGE as error:
             raise SourceError(
                 f"{name_last(file)!r} cannot be read as Arrow ({type(error).__name__}); write or "
                 "fetch it again"
             ) from None
-        yield batches
 
 
 @contextmanager
@@ -299,10 +313,9 @@ def _open_parquet(file: DataFile, *, ahead: bool = True) -> Iterator[pyarrow.par
             parquet = pyarrow.parquet.ParquetFile(
                 exact, pre_buffer=ahead, buffer_size=0 if ahead else 1 << 16
             )
-            table = opened.enter_context(parquet)
-        except (pyarrow.ArrowException, OSError) as error:
+            yield opened.enter_context(parquet)
+        except _DAMAGE as error:
             raise SourceError(
                 f"{name_last(file)!r} cannot be read as Parquet ({type(error).__name__}); write "
                 "or fetch it again"
             ) from None  # whose message holds the path
-        yield table

@@ -104,6 +104,16 @@ def _read_document(file: DataFile) -> Sequence[Any]:
 
 def _unfold(value: Mapping[str, Any], file: DataFile) -> Sequence[Any] | None:
     """Return the rows that an object holds; None where it is a row itself."""
+    try:
+        return _find_rows(value, file)
+    except (AttributeError, TypeError):  # of what stands inside
+        raise SourceError(
+            f"{name_last(file)!r} is laid out as COCO's captions or SQuAD's questions in part "
+            "alone; write one row on each line"
+        ) from None
+
+
+def _find_rows(value: Mapping[str, Any], file: DataFile) -> Sequence[Any] | None:
     if _is_list_of(value.get("images"), dict) and isinstance(value.get("annotations"), list):
         return _join_captions(value, file)
     lists = [name for name in value if name in _LISTS and _is_list_of(value[name], dict)]

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any, BinaryIO
 
-from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.errors import DataError, SourceError, quote_name
 from gemma_tuner.modalities import MediaKind, kind_of_suffix
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.formats.lines import DataFile, name_last
@@ -43,6 +43,7 @@ each would download a part of each twice."""
 
 _TEXT_COLUMNS = {"txt": "text", "text": "text", "transcript": "transcript", "cls": "cls"}
 _MAX_TEXT_BYTES = 16 << 20
+_MAX_HEADER_BYTES = 1 << 20
 _MAX_PADDING_BYTES = 2 << 20  # tar pads to records, of 10 KiB or as the user says
 _COMPRESSIONS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
@@ -64,6 +65,24 @@ class _Member:
     @property
     def is_text(self) -> bool:
         return self.ending == "json" or self.ending in _TEXT_COLUMNS
+
+
+@dataclass(frozen=True, slots=True)
+class _Headers:
+    """A tar as ``tarfile`` reads it: long names and their like, whose length a file can claim."""
+
+    stream: BinaryIO
+
+    def read(self, num_bytes: int) -> bytes:
+        if num_bytes > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {num_bytes:,} bytes")
+        return self.stream.read(num_bytes)
+
+    def seek(self, place: int) -> int:
+        return self.stream.seek(place)
+
+    def tell(self) -> int:
+        return self.stream.tell()
 
 
 @dataclass(slots=True)
@@ -99,14 +118,15 @@ class TarReader:
         place = "at its first member"
         try:
             _refuse_compressed(stream, file)
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
+            headers: Any = _Headers(stream)
+            with tarfile.open(fileobj=headers, mode="r:") as tar:
                 while (header := tar.next()) is not None:
                     # It would grow with every member.
                     tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]
                     member = self._choose_member(header)
                     if member is not None:
                         yield member, _read_text(member, stream)
-                    place = f"after the member {header.name.rpartition('/')[2][:80]!r}"
+                    place = f"after the member {quote_name(header.name.rpartition('/')[2])}"
                 _check_end(stream, tar.offset)
         # ValueError, OverflowError: numbers in damaged headers that tarfile does not check.
         except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
