@@ -131,18 +131,18 @@ def fuzz(
         command += ["--keep", str(keep.absolute())] if keep else []
         tried = number - 1
         with tempfile.TemporaryFile("w+") as errors:
-            child = subprocess.Popen(
+            with subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=errors, env=environment, text=True
-            )
-            for line in child.stdout or ():
-                event = json.loads(line)
-                if "tried" in event:
-                    tried = event["tried"]
-                    continue
-                report.counts[event["outcome"]] += 1
-                if event["finding"]:
-                    report.findings.append(f"{event['number']}: {event['finding']}")
-            status = child.wait()
+            ) as child:
+                for line in child.stdout or ():
+                    event = json.loads(line)
+                    if "tried" in event:
+                        tried = event["tried"]
+                        continue
+                    report.counts[event["outcome"]] += 1
+                    if event["finding"]:
+                        report.findings.append(f"{event['number']}: {event['finding']}")
+                status = child.wait()
             errors.seek(0)
             tail = errors.read()[-3000:]
         number, begun = end, number
