@@ -143,7 +143,10 @@ def _open_session(
                 max_stream_count=request.max_streams,
                 timeout=request.total_timeout_seconds,
                 retry=Retry(
-                    predicate=if_exception_type(api.ServerError, api.TooManyRequests),
+                    predicate=if_exception_type(
+                        *(api.InternalServerError, api.ServiceUnavailable, api.GatewayTimeout),
+                        *(api.Unknown, api.TooManyRequests),
+                    ),
                     timeout=request.total_timeout_seconds,
                 ),
             )

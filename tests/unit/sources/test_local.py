@@ -55,7 +55,7 @@ def test_a_split_column_keeps_its_rows_and_is_counted(tmp_path):
     source = LocalSource(path)
     assert keys_of(source) == ["a.jsonl:1", "a.jsonl:3", "a.jsonl:4"]
     assert source.read_summary()["notes"] == ["rows of other splits not read (valid): 1"]
-    with pytest.raises(SourceError, match=r"no split 'test'; .*: \(none\), train, valid"):
+    with pytest.raises(SourceError, match=r"no split 'test'; .*: '\(none\)', 'train', 'valid'"):
         keys_of(LocalSource(path, split="test"))
 
 
