@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gemma_tuner import testing as testing
     from gemma_tuner.batch import Batch as Batch
+    from gemma_tuner.checkpoints.loading import load_model as load_model
+    from gemma_tuner.checkpoints.mlx import from_mlx as from_mlx
+    from gemma_tuner.checkpoints.packing import pack as pack
     from gemma_tuner.collators.audio import AudioCollator as AudioCollator
     from gemma_tuner.collators.image import ImageCollator as ImageCollator
     from gemma_tuner.collators.multimodal import MultimodalCollator as MultimodalCollator
@@ -39,9 +42,6 @@ if TYPE_CHECKING:
     from gemma_tuner.export.merged import export_merged as export_merged
     from gemma_tuner.export.mlx import export_mlx as export_mlx
     from gemma_tuner.export.mlx import import_mlx as import_mlx
-    from gemma_tuner.export.mlx_checkpoint import from_mlx as from_mlx
-    from gemma_tuner.export.packing import pack as pack
-    from gemma_tuner.models.loading import load_model as load_model
     from gemma_tuner.models.lora import add_lora as add_lora
     from gemma_tuner.models.lora_config import LoraConfig as LoraConfig
     from gemma_tuner.planning.plan import Plan as Plan
@@ -104,14 +104,14 @@ _HOME = {
     "export_gguf_adapter": "export.gguf",
     "export_merged": "export.merged",
     "export_mlx": "export.mlx",
-    "from_mlx": "export.mlx_checkpoint",
+    "from_mlx": "checkpoints.mlx",
     "generate": "evaluation.generation",
     "generate_stream": "evaluation.generation",
     "import_mlx": "export.mlx",
     "load_adapter": "training.adapters",
-    "load_model": "models.loading",
+    "load_model": "checkpoints.loading",
     "mix": "streaming.mixing",
-    "pack": "export.packing",
+    "pack": "checkpoints.packing",
     "plan": "planning.plan",
     "push_to_hub": "export.adapter",
     "stream_bigquery": "streaming.opening",

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gemma_tuner as gt
-from gemma_tuner.export.checkpoints import complete_config
+from gemma_tuner.checkpoints.writing import complete_config
 from gemma_tuner.testing import save_tiny_model
 
 TARGETS = {

@@ -18,9 +18,9 @@ from torch import nn
 
 from benchmarks.live_bytes import storages
 from gemma_tuner.batch import Batch, Row, pad_rows
+from gemma_tuner.checkpoints.loading import load_model
 from gemma_tuner.device import empty_cache, synchronize
 from gemma_tuner.models.families import family_of
-from gemma_tuner.models.loading import load_model
 
 # E2B's with every length a quarter, sequence, window and rank included, so that attention and
 # adapters cost the same share as at 4 x the sequence.

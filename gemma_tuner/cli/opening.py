@@ -170,7 +170,7 @@ def load(settings: ModelSettings) -> tuple[PreTrainedModel, ProcessorMixin]:
         _announce_tiny()
         model, processor = tiny_model(_FAMILY)
         return model.to(_choose_device(settings.device)), processor
-    from gemma_tuner.models.loading import load_model
+    from gemma_tuner.checkpoints.loading import load_model
 
     return load_model(
         settings.model,
@@ -242,7 +242,7 @@ def read_processor(settings: ModelSettings) -> ProcessorMixin:
 
         _announce_tiny()
         return tiny_processor(_FAMILY)
-    from gemma_tuner.models import loading
+    from gemma_tuner.checkpoints import loading
 
     return loading.read_processor(settings.model, settings.revision)
 

@@ -12,12 +12,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import httpx, validate_repo_id
 from peft import PeftModel
 
+from gemma_tuner.checkpoints.folders import new_folder
+from gemma_tuner.checkpoints.weights import read_json
+from gemma_tuner.checkpoints.writing import list_own_files
 from gemma_tuner.checks import check_path, check_value
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.cards import Scores, write_adapter_card
-from gemma_tuner.export.checkpoints import list_own_files
-from gemma_tuner.export.folders import new_folder
-from gemma_tuner.export.weights import read_json
 from gemma_tuner.log import announce
 from gemma_tuner.models.adapter_files import (
     CONFIG,

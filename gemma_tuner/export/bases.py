@@ -11,10 +11,16 @@ from typing import Any
 
 import torch
 
+from gemma_tuner.checkpoints.weights import (
+    Weight,
+    find_checkpoint,
+    list_tensors,
+    read_json,
+    stored_name,
+)
 from gemma_tuner.differences import shorten_differences
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.deltas import Adapter, Delta, Replacement
-from gemma_tuner.export.weights import Weight, find_checkpoint, list_tensors, read_json
 from gemma_tuner.models.adapter_names import full_name
 from gemma_tuner.models.families import family_of_type
 from gemma_tuner.models.identity import hash_decoder_norms, portable_name
@@ -150,10 +156,3 @@ def _check_same_release(adapter: Adapter, folder: Path, tensors: Mapping[str, We
             f"the adapter was trained on revision {adapter.revision} of {adapter.base}, and "
             f"{name} is at {cached[1]}; pass revision={adapter.revision!r}"
         )
-
-
-def stored_name(name: str, model_type: str) -> str:
-    """Translate a weight's name in the model to its name in the files of a checkpoint."""
-    for own, stored in family_of_type(model_type).stored_names:
-        name = name.replace(own, stored)
-    return name

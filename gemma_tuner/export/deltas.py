@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_tuner.checkpoints.weights import read_file, read_json
 from gemma_tuner.checks import check_path
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.weights import read_file, read_json
 from gemma_tuner.models.adapter_files import (
     CONFIG,
     FINGERPRINT,

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from gguf import GGUFWriter, SpecialVocab, TokenType
 
+from gemma_tuner.checkpoints.weights import read_json
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.weights import read_json
 
 # Byte-pair merges of tokenizer.json over text in which "▁" stands for spaces, without words, with
 # <0x00> to <0xFF> for bytes: Gemma 3n's tokenizer is of this kind, too.

@@ -16,9 +16,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 from torch import Tensor
 
+from gemma_tuner.checkpoints.folders import new_file, progress_shown
+from gemma_tuner.checkpoints.weights import tensor_bytes
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.folders import new_file, progress_shown
-from gemma_tuner.export.weights import tensor_bytes
 
 FileType = Literal["f32", "f16", "bf16", "q8_0"]
 

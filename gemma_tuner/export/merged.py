@@ -9,18 +9,18 @@ from pathlib import Path
 
 import torch
 
-from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.bases import HEAD, open_base
-from gemma_tuner.export.cards import write_merged_card
-from gemma_tuner.export.checkpoints import (
+from gemma_tuner.checkpoints.folders import new_folder
+from gemma_tuner.checkpoints.weights import Weight, tensor_bytes
+from gemma_tuner.checkpoints.writing import (
     SHARD_BYTES,
     NewTensor,
     write_checkpoint,
     write_processor,
 )
+from gemma_tuner.errors import CheckpointError
+from gemma_tuner.export.bases import HEAD, open_base
+from gemma_tuner.export.cards import write_merged_card
 from gemma_tuner.export.deltas import Delta, Replacement, read_adapter
-from gemma_tuner.export.folders import new_folder
-from gemma_tuner.export.weights import Weight, tensor_bytes
 from gemma_tuner.models.grids import PACKED
 
 

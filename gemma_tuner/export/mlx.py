@@ -20,6 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
+from gemma_tuner.checkpoints.folders import new_folder
+from gemma_tuner.checkpoints.mlx_names import Program, check_program, mlx_name, transformers_name
+from gemma_tuner.checkpoints.weights import list_tensors, read_file, read_json
 from gemma_tuner.checks import check_path
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.bases import Base, check_fits, find_base, open_base
@@ -29,9 +32,6 @@ from gemma_tuner.export.deltas import (
     collect_deltas,
     read_adapter,
 )
-from gemma_tuner.export.folders import new_folder
-from gemma_tuner.export.mlx_names import Program, check_program, mlx_name, transformers_name
-from gemma_tuner.export.weights import list_tensors, read_file, read_json
 from gemma_tuner.log import announce
 from gemma_tuner.models.adapter_files import (
     CONFIG,

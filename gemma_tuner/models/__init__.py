@@ -1,1 +1,1 @@
-"""Gemma families, loading them completely, and wrapping them with LoRA."""
+"""Gemma families: what they compute, packed layers, and wrapping them with LoRA."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gemma_tuner.batch import Batch
+from gemma_tuner.checkpoints.loading import name_without_path, read_config
 from gemma_tuner.checks import check_path, check_value
 from gemma_tuner.device import (
     choose_device,
@@ -27,7 +28,6 @@ from gemma_tuner.errors import MemoryPlanError
 from gemma_tuner.modalities import Modality
 from gemma_tuner.models.embeddings import Placement, choose_placement
 from gemma_tuner.models.families import loaded_modalities
-from gemma_tuner.models.loading import name_without_path, read_config
 from gemma_tuner.models.lora import LoraConfig, find_adapters, unwrap_peft, wrap_peft
 from gemma_tuner.models.meta import build_meta_model
 from gemma_tuner.models.restricted_layers import shares_keys

@@ -10,11 +10,11 @@ import PIL.Image
 import torch
 
 from gemma_tuner.batch import Batch, Row, pad_rows
+from gemma_tuner.checkpoints.loading import read_processor
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.media.audio import SAMPLE_RATE_HZ
 from gemma_tuner.modalities import Modality
 from gemma_tuner.models.families import family_of
-from gemma_tuner.models.loading import read_processor
 from gemma_tuner.records import Audio, Example, Image, Text, Turn
 
 if TYPE_CHECKING:

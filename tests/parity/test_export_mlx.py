@@ -12,9 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import gemma_tuner as gt
+from gemma_tuner.checkpoints.mlx import dequantise, from_mlx
 from gemma_tuner.export.merged import export_merged
 from gemma_tuner.export.mlx import export_mlx, import_mlx
-from gemma_tuner.export.mlx_checkpoint import dequantise, from_mlx
 from gemma_tuner.models.adapter_files import save_adapter
 from tests.export_parts import TARGETS, add_trained_lora, logits, save_base, text_inputs
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from transformers import set_seed
 
+from gemma_tuner.checkpoints.loading import load_model
 from gemma_tuner.evaluation.generation import generate, generate_stream
-from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.modes import begin_training
 from gemma_tuner.records import Audio

@@ -13,9 +13,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import gemma_tuner as gt
+from gemma_tuner.checkpoints.writing import complete_config
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.adapter import export_adapter
-from gemma_tuner.export.checkpoints import complete_config
 from gemma_tuner.export.gguf import export_gguf, export_gguf_adapter
 from gemma_tuner.export.gguf_names import check_runs
 from gemma_tuner.export.merged import export_merged

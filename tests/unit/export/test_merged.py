@@ -10,10 +10,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import gemma_tuner as gt
+from gemma_tuner.checkpoints.folders import new_file, new_folder
+from gemma_tuner.checkpoints.writing import complete_config
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.adapter import export_adapter
-from gemma_tuner.export.checkpoints import complete_config
-from gemma_tuner.export.folders import new_file, new_folder
 from gemma_tuner.export.merged import export_merged
 from gemma_tuner.models.adapter_files import save_adapter
 from gemma_tuner.testing import FAMILIES, tiny_model

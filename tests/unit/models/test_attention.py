@@ -21,6 +21,7 @@ from transformers.masking_utils import (
 )
 
 from gemma_tuner.batch import Row, pad_rows
+from gemma_tuner.checkpoints.loading import load_model
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.attention import (
     ATTENTION,
@@ -30,7 +31,6 @@ from gemma_tuner.models.attention import (
     use_attention,
 )
 from gemma_tuner.models.families import family_of
-from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.models.masks import AttentionMask, make_mask

@@ -8,9 +8,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from gemma_tuner.checkpoints.loading import load_model
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.models.embeddings import MappedEmbedding, find_mapped_embedding
-from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.testing import save_tiny_model, tiny_model
 

@@ -6,8 +6,8 @@ import gguf
 import pytest
 import torch
 
+from gemma_tuner.checkpoints.mlx import dequantise
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.export.mlx_checkpoint import dequantise
 from gemma_tuner.models.grids import Grid, Packed
 
 GRIDS = [

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gemma_tuner.checkpoints.loading import load_model
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.lora_linear import use_lean_adapters
 from gemma_tuner.testing import FAMILIES, tiny_model

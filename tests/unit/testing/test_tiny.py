@@ -10,9 +10,9 @@ import torch
 from huggingface_hub.utils import are_progress_bars_disabled
 from transformers import AutoProcessor
 
+from gemma_tuner.checkpoints.loading import load_model
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.families import family_of_processor
-from gemma_tuner.models.loading import load_model
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.testing import FAMILIES, save_tiny_model, tiny_model
 

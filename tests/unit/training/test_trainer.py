@@ -395,8 +395,8 @@ def test_a_collator_for_media_that_the_model_has_no_part_for_is_refused(parts):
 
 
 def test_media_without_a_tower_is_refused_with_the_remedy(tmp_path):
+    from gemma_tuner.checkpoints.loading import load_model
     from gemma_tuner.collators.multimodal import MultimodalCollator
-    from gemma_tuner.models.loading import load_model
 
     save_tiny_model("gemma4-e2b", tmp_path / "base")
     model, processor = load_model(tmp_path / "base", device="cpu")

@@ -6,8 +6,8 @@ import safetensors.torch
 import torch
 import transformers
 
+from gemma_tuner.checkpoints.loading import load_model
 from gemma_tuner.errors import CheckpointError, ConfigError
-from gemma_tuner.models.loading import load_model
 from gemma_tuner.testing import FAMILIES, save_tiny_model, tiny_model
 
 UP = "model.language_model.layers.1.mlp.up_proj.weight"

@@ -18,18 +18,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.bases import stored_name
-from gemma_tuner.export.checkpoints import NewTensor, write_checkpoint
-from gemma_tuner.export.folders import new_folder
-from gemma_tuner.export.mlx_names import transformers_name
-from gemma_tuner.export.weights import (
+from gemma_tuner.checkpoints.folders import new_folder
+from gemma_tuner.checkpoints.mlx_names import transformers_name
+from gemma_tuner.checkpoints.weights import (
     StoredTensor,
     find_checkpoint,
     list_stored,
     read_json,
+    stored_name,
     tensor_bytes,
 )
+from gemma_tuner.checkpoints.writing import NewTensor, write_checkpoint
+from gemma_tuner.errors import CheckpointError
 from gemma_tuner.models.identity import portable_name
 
 _BITS = (2, 3, 4, 5, 6, 8)

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import gemma_tuner as gt
+from gemma_tuner.checkpoints.weights import list_tensors
 from gemma_tuner.errors import CheckpointError, ConfigError
-from gemma_tuner.export.weights import list_tensors
 from gemma_tuner.models.grids import Grid
 from gemma_tuner.models.packed import PackedExperts, PackedLinear, list_packable, replace_packed
 from gemma_tuner.testing import FAMILIES, tiny_model

@@ -2,8 +2,8 @@
 
 import pytest
 
+from gemma_tuner.checkpoints.loading import load_model
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.models.loading import load_model
 from tests.model_hub import TOKEN
 
 

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from gemma_tuner.export.checkpoints import list_own_files
+from gemma_tuner.checkpoints.writing import list_own_files
 
 
 @pytest.mark.parametrize("is_cached", [False, True])

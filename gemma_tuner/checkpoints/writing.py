@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from gemma_tuner.export.folders import progress_shown
-from gemma_tuner.export.weights import DTYPES, INDEX, read_json
+from gemma_tuner.checkpoints.folders import progress_shown
+from gemma_tuner.checkpoints.weights import DTYPES, INDEX, read_json
 from gemma_tuner.log import logger
 from gemma_tuner.models.adapter_files import TrainedWith, write_json, write_trained_with
 from gemma_tuner.models.families import family_of_type

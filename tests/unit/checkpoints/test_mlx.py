@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from gemma_tuner.checkpoints.mlx import dequantise, from_mlx
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.mlx_checkpoint import dequantise, from_mlx
 
 
 def pack(numbers, bits):

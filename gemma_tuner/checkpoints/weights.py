@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gemma_tuner.checks import check_path
 from gemma_tuner.errors import CheckpointError
+from gemma_tuner.models.families import family_of_type
 from gemma_tuner.models.grids import PACKED, Grid, Packed, read_grids
 from gemma_tuner.models.packed import list_parts
 
@@ -168,6 +169,13 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise CheckpointError(f"{path.name} holds no JSON object; download the checkpoint again")
     return document
+
+
+def stored_name(name: str, model_type: str) -> str:
+    """Translate a weight's name in the model to its name in the files of a checkpoint."""
+    for own, stored in family_of_type(model_type).stored_names:
+        name = name.replace(own, stored)
+    return name
 
 
 def list_tensors(folder: Path) -> dict[str, Weight]:

@@ -10,18 +10,18 @@ from typing import Literal
 import torch
 import transformers
 
-from gemma_tuner.checks import check_value
-from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.bases import stored_name
-from gemma_tuner.export.checkpoints import NewTensor, write_checkpoint
-from gemma_tuner.export.folders import new_folder
-from gemma_tuner.export.weights import (
+from gemma_tuner.checkpoints.folders import new_folder
+from gemma_tuner.checkpoints.weights import (
     StoredTensor,
     find_checkpoint,
     list_stored,
     read_json,
+    stored_name,
     tensor_bytes,
 )
+from gemma_tuner.checkpoints.writing import NewTensor, write_checkpoint
+from gemma_tuner.checks import check_value
+from gemma_tuner.errors import CheckpointError
 from gemma_tuner.models.grids import PACKED, Grid, Packed
 from gemma_tuner.models.meta import build_meta_model
 from gemma_tuner.models.packed import list_packable, list_parts

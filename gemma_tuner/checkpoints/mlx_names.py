@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from gemma_tuner.checkpoints.weights import stored_name
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.export.bases import stored_name
 from gemma_tuner.models.families import family_of_type
 
 Program = Literal["mlx-lm", "mlx-vlm"]

@@ -1,0 +1,1 @@
+"""Checkpoints as files: loaded completely or refused, listed, packed, written whole."""
