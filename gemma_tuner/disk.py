@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from pathlib import Path
 _MARGIN_BYTES = 16 * 2**20
 # Source: RENAME_EXCHANGE of linux/fs.h, RENAME_SWAP of macOS' sys/stdio.h.
 _SWAP = 2
+_PACKAGE = Path(__file__).resolve().parent
 
 
 @contextmanager
@@ -43,6 +44,23 @@ def temporary_sibling(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):  # which would hide the block's own error
             _remove(temporary)
+
+
+def find_home(folder: Path) -> Path:
+    """Where the files of a folder lie, links followed; of a snapshot in the Hub's cache, above."""
+    home = folder.resolve()
+    for each in (home, *home.parents):
+        if each == _PACKAGE:  # its bundled samples share their media
+            return each
+        if each.parent.name == "snapshots" and (each.parent.parent / "blobs").is_dir():
+            return each.parent.parent
+    return home
+
+
+def is_within(path: Path, homes: Iterable[Path]) -> bool:
+    """Whether a path, its links followed, lies in one of the places that ``find_home`` names."""
+    place = path.resolve()
+    return any(place.is_relative_to(home) for home in homes)
 
 
 def remove_folder(folder: Path) -> None:

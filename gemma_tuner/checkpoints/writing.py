@@ -14,6 +14,7 @@ import torch
 
 from gemma_tuner.checkpoints.folders import progress_shown
 from gemma_tuner.checkpoints.weights import DTYPES, INDEX, read_json
+from gemma_tuner.disk import find_home, is_within
 from gemma_tuner.log import logger
 from gemma_tuner.models.adapter_files import TrainedWith, write_json, write_trained_with
 from gemma_tuner.models.families import family_of_type
@@ -59,11 +60,9 @@ def write_checkpoint(
 
 def list_own_files(folder: Path) -> list[Path]:
     """List a checkpoint's files by name, without links to what lies elsewhere on the machine."""
-    home = folder.resolve()
-    if home.parent.name == "snapshots":  # of the Hub's cache, whose files lie in another folder
-        home = home.parent.parent
+    home = find_home(folder)
     files = [file for file in sorted(folder.iterdir()) if file.is_file()]
-    own = [file for file in files if file.resolve().is_relative_to(home)]
+    own = [file for file in files if is_within(file, (home,))]
     if left_out := [file.name for file in files if file not in own]:
         logger.warning(
             "left out of %s, as they are links that lead out of its folder: %s; where they belong "

@@ -61,6 +61,7 @@ class BucketSource:
 
     root = Path()
     """Media have URIs of their own: no path starts here."""
+    reach: tuple[Path, ...] = ()
 
     def __init__(
         self,

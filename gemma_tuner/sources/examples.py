@@ -37,6 +37,11 @@ class Source(Protocol):
     root: Path
     """The folder that relative media paths start from."""
 
+    @property
+    def reach(self) -> tuple[Path, ...]:
+        """Below which folders of this machine, links followed, rows may name files."""
+        ...
+
     def read_identity(self) -> dict[str, Any]:
         """Return what decides the examples, as JSON."""
         ...

@@ -43,6 +43,7 @@ class MediaGuard:
     """Looks at the first values of columns that are no media by name, text columns among them."""
 
     def __init__(self, columns: Columns, available: Collection[str]) -> None:
+        self.start: Path | None = None  # of relative paths; None: the folder of their row
         self.waiting: dict[str, int] = {}  # column to the values that are yet to be looked at
         self.add(columns, available)
 
@@ -112,6 +113,7 @@ class MediaGuard:
         kind = kind_of_suffix(suffix) or OTHER_SUFFIXES.get(suffix)
         if kind is None or len(name) > _LONGEST_NAME or "\n" in name:
             return None
+        folder = self.start or folder
         is_local = isinstance(folder, Path) or Path(name).is_absolute()
         if is_local and read_uri_scheme(name) is None:
             try:

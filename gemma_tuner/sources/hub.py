@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from gemma_tuner.checks import is_whole_number
+from gemma_tuner.disk import find_home, is_within
 from gemma_tuner.errors import ConfigError, DataError, SourceError, quote_name
 from gemma_tuner.sources.columns import Keywords
 from gemma_tuner.sources.examples import ExampleReader, Outcome, is_in_bucket
@@ -79,6 +80,11 @@ class HubSource:
         self.keywords: Keywords = keywords or {}
         self.media_root = check_media_root(media_root)
         self._summary: dict[str, Any] = {}
+
+    @cached_property
+    def reach(self) -> tuple[Path, ...]:
+        """Where rows may name files."""
+        return list_reach(self.media_root or self.wanted.folder)
 
     def read_identity(self) -> dict[str, Any]:
         """Return what decides the examples, as JSON: the arguments, and the files of a folder."""
@@ -293,9 +299,9 @@ def locate_file(wanted: HubName, kind: str, source: str, folder: str | Path, key
     path = Path(folder) / source
     try:
         is_there = path.is_file()
-    except OSError:  # a name that is too long, or a folder that may not be entered
+    except (OSError, ValueError):  # too long, a NUL character, a folder that may not be entered
         is_there = False
-    if wanted.folder is None and not (is_there and _is_downloaded(path)):
+    if wanted.folder is None and not (is_there and is_within(path, list_reach(None))):
         raise DataError(
             f"its {kind} is the name of a file, which the rows of {wanted.name!r} do not hold; "
             "download the data set's files (hf download --repo-type dataset) and read them with "
@@ -313,10 +319,11 @@ def locate_file(wanted: HubName, kind: str, source: str, folder: str | Path, key
     return str(path)
 
 
-def _is_downloaded(path: Path) -> bool:
-    """Whether a path leads into the caches: rows from the Hub may name no other file here."""
+def list_reach(start: str | Path | None) -> tuple[Path, ...]:
+    """List where rows may name files: below a folder, and in the caches of downloads."""
     import datasets.config
     import huggingface_hub.constants
 
     caches = (datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
-    return any(path.resolve().is_relative_to(Path(cache).resolve()) for cache in caches)
+    homes = [Path(cache).resolve() for cache in caches]
+    return (*homes, find_home(start)) if isinstance(start, Path) else tuple(homes)

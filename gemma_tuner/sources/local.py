@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gemma_tuner.disk import find_home, is_within
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.media.encoded import describe_source
 from gemma_tuner.sources.columns import Keywords
@@ -14,7 +15,12 @@ from gemma_tuner.sources.formats.files import LocalFile
 from gemma_tuner.sources.formats.filesets import FileSet, FileSetReader
 from gemma_tuner.sources.formats.folders import Paths, find_files, list_below
 from gemma_tuner.sources.formats.lines import DataFile
-from gemma_tuner.sources.media_places import MediaPlaces, check_media_root, list_tails
+from gemma_tuner.sources.media_places import (
+    MediaPlaces,
+    check_media_root,
+    find_file,
+    list_tails,
+)
 
 _MAX_NAME_BYTES = 255  # of any file system
 
@@ -34,6 +40,11 @@ class LocalSource:
         self.found = find_files(paths, file_format)
         self.root = self.found.root
         self._media_root = check_media_root(media_root)
+        self.reach = self.found.homes
+        if isinstance(self._media_root, Path):
+            self.reach = (find_home(self._media_root),)
+        elif self.found.format == "captions":  # named by the listing, and never by a row
+            self.reach = (Path("/"),)
         self._reader = FileSetReader(keywords or {}, split, self._media_root)
         self._places: MediaPlaces | None = None
 
@@ -92,6 +103,7 @@ class LocalSource:
         if is_in_bucket(source, kind, key=key):
             return source
         path = Path(folder) / source
+        is_started = isinstance(self._media_root, Path) and self.found.format != "captions"
         # Behind a question mark may be a signature.
         name = describe_source(source.partition("?")[0], "image" if kind == "image" else "audio")
         if len(path.name.partition("?")[0]) > _MAX_NAME_BYTES:
@@ -101,8 +113,8 @@ class LocalSource:
                 key=key,
             )
         try:
-            if not path.is_file():
-                path = self._find_elsewhere(kind, source, key) or path
+            if is_started or not (path.is_file() and is_within(path, self.reach)):
+                path = self._find_elsewhere(kind, source, path, key) or path
             num_bytes = path.stat().st_size if path.is_file() else None
         except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
             reason = getattr(error, "strerror", None) or type(error).__name__
@@ -112,21 +124,23 @@ class LocalSource:
             ) from None
         if num_bytes is None:
             start = "the folder of the data file" if self._media_root is None else "media_root="
+            place = Path(self._media_root or folder).name
             raise DataError(
-                f"{name} does not exist; paths are relative to {start} "
-                f"({Path(folder).name!r}): say where they start by media_root=",
+                f"{name} does not exist; paths are relative to {start} ({place!r}): say where "
+                "they start by media_root=",
                 key=key,
             )
         if num_bytes == 0:
             raise DataError(f"{name} is empty (0 bytes); fetch it again", key=key)
         return _name_from(path, self.root)
 
-    def _find_elsewhere(self, kind: str, source: str, key: str) -> Path | None:
+    def _find_elsewhere(self, kind: str, source: str, path: Path, key: str) -> Path | None:
         """Find a file by the end of its path, below media_root= or the folder that was given."""
         found = None
         if isinstance(self._media_root, Path):
-            tails = (self._media_root / tail for tail in list_tails(source))
-            found = next((path for path in tails if path.is_file()), None)
+            if found := find_file((self._media_root / source, path), self.reach):
+                return found
+            found = find_file(map(self._media_root.joinpath, list_tails(source)), self.reach)
         elif self.found.is_folder:
             if self._places is None:
                 below = list_below(self.root)

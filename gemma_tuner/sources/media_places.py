@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
-from gemma_tuner.errors import DataError, SourceError
+from gemma_tuner.disk import find_home, is_within
+from gemma_tuner.errors import DataError, SourceError, quote_name
 from gemma_tuner.modalities import kind_of_suffix
 from gemma_tuner.records import StoredObject
 from gemma_tuner.sources.examples import Locate
@@ -59,26 +61,39 @@ def check_media_root(
 
 
 def start_at(media_root: str | Path | None, locate: Locate) -> Locate:
-    """Let the relative paths of rows that lie in no folder start at one, and stay below it."""
+    """Let the paths of rows that lie in no file start at a folder or prefix, and stay below it."""
     if media_root is None:
         return locate
+    homes = () if isinstance(media_root, str) else (find_home(media_root),)
 
     def find(kind: str, source: str, folder: str | Path, key: str) -> str | StoredObject:
         if "://" in source:
             return locate(kind, source, folder, key)
         path = PurePosixPath(source)
-        is_below = not path.is_absolute() and ".." not in path.parts
-        if is_below and isinstance(media_root, str):
-            return media_root + source
-        if not is_below or not (Path(media_root) / path).is_file():
-            raise DataError(
-                f"{kind} {path.name[:80]!r} does not exist below media_root= "
-                f"({Path(media_root).name!r})",
-                key=key,
-            )
-        return str(Path(media_root) / path)
+        if isinstance(media_root, str):
+            if not path.is_absolute() and ".." not in path.parts:
+                return media_root + source
+        else:
+            starts = (media_root, *([Path(folder)] if folder else []))
+            if place := find_file((start / path for start in starts), homes):
+                return str(place)
+        raise DataError(
+            f"{kind} {quote_name(path.name)} does not exist below media_root= "
+            f"({Path(media_root).name!r})",
+            key=key,
+        )
 
     return find
+
+
+def find_file(places: Iterable[Path], homes: Iterable[Path]) -> Path | None:
+    """Return the first path that is a file's, and lies where rows may name files."""
+    for place in places:
+        # A name may be too long, or hold a NUL character.
+        with suppress(OSError, ValueError):
+            if place.is_file() and is_within(place, homes):
+                return place
+    return None
 
 
 def list_tails(source: str) -> Iterator[str]:

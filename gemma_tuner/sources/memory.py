@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,15 @@ import pyarrow
 
 from gemma_tuner.errors import ConfigError, DataError, SourceError
 from gemma_tuner.media.image import decode_image
-from gemma_tuner.records import Audio, Example, Image
+from gemma_tuner.records import Audio, Example, Image, PinnedFile, StoredObject
 from gemma_tuner.sources.columns import Keywords
 from gemma_tuner.sources.examples import ExampleReader, Outcome
 from gemma_tuner.sources.formats.files import PEEKED_ROWS, Row
-from gemma_tuner.sources.hub import HubRows, locate_file
+from gemma_tuner.sources.hub import HubRows, list_reach, locate_file
 from gemma_tuner.sources.hub_loading import HubName, OpenedSplit
 from gemma_tuner.sources.json_text import describe_type
+from gemma_tuner.sources.media_places import check_media_root, start_at
+from gemma_tuner.storage.stores import is_stored
 
 MAX_GENERATED_ROWS = 100_000
 """Rows that are taken from a generator: it may have no end."""
@@ -56,13 +58,20 @@ class MemorySource:
     """The examples of rows in memory, read each time it is iterated."""
 
     def __init__(
-        self, rows: object, *, split: str | None = None, keywords: Keywords | None = None
+        self,
+        rows: object,
+        *,
+        split: str | None = None,
+        keywords: Keywords | None = None,
+        media_root: str | Path | None = None,
     ) -> None:
         self.root = Path.cwd()
         self._held = _hold(rows)
         self._split = split
         self._keywords: Keywords = keywords or {}
-        self._locate = partial(locate_file, HubName("rows", self.root, None, "train", None))
+        self._media_root = check_media_root(media_root)
+        locate = partial(locate_file, HubName("rows", self.root, None, "train", None))
+        self._locate = start_at(self._media_root, locate)
         self._summary: dict[str, Any] = {}
         given = [*(name for name, column in self._keywords.items() if column)]
         given += [] if split is None else ["split"]
@@ -70,6 +79,11 @@ class MemorySource:
             raise ConfigError(
                 f"rows are Examples, which have no columns; leave out {', '.join(given)}"
             )
+
+    @cached_property
+    def reach(self) -> tuple[Path, ...]:
+        """Where rows may name files."""
+        return list_reach(self._media_root or self.root)
 
     def read_identity(self) -> dict[str, Any]:
         """Return what decides the examples, as JSON: a hash of the rows, and the choices made."""
@@ -87,6 +101,7 @@ class MemorySource:
             "root": str(self.root),
             "split": self._split,
             "keywords": dict(self._keywords),
+            **({"media_root": str(self._media_root)} if self._media_root else {}),
         }
 
     def read_summary(self) -> dict[str, Any]:
@@ -110,7 +125,7 @@ class MemorySource:
             if isinstance(values, Mapping):
                 reader.guard.look({name: values.get(name) for name in unread}, self.root)
         rows = self._held.read(reader.columns.names.values())
-        yield from reader.read((Row(*_plain_row(*row)) for row in rows), self._locate)
+        yield from reader.read((Row(*_plain_row(*row), self.root) for row in rows), self._locate)
         self._summary = {**reader.read_summary(), **kind}
 
     def _prepare(self, example: object, origin: str) -> Outcome:
@@ -120,10 +135,10 @@ class MemorySource:
             return DataError(f"{what}; make all of one kind", key=origin)
 
         def prepare(part: Image | Audio) -> Image | Audio:
-            source = part.source
+            source = _plain(part.source, example.key)
             if isinstance(source, str):
                 kind = "image" if isinstance(part, Image) else "audio"
-                return replace(part, source=self._locate(kind, source, "", example.key))
+                return replace(part, source=self._locate(kind, source, self.root, example.key))
             if isinstance(part, Audio) and isinstance(source, np.ndarray) != bool(
                 part.sample_rate_hz
             ):
@@ -131,7 +146,7 @@ class MemorySource:
                     "an Audio of samples has a sample_rate_hz, and another has none",
                     key=example.key,
                 )
-            return replace(part, source=_plain(source, example.key))
+            return replace(part, source=source)
 
         try:
             return example.replace_media(prepare)
@@ -284,6 +299,10 @@ def _plain(value: Any, key: str) -> Any:
         return [_plain(item, key) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
+    if isinstance(value, PinnedFile):  # of another stream, and found anew
+        return value.path
+    if isinstance(value, StoredObject) and not is_stored(value.uri):
+        raise DataError("a part of a local file is no source in memory; give its bytes", key=key)
     if isinstance(value, bytearray | memoryview):
         return bytes(value)
     if isinstance(value, PIL.Image.Image):

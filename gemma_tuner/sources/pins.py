@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from gemma_tuner.disk import is_within
 from gemma_tuner.errors import DataError, SourceError, quote_name
 from gemma_tuner.media.encoded import name_reason
 from gemma_tuner.media.pinned import pin_file, pin_part
 from gemma_tuner.modalities import kind_of
 from gemma_tuner.records import Audio, Example, Image, StoredObject
-from gemma_tuner.sources.examples import Outcome
+from gemma_tuner.sources.examples import Outcome, Source
 from gemma_tuner.storage.objects import ObjectStore
 from gemma_tuner.storage.stores import Stores, is_stored
 
@@ -52,25 +54,38 @@ def pin_media(
 
 
 def pin_files(
-    outcomes: Iterable[tuple[str, Outcome]], root: Path
+    source: Source,
 ) -> Iterator[tuple[str, Outcome]]:
     """Give every image and clip on the local disk its size and checksum: each is read once."""
+    # Whatever the source, no row has a file read that lies out of its reach.
+    root = source.root
 
-    def pin(part: Image | Audio) -> Image | Audio:
-        source = part.source
-        if isinstance(source, str) and not is_stored(source):
-            return replace(part, source=pin_file(root / source, source))
+    def pin(part: Image | Audio, key: str) -> Image | Audio:
+        found = part.source
+        if isinstance(found, str) and not is_stored(found):
+            if not is_within(root / found, source.reach):
+                raise DataError(
+                    f"{kind_of(part)} {quote_name(Path(found).name)} lies outside of the folders "
+                    "in which these rows may name files; if they may, say where by media_root= "
+                    '("/" is anywhere)',
+                    key=key,
+                )
+            return replace(part, source=pin_file(root / found, found))
         if (
-            isinstance(source, StoredObject)
-            and source.start is not None
-            and not is_stored(source.uri)
+            isinstance(found, StoredObject)
+            and found.start is not None
+            and not is_stored(found.uri)
         ):
-            return replace(part, source=pin_part(root / source.uri, source))
+            return replace(part, source=pin_part(root / found.uri, found))
         return part
 
-    for origin, outcome in outcomes:
+    for origin, outcome in source:
         try:
-            yield origin, outcome.replace_media(pin) if isinstance(outcome, Example) else outcome
+            if isinstance(outcome, Example):
+                outcome = outcome.replace_media(partial(pin, key=outcome.key))  # noqa: PLW2901
+            yield origin, outcome
+        except DataError as error:
+            yield origin, error
         except OSError as error:
             reason = name_reason(error)
             unread = f"a file that holds its media cannot be read ({reason}); check it"

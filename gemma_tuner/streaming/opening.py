@@ -252,7 +252,7 @@ def stream_rows(
     Rows are kept in a manifest as those of files are, images and samples among them too, so that
     a run resumes in a program that makes the same rows again. Images may be paths, encoded bytes
     or PIL images; clips paths, bytes or ``{"array", "sampling_rate"}``. Relative paths start from
-    the working directory.
+    the working directory, and others lead below it, unless ``media_root`` says where.
 
     Args:
         rows: A list of dictionaries or of ``Example``, a DataFrame of pandas or polars, a pyarrow
@@ -270,7 +270,9 @@ def stream_rows(
         SourceError: Columns or splits that are not there, or no rows.
     """
     options = StreamOptions.read(stream_rows, keywords)
-    source = MemorySource(rows, split=split, keywords=options.columns)
+    source = MemorySource(
+        rows, split=split, keywords=options.columns, media_root=options.media_root
+    )
     return _open_stream(options, source, _make_fetcher(options))
 
 

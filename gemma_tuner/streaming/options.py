@@ -75,8 +75,10 @@ class StreamOptions:
         audio: A clip, or a list of them.
         id: Keys of the rows. False numbers them (``train.jsonl:7``).
         ignore: Columns to leave out, whatever their names or values mean.
-        media_root: The folder, or the ``gs://`` prefix, that relative paths of media start from;
-            None is the folder of their data file.
+        media_root: The folder, or the ``gs://`` prefix, that relative paths of media start from.
+            No path or link may lead out of it: ``"/"`` allows any file. None is the folder of
+            their data file, or that which was given; rows of a bucket, BigQuery or the Hub then
+            name none of this machine.
         seed: Decides the order, with the epoch.
         shuffle: Whether the order is another in each epoch, or that of the rows.
         locality: "shard" shuffles whole files, and the rows within each, instead of all rows.

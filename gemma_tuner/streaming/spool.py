@@ -111,7 +111,7 @@ def _write(
 
     write_manifest(
         path,
-        tally.count(pin_media(pin_files(source, source.root), stores)),
+        tally.count(pin_media(pin_files(source), stores)),
         root=source.root,
         read_summary=read_summary,
         pass_over=tally.pass_over,

@@ -121,7 +121,10 @@ def run_page(page, folder, namespace):
 )
 def test_a_page_runs(page, shelf, bigquery, tmp_path, monkeypatch):
     for path in shelf.iterdir():
-        (tmp_path / path.name).symlink_to(path)
+        if path.is_dir():
+            (tmp_path / path.name).symlink_to(path)
+        else:  # media of rows lie where their data do
+            shutil.copy(path, tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     namespace = {"stream_bigquery": partial(gt.stream_bigquery, **bigquery)}

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from gemma_tuner.disk import find_home
 from gemma_tuner.display import show_bytes
 from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.log import logger
@@ -79,6 +80,8 @@ class BigQuerySource:
         self._split = split
         self._keywords: Keywords = keywords or {}
         self._media_root = check_media_root(media_root)
+        is_local = isinstance(self._media_root, Path)
+        self.reach = (find_home(self._media_root),) if is_local else ()
         self.folder = folder
         self._client = client
         self._read_client = read_client

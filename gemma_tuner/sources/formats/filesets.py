@@ -51,6 +51,8 @@ class FileSetReader:
     def read(self, found: FileSet, locate: Locate) -> Iterator[tuple[str, Outcome]]:
         """Read every row of the files."""
         reader = ExampleReader(self._list_columns(found), self.keywords, split=self.split)
+        if isinstance(self.media_root, Path):
+            reader.guard.start = self.media_root
         files, notes = found.files, list(found.notes)
         left_out: list[str] = []
         self.counts.clear()
@@ -93,7 +95,7 @@ class FileSetReader:
     def _read(
         self, file: DataFile, found: FileSet, columns: Columns, tars: TarReader
     ) -> Iterator[Row]:
-        folder = self.media_root or file.folder
+        folder = self.media_root if isinstance(self.media_root, str) else file.folder
         if found.format == "captions":
             yield Row(file.name, _read_caption(file, found.captions), file.folder)
             return

@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from gemma_tuner.disk import find_home, is_within
 from gemma_tuner.errors import ConfigError, SourceError
 from gemma_tuner.modalities import kind_of_suffix
 from gemma_tuner.sources.formats.corpora import KALDI_FILES, is_transcript
@@ -115,6 +116,7 @@ class LocalFiles:
     files: tuple[Path, ...]
     format: Format
     root: Path  # which keys and media paths are relative to
+    homes: tuple[Path, ...]  # below which rows may name files
     is_folder: bool = False  # one folder was given, which may hold several splits
     # The text file of each that has one, where the format is captions.
     captions: Mapping[Path, Path] = field(default_factory=dict)
@@ -144,14 +146,17 @@ def find_files(paths: Paths, file_format: str | None = None) -> LocalFiles:
     folders = [place if place.is_dir() else place.parent for place in places]
     root = _find_root(folders)
     is_folder = len(places) == 1 and places[0].is_dir()
+    homes = tuple(sorted({find_home(each) for each in {*folders, *(p.parent for p in found)}}))
     if kind != "captions":
-        return LocalFiles(tuple(found), kind, root, is_folder)
+        _refuse_links([*found] if kind == "text" else [], homes)
+        return LocalFiles(tuple(found), kind, root, homes, is_folder)
     below = {path.as_posix(): path for folder in folders for path in list_below(folder)}
     pairs = pair_texts((path.as_posix() for path in found), below)
     captions = {Path(medium): below[text] for medium, text in pairs.items()}
+    _refuse_links(captions.values(), homes)
     texts = {path for name, path in below.items() if name.endswith(".txt")}
     num_unread = len(texts.difference(captions.values()))
-    return LocalFiles(tuple(found), kind, root, is_folder, captions, num_unread)
+    return LocalFiles(tuple(found), kind, root, homes, is_folder, captions, num_unread)
 
 
 def check_format(file_format: str | None) -> Format | None:
@@ -431,6 +436,15 @@ def _refuse_unreadable(name: str) -> None:
 
 def _last(name: str) -> str:
     return name.rpartition("/")[2]
+
+
+def _refuse_links(texts: Iterable[Path], homes: Collection[Path]) -> None:
+    """Refuse texts that lie elsewhere: whoever made a folder could have any file trained on."""
+    for path in texts:
+        if path.is_symlink() and not is_within(path, homes):
+            raise SourceError(
+                f"{path.name!r} is a link that leads out of its folder; put the text itself there"
+            )
 
 
 def _suffix(name: str) -> str:

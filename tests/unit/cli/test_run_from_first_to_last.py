@@ -276,7 +276,7 @@ def damaged(tmp_path):
         lines = [json.dumps(row) + "\n" for row in rows]
         (tmp_path / f"data/{split}.jsonl").write_text("".join(lines))
     flags = ["--data", tmp_path / "data", "--modality", "image", "--cache-dir", tmp_path / "cache"]
-    return [*flags, "--max-bad-fraction", 0.5]
+    return [*flags, "--max-bad-fraction", 0.5, "--media-root", tmp_path]
 
 
 def test_samples_pass_over_what_cannot_be_used(damaged, tmp_path, begun):
@@ -292,6 +292,7 @@ def test_quarantines_of_what_is_trained_on_and_held_out_are_listed(damaged, tmp_
         data=[str(tmp_path / "data")],
         held_out="valid",
         max_bad_fraction=0.5,
+        media_root=tmp_path,
         cache_dir=tmp_path / "cache",
     )
     for stream in open_streams(settings, "image"):
