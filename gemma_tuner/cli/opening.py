@@ -25,6 +25,7 @@ from gemma_tuner.cli.settings import (
     RunSettings,
     list_media,
 )
+from gemma_tuner.display import quote_text
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.lora_config import LoraConfig
 from gemma_tuner.settings import TINY, Setting, save_settings
@@ -45,8 +46,8 @@ _HELD_OUT = 0.1
 
 
 def say(text: object) -> None:
-    """Write a line for the user on stdout, as it is."""
-    sys.stdout.write(f"{text}\n")
+    """Write a line for the user on stdout, its control characters quoted."""
+    sys.stdout.write(f"{quote_text(str(text))}\n")
     sys.stdout.flush()
 
 
@@ -325,8 +326,9 @@ def fit(
     if is_main:
         save_settings(out, settings)
     if result.stopped_by not in (None, EARLY_STOPPING):
+        command = quote_text(shlex.join(go_on))
         sys.stderr.write(
-            f"stopped after step {result.step}, which is saved; go on with: {shlex.join(go_on)}\n"
+            f"stopped after step {result.step}, which is saved; go on with: {command}\n"
         )
         number = signal.SIGINT if result.stopped_by == "SIGINT" else signal.SIGTERM
         raise SystemExit(128 + number)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gemma_tuner.display import is_blank
 from gemma_tuner.errors import DataError
 from gemma_tuner.records import Audio, Example, Image, Turn
 
@@ -64,7 +65,7 @@ def check_document(example: Example, document: str, control_tokens: Sequence[str
     _refuse_other_template(
         example, document, "the document", {**_OTHER_TEMPLATES, **_PLAIN_TEMPLATES}
     )
-    if not document.strip():
+    if is_blank(document):
         raise DataError("the document is empty; remove the row", key=example.key)
 
 
@@ -173,7 +174,7 @@ def _check_turn(example: Example, index: int, turn: Turn, control_tokens: Sequen
                 "user's turn between them",
                 key=example.key,
             )
-        if not turn.text.strip() and not turn.fields.get("tool_calls"):
+        if is_blank(turn.text) and not turn.fields.get("tool_calls"):
             raise DataError(
                 f"{where} is an empty answer; fill it or remove the row", key=example.key
             )
