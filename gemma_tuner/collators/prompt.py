@@ -6,11 +6,14 @@ ids by the family's turn markers. Axis: ``T`` tokens of one row.
 
 from __future__ import annotations
 
+import concurrent.futures
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+import jinja2.sandbox
 
 from gemma_tuner.collators.refusals import (
     check_conversation,
@@ -21,16 +24,49 @@ from gemma_tuner.collators.refusals import (
     reasoning_of,
 )
 from gemma_tuner.collators.settings import TrainOn
-from gemma_tuner.errors import DataError
+from gemma_tuner.errors import CheckpointError, DataError
 from gemma_tuner.modalities import kind_of
 from gemma_tuner.models.families import tokenizer_of
 from gemma_tuner.records import Example, Text, Turn
 from gemma_tuner.sources.tools import pair_responses, read_declarations
+from gemma_tuner.threads import DaemonPool
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from gemma_tuner.models.families import Family
+
+
+_MAX_TEMPLATE_CHARACTERS = 2**20  # those that were released have 20,000
+_TRIAL_SECONDS = 10.0
+_FAULTS = (
+    *(jinja2.TemplateSyntaxError, jinja2.sandbox.SecurityError),
+    *(MemoryError, OverflowError, RecursionError),
+)
+
+
+def try_template(processor: ProcessorMixin) -> None:
+    """Refuse a chat template that no row could be rendered with, or none in any useful time."""
+    fault = ""
+    if len(str(processor.chat_template or "")) > _MAX_TEMPLATE_CHARACTERS:
+        fault = f"is longer than {_MAX_TEMPLATE_CHARACTERS:,} characters"
+    else:
+        pool = DaemonPool("chat template", 1)
+        question = [{"role": "user", "content": "x"}]
+        render = partial(processor.apply_chat_template, question, tokenize=False)
+        trial = pool.submit(render)
+        if not concurrent.futures.wait([trial], _TRIAL_SECONDS).done:
+            fault = f"does not end in {_TRIAL_SECONDS:.0f} s on one letter"
+        elif isinstance(error := trial.exception(), _FAULTS):
+            fault = f"cannot be rendered ({type(error).__name__})"
+        elif not error and len(trial.result()) > _MAX_TEMPLATE_CHARACTERS:
+            fault = f"makes {len(trial.result()):,} characters of one letter"
+        pool.close()
+    if fault:
+        raise CheckpointError(
+            f"the chat template {fault}; use that of the instruction-tuned checkpoint "
+            "(chat_template.jinja)"
+        )
 
 
 def render_prompt(

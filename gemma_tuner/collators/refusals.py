@@ -93,12 +93,12 @@ def check_spelling(
 ) -> None:
     """Refuse a rendered prompt whose control tokens are not all the template's own."""
     # Templates trim and join: what is no control token in any one text may be one in the prompt.
-    # So the same is rendered with no text that can begin one, and both must have the same tokens.
-    openers = {token[0] for token in control_tokens}
-    if not any(opener in each for each in _texts(data) for opener in openers):
+    # So the same is rendered with no text that can begin or end one, and both must have the same.
+    ends = {end for token in control_tokens for end in (token[0], token[-1])}
+    if not any(end in each for each in _texts(data) for end in ends):
         return
     pattern = re.compile("|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))))
-    harmless = render(*_replace_texts(data, str.maketrans(dict.fromkeys(openers, "("))))
+    harmless = render(*_replace_texts(data, str.maketrans(dict.fromkeys(ends, "("))))
     if pattern.findall(text) != pattern.findall(harmless):
         raise DataError(
             "its texts spell a control token once the chat template has joined them, which would "
