@@ -26,9 +26,7 @@ class GemmaTunerError(Exception):
     """Root of everything this library raises on purpose."""
 
     def __str__(self) -> str:
-        return quote_text(
-            super().__str__()
-        )  # servers, files and names of columns are quoted in it
+        return quote_text(super().__str__())  # a server's words are in it, or a file's name
 
 
 class ConfigError(GemmaTunerError, ValueError):

@@ -326,9 +326,8 @@ def fit(
     if is_main:
         save_settings(out, settings)
     if result.stopped_by not in (None, EARLY_STOPPING):
-        command = quote_text(shlex.join(go_on))
         sys.stderr.write(
-            f"stopped after step {result.step}, which is saved; go on with: {command}\n"
+            f"stopped after step {result.step}, which is saved; go on with: {shlex.join(go_on)}\n"
         )
         number = signal.SIGINT if result.stopped_by == "SIGINT" else signal.SIGTERM
         raise SystemExit(128 + number)

@@ -280,7 +280,7 @@ LOOP = "{% for i in range(99999) %}{% for j in range(300) %}{% endfor %}{% endfo
     ("template", "match"),
     [
         (LOOP, "does not end in"),
-        ("x" * 2**20 + "x", "is longer than 1,048,576 characters"),
+        ("x" * 2**20 + "x", "has 1,048,577 characters"),
         ("{% for i in range(99999) %}" + "x" * 20 + "{% endfor %}", "makes 1,999,980 characters"),
         ("{% for i in range(10 ** 9) %}{% endfor %}", r"cannot be rendered \(OverflowError\)"),
         ("{% if %}", r"cannot be rendered \(TemplateSyntaxError\)"),
