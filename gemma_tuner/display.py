@@ -1,7 +1,8 @@
-"""HTML by which objects show themselves in a notebook, and sizes as people read them.
+"""Texts and sizes as people read them: on a terminal, and as HTML in a notebook.
 
-Every text from data is escaped, and nothing holds a script, a link or an address of another place:
-images and clips are inside, as data URIs. Colours are translucent, for light and dark pages.
+On a terminal, what would command it is quoted. In HTML, every text from data is escaped, and
+nothing holds a script, a link or an address of another place: images and clips are inside, as data
+URIs. Colours are translucent, for light and dark pages.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import html
 import io
 import math
+import re
 import wave
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -33,12 +35,38 @@ MAX_SECONDS = 30.0
 GIB = 2**30
 """Bytes of a GiB, in which devices and ``memory_gib`` count."""
 
+# What moves the cursor, writes to the clipboard, rings, or turns the reading direction of what
+# follows; halves of characters, which cannot be printed, too. Lines and tabs remain.
+_COMMANDS = re.compile(
+    r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+# White space, fillers and what has no width: Unicode's default ignorables, the empty Braille cell.
+_INVISIBLE = re.compile(
+    r"[\s\0-\x1f\x7f-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f"
+    r"\u202a-\u202e\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb"
+    r"\U0001d173-\U0001d17a\U000e0000-\U000e0fff]*"
+)
 _THUMBNAIL_PIXELS = 256
 # A drawing of 50 pixels is easier to see at twice that.
 _SEEN = "min-height:96px;object-fit:contain"
 _FIGURE = "display:inline-block;margin:2px 12px 2px 0"
 _CAPTION = f"{QUIET};font-size:85%"
 _CELL = "text-align:left;vertical-align:top;padding:2px 16px 2px 0;white-space:pre-line"
+
+
+def quote_text(text: str) -> str:
+    """Quote what would command a terminal, as Python writes it; lines and tabs stay."""
+    return _COMMANDS.sub(lambda found: repr(found[0])[1:-1], text)
+
+
+def quote_line(text: str) -> str:
+    """Quote what would command a terminal or end a line."""
+    return quote_text(text).replace("\n", r"\n").replace("\t", r"\t")
+
+
+def is_blank(text: str) -> bool:
+    """Whether nothing of a text can be seen, as of an empty one."""
+    return _INVISIBLE.fullmatch(text) is not None
 
 
 def escape(text: str) -> str:

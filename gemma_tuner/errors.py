@@ -16,12 +16,17 @@ Every message names the value at fault, the example where there is one, and the 
 import re
 from traceback import walk_tb
 
+from gemma_tuner.display import quote_text
+
 # A few words at most, of what names are made of: anything else may be a sentence of the data.
 _NAME = re.compile(r"(?=.{1,80}$)[^\s|,;\"'<>{}=]+( [^\s|,;\"'<>{}=]+){0,2}")
 
 
 class GemmaTunerError(Exception):
     """Root of everything this library raises on purpose."""
+
+    def __str__(self) -> str:
+        return quote_text(super().__str__())  # a server's words are in it, or a file's name
 
 
 class ConfigError(GemmaTunerError, ValueError):

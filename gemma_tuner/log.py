@@ -6,6 +6,8 @@ import contextlib
 import logging
 import sys
 
+from gemma_tuner.display import quote_line
+
 logger = logging.getLogger("gemma_tuner")
 
 
@@ -19,6 +21,12 @@ class _StderrHandler(logging.Handler):
                 sys.stderr.write(f"{logger.name}: {record.getMessage()}\n")
 
 
+def _quote(record: logging.LogRecord) -> bool:
+    """Make a message the one line that it is meant to be, whoever writes it."""
+    record.msg, record.args = quote_line(record.getMessage()), None
+    return True
+
+
 def _writes_to_console(handler: logging.Handler) -> bool:
     own = getattr(handler, "stream", None) or getattr(
         getattr(handler, "console", None), "file", None
@@ -26,6 +34,7 @@ def _writes_to_console(handler: logging.Handler) -> bool:
     return own in (sys.stderr, sys.stdout)
 
 
+logger.addFilter(_quote)
 if not logger.handlers:  # a program that added its own is obeyed
     logger.addHandler(_StderrHandler())
     if logger.level == logging.NOTSET:

@@ -28,6 +28,7 @@ from gemma_tuner.cli.settings import (
     RowSettings,
     RunSettings,
 )
+from gemma_tuner.display import quote_line
 
 
 @command
@@ -67,7 +68,7 @@ def check(
         say(f"{found[-1]}\n")
     for record in streams[0].inspect_quarantine():
         if record.stage == "row":
-            say(f"cannot be read: {record.key}: {record.reason}")
+            say(quote_line(f"cannot be read: {record.key}: {record.reason}"))
     # What train will say of it.
     strict = open_streams(replace(data, refresh=False), model.modality)
     allowed = [each.num_allowed_bad for each in strict if each]

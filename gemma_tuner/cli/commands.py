@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import logging
 import re
 import sys
 import traceback
@@ -17,6 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from gemma_tuner.cli.settings import PANELS, make_option, read_help
+from gemma_tuner.display import quote_text
 from gemma_tuner.errors import ConfigError, GemmaTunerError
 from gemma_tuner.settings import expand_home
 
@@ -102,6 +104,7 @@ def place_panel(parameter: inspect.Parameter) -> int:
 @contextmanager
 def errors_explained(*, debug: bool, options: Collection[str] = ()) -> Iterator[None]:
     """Turn an error into one paragraph on stderr and exit status 1; an interrupt into 130."""
+    logging.setLogRecordFactory(_QuotedRecord)
     try:
         yield
     except KeyboardInterrupt:
@@ -127,10 +130,17 @@ def errors_explained(*, debug: bool, options: Collection[str] = ()) -> Iterator[
         raise SystemExit(1) from None
 
 
+class _QuotedRecord(logging.LogRecord):
+    """A record, of whatever library, that may repeat what a checkpoint or a server says."""
+
+    def getMessage(self) -> str:  # noqa: N802 - logging's name
+        return quote_text(super().getMessage())
+
+
 def _show(message: str, *, debug: bool) -> None:
     if debug:
-        sys.stderr.write(traceback.format_exc())
-    sys.stderr.write(f"{message}\n")
+        message = traceback.format_exc() + message
+    sys.stderr.write(f"{quote_text(message)}\n")
 
 
 def _list_flags(message: str, options: Collection[str]) -> str:

@@ -13,6 +13,7 @@ from gemma_tuner.cli.commands import command
 from gemma_tuner.cli.defaults import from_run
 from gemma_tuner.cli.opening import load_with_adapter, say
 from gemma_tuner.cli.settings import ModelSettings
+from gemma_tuner.display import quote_text
 
 
 @command
@@ -96,6 +97,6 @@ def generate(
         **options,
     ) as answer:
         for piece in answer:
-            sys.stdout.write(piece)
+            sys.stdout.write(quote_text(piece))
             sys.stdout.flush()
     say("")

@@ -25,6 +25,7 @@ from gemma_tuner.cli.settings import (
     RunSettings,
     list_media,
 )
+from gemma_tuner.display import quote_text
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.lora_config import LoraConfig
 from gemma_tuner.settings import TINY, Setting, save_settings
@@ -45,8 +46,8 @@ _HELD_OUT = 0.1
 
 
 def say(text: object) -> None:
-    """Write a line for the user on stdout, as it is."""
-    sys.stdout.write(f"{text}\n")
+    """Write a line for the user on stdout, its control characters quoted."""
+    sys.stdout.write(f"{quote_text(str(text))}\n")
     sys.stdout.flush()
 
 

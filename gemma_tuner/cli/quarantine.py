@@ -8,6 +8,7 @@ from gemma_tuner.cli.commands import command
 from gemma_tuner.cli.defaults import Run
 from gemma_tuner.cli.opening import open_streams, say
 from gemma_tuner.cli.settings import DataSettings, ModelSettings
+from gemma_tuner.display import quote_line
 
 
 @command
@@ -35,7 +36,7 @@ def quarantine(
         say(f"released: {released:,}; in quarantine: {remaining:,}")
     records = list_bad(views)
     for record in records:
-        say(f"{record.key}\n  {record.stage}: {record.reason}")
+        say(f"{quote_line(record.key)}\n  {record.stage}: {quote_line(record.reason)}")
     counts = Counter(record.stage for record in records).most_common()
     say(f"in quarantine: {len(records):,}; usable: {sum(map(len, views)):,}")
     for stage, count in counts:

@@ -10,6 +10,7 @@ import typer
 
 from gemma_tuner.cli.commands import command
 from gemma_tuner.cli.opening import say
+from gemma_tuner.display import quote_line
 from gemma_tuner.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def list_runs(
     _print_table(_summarise(run, path) for run, path in runs)
     for run, path in runs:
         if run.history.failure:
-            say(f"{path} failed at step {run.history.step}: {run.history.failure}")
+            say(quote_line(f"{path} failed at step {run.history.step}: {run.history.failure}"))
 
 
 @app.command()
@@ -61,7 +62,7 @@ def show(
     settings = read_settings(run) or opened.settings
     width = max(map(len, settings), default=0)
     for name, value in settings.items():
-        say(f"  {name:<{width}}  {value}")
+        say(quote_line(f"  {name:<{width}}  {value}"))
     history = opened.history
     columns = {
         name: history.column(name) for name in ("loss", "tokens_per_second", "memory_bytes")
@@ -84,7 +85,7 @@ def show(
         )
     _print_table(rows)
     for event in history.events[-_MOST_EVENTS:]:
-        say(f"  step {event.step}: {event.message or event.name}")
+        say(quote_line(f"  step {event.step}: {event.message or event.name}"))
 
 
 @app.command()
@@ -152,7 +153,7 @@ def _print_table(rows: Iterable[Mapping[str, str]]) -> None:
         return
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in listed[0]:
-        table.add_column(Text(name), overflow="fold")
+        table.add_column(Text(quote_line(name)), overflow="fold")
     for row in listed:
-        table.add_row(*map(Text, row.values()))
+        table.add_row(*(Text(quote_line(cell)) for cell in row.values()))
     Console(highlight=False).print(table)

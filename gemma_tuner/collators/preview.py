@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from gemma_tuner.batch import IGNORED, Batch
-from gemma_tuner.display import ACCENT, QUIET, element, escape, make_card
+from gemma_tuner.display import ACCENT, QUIET, element, escape, make_card, quote_line, quote_text
 
 _TRAINED = f"background:{ACCENT}44;border-bottom:2px solid {ACCENT};color:inherit"
 
@@ -48,7 +48,8 @@ class Preview:
         text = "".join(
             f"⟦{segment.text}⟧" if segment.trained else segment.text for segment in self.segments
         )
-        return f"{self.key}: {self._summary} (between ⟦ and ⟧)\n{text.rstrip()}"
+        title = f"{quote_line(self.key)}: {self._summary} (between ⟦ and ⟧)"
+        return f"{title}\n{quote_text(text.rstrip())}"
 
     def _repr_html_(self) -> str:
         """The row as notebooks show it, with the trained tokens marked by their background."""

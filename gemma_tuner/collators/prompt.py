@@ -6,7 +6,10 @@ ids by the family's turn markers. Axis: ``T`` tokens of one row.
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +24,7 @@ from gemma_tuner.collators.refusals import (
     reasoning_of,
 )
 from gemma_tuner.collators.settings import TrainOn
-from gemma_tuner.errors import DataError
+from gemma_tuner.errors import CheckpointError, DataError
 from gemma_tuner.modalities import kind_of
 from gemma_tuner.models.families import tokenizer_of
 from gemma_tuner.records import Example, Text, Turn
@@ -31,6 +34,51 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from gemma_tuner.models.families import Family
+
+
+_MAX_CHARACTERS = 2**20  # of a template, and of what it makes of one letter; released ones: 20,000
+_TRIAL_SECONDS = 5  # it takes milliseconds
+
+
+def try_template(processor: ProcessorMixin) -> None:
+    """Refuse a chat template that no row could be rendered with, or none in any useful time."""
+    template, question = str(processor.chat_template or ""), [{"role": "user", "content": "x"}]
+    fault = f"has {len(template):,} characters"
+    if len(template) <= _MAX_CHARACTERS:
+        try:
+            with _ended_after(_TRIAL_SECONDS):
+                written = processor.apply_chat_template(question, tokenize=False)
+        except TimeoutError:
+            fault = f"does not end in {_TRIAL_SECONDS} s on one letter"
+        except Exception as error:  # noqa: BLE001 - a template may raise anything
+            if type(error) in (jinja2.TemplateError, jinja2.UndefinedError):
+                return  # it wants another conversation than this one
+            fault = f"cannot be rendered ({type(error).__name__})"
+        else:
+            if len(written) <= _MAX_CHARACTERS:
+                return
+            fault = f"makes {len(written):,} characters of one letter"
+    raise CheckpointError(
+        f"the chat template {fault}; use that of the instruction-tuned checkpoint"
+    )
+
+
+@contextmanager
+def _ended_after(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in what is run, at a line of Python, which templates are compiled to."""
+    end = time.monotonic() + seconds
+
+    def watch(*_: object) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 def render_prompt(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gemma_tuner.display import is_blank
 from gemma_tuner.errors import DataError
 from gemma_tuner.records import Audio, Example, Image, Turn
 
@@ -64,7 +65,7 @@ def check_document(example: Example, document: str, control_tokens: Sequence[str
     _refuse_other_template(
         example, document, "the document", {**_OTHER_TEMPLATES, **_PLAIN_TEMPLATES}
     )
-    if not document.strip():
+    if is_blank(document):
         raise DataError("the document is empty; remove the row", key=example.key)
 
 
@@ -92,12 +93,12 @@ def check_spelling(
 ) -> None:
     """Refuse a rendered prompt whose control tokens are not all the template's own."""
     # Templates trim and join: what is no control token in any one text may be one in the prompt.
-    # So the same is rendered with no text that can begin one, and both must have the same tokens.
-    openers = {token[0] for token in control_tokens}
-    if not any(opener in each for each in _texts(data) for opener in openers):
+    # So the same is rendered with no text that can begin or end one, and both must have the same.
+    ends = {end for token in control_tokens for end in (token[0], token[-1])}
+    if not any(end in each for each in _texts(data) for end in ends):
         return
     pattern = re.compile("|".join(map(re.escape, sorted(control_tokens, key=len, reverse=True))))
-    harmless = render(*_replace_texts(data, str.maketrans(dict.fromkeys(openers, "("))))
+    harmless = render(*_replace_texts(data, str.maketrans(dict.fromkeys(ends, "("))))
     if pattern.findall(text) != pattern.findall(harmless):
         raise DataError(
             "its texts spell a control token once the chat template has joined them, which would "
@@ -173,7 +174,7 @@ def _check_turn(example: Example, index: int, turn: Turn, control_tokens: Sequen
                 "user's turn between them",
                 key=example.key,
             )
-        if not turn.text.strip() and not turn.fields.get("tool_calls"):
+        if is_blank(turn.text) and not turn.fields.get("tool_calls"):
             raise DataError(
                 f"{where} is an empty answer; fill it or remove the row", key=example.key
             )

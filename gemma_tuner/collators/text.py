@@ -17,6 +17,7 @@ from gemma_tuner.collators.prompt import (
     mark_removable,
     mark_targets,
     render_prompt,
+    try_template,
 )
 from gemma_tuner.collators.settings import CollatorSettings, TooLong, TrainOn
 from gemma_tuner.errors import ConfigError, DataError
@@ -59,6 +60,7 @@ class TextCollator:
 
     Raises:
         ConfigError: A setting outside its range.
+        CheckpointError: A chat template that cannot be used.
     """
 
     processor: ProcessorMixin = field(repr=False)  # printed, it fills pages
@@ -77,6 +79,7 @@ class TextCollator:
         self.family = family_of_processor(self.processor)
         if self.enable_thinking and not self.family.has_thinking:
             raise ConfigError(f"enable_thinking is True, but {self.family.name} has no thinking")
+        try_template(self.processor)
         self._markers = TurnMarkers.of(self.tokenizer, self.family)
 
     @property

@@ -20,6 +20,7 @@ from torch import Tensor
 from gemma_tuner.batch import Batch
 from gemma_tuner.checks import check_value
 from gemma_tuner.device import read_launch
+from gemma_tuner.display import is_blank
 from gemma_tuner.errors import ConfigError, DataError
 from gemma_tuner.evaluation.answers import Generation, Generator, check_modalities
 from gemma_tuner.evaluation.decoding import Decoding, in_eval_mode
@@ -224,7 +225,7 @@ class _Evaluation:
         self, example: Example, prompt: PromptRow, answers: Mapping[str, Generation]
     ) -> Answered:
         references = self._read_references(example, prompt)
-        self.counts["empty_references"] += not any(text.strip() for text in references)
+        self.counts["empty_references"] += all(map(is_blank, references))
         for system, answer in answers.items():
             self.counts[f"unfinished_{system}"] += answer.finished_by == "length"
         return Answered(

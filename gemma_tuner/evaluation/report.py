@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gemma_tuner.display import element, escape, make_card, make_details, make_table
+from gemma_tuner.display import element, escape, make_card, make_details, make_table, quote_line
 from gemma_tuner.evaluation.answers import Generation
 from gemma_tuner.evaluation.scores import ScoreResult, Tally
 from gemma_tuner.training.reporting.metrics import EvalRecord
@@ -83,14 +83,14 @@ class Report:
         head, *rows = _make_rows(self)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for place, name in enumerate(head):
-            table.add_column(Text(name), justify="right" if place else "left")
+            table.add_column(Text(quote_line(name)), justify="right" if place else "left")
         for row in rows:
-            table.add_row(*map(Text, row))
-        console = Console(file=StringIO(), highlight=False)
+            table.add_row(*(Text(quote_line(cell)) for cell in row))
+        console = Console(file=StringIO(), highlight=False, force_terminal=False)
         with console.capture() as written:
-            console.print(Text(f"Evaluation of {self.model}", style="bold"))
+            console.print(Text(f"Evaluation of {quote_line(self.model)}"))
             console.print(table)
-            lines = (line for line in _describe(self) if " version: " not in line)
+            lines = (quote_line(line) for line in _describe(self) if " version: " not in line)
             console.print(Text("\n".join(lines)))
         return "\n".join(line.rstrip() for line in written.get().splitlines())
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from gemma_tuner.display import is_blank
 from gemma_tuner.errors import DataError
 from gemma_tuner.modalities import MediaKind, kind_of, kind_of_suffix
 from gemma_tuner.records import Audio, Example, Image, Part, Role, Turn
@@ -146,7 +147,7 @@ class RowReader:
                 f"{part} is text; convert it",
                 key=key,
             )
-        if not value or not value.strip():
+        if not value or is_blank(value):
             if not may_be_empty:
                 what = {"response": "empty answer", "text": "empty document"}[part]
                 raise DataError(
@@ -461,7 +462,7 @@ def _check_turns(turns: tuple[Turn, ...], key: str) -> None:
             key=key,
         )
     for number, turn in enumerate(turns, 1):
-        is_empty = not turn.text.strip() and not _list_media(turn)
+        is_empty = is_blank(turn.text) and not _list_media(turn)
         if is_empty and turn.role == "assistant" and not turn.fields.get("tool_calls"):
             raise DataError(f"empty answer (turn {number}); fill it or remove the row", key=key)
         if is_empty and turn.role == "user":

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gemma_tuner.display import ACCENT, element, escape, make_bar, make_card, show_bytes
+from gemma_tuner.display import (
+    ACCENT,
+    element,
+    escape,
+    make_bar,
+    make_card,
+    quote_line,
+    show_bytes,
+)
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.records import Audio, Example, Part, PinnedFile, StoredObject, Text, write_html
 
@@ -96,7 +104,7 @@ class DatasetReport:
             f"{order}; manifest {self.manifest.name} of {self.written}, "
             f"{self.manifest_bytes:,} bytes, fingerprint {self.fingerprint[:12]}"
         )
-        return "\n".join(lines)
+        return "\n".join(map(quote_line, lines))
 
 
 @dataclass(frozen=True, slots=True)

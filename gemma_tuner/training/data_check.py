@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import PIL.Image
 
+from gemma_tuner.display import quote_line
 from gemma_tuner.errors import DataError
 from gemma_tuner.media.audio import SAMPLE_RATE_HZ
 from gemma_tuner.media.load import load_media
@@ -93,7 +94,7 @@ class DataCheck:
             lines.append(f"media: {found}; decoded: those of {self.decoded:,} rows")
         if self.bad:
             lines.append("cannot be used:")
-            lines += [f"  {key}: {reason}" for key, reason in self.bad.items()]
+            lines += [quote_line(f"  {key}: {reason}") for key, reason in self.bad.items()]
         return "\n".join(lines)
 
     def __repr__(self) -> str:

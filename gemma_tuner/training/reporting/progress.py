@@ -11,7 +11,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 from rich.table import Column
 
-from gemma_tuner.display import ACCENT, QUIET, element, escape, make_bar, make_card, make_table
+from gemma_tuner.display import (
+    ACCENT,
+    QUIET,
+    element,
+    escape,
+    make_bar,
+    make_card,
+    make_table,
+    quote_text,
+)
 from gemma_tuner.training.interrupt import EARLY_STOPPING
 from gemma_tuner.training.reporting.metrics import EvalRecord, StepRecord
 
@@ -116,7 +125,7 @@ class Progress:
             self._notebook.add_line(text)
         elif self._enabled:
             # No markup: a path may hold square brackets. No wrapping: a line is a record.
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(quote_text(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def _describe(record: StepRecord) -> str:

@@ -1,13 +1,14 @@
 """Conversations that released templates garble or drop: refused, or rendered whole."""
 
 import shutil
+import sys
 
 import pytest
 from transformers import AutoProcessor
 
 from gemma_tuner.collators.preview import preview_row
 from gemma_tuner.collators.text import TextCollator
-from gemma_tuner.errors import DataError
+from gemma_tuner.errors import CheckpointError, DataError
 from gemma_tuner.records import Example, Text, Turn
 from gemma_tuner.testing import FAMILIES, tiny_model
 from tests.unit.collators.test_prompt_and_labels import check_prompt
@@ -172,13 +173,14 @@ class BrokenError(Exception):
 )
 def test_whatever_a_template_raises_is_the_rows_error(error, monkeypatch):
     _, processor = tiny_model("gemma4-e2b")
+    collator = TextCollator(processor)
 
     def fail(*arguments, **options):
         raise error
 
     monkeypatch.setattr(processor, "apply_chat_template", fail)
     with pytest.raises(DataError, match=type(error).__name__) as caught:
-        TextCollator(processor)([Example("row", (ASK, ANSWER))])
+        collator([Example("row", (ASK, ANSWER))])
     assert "SECRET" not in str(caught.value)
     assert caught.value.key == "row"
 
@@ -269,3 +271,48 @@ def test_tools_that_a_family_lacks_are_refused(tools):
     turns = (ASK, ANSWER if tools else turn("assistant", "Two", tool_calls=[call()]))
     with pytest.raises(DataError, match="declares or calls tools"):
         TextCollator(processor)([Example("row", turns, tools=tools)])
+
+
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLES = "{% macro f(n) %}{% if n %}{{ f(n-1) ~ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}"
+
+
+@pytest.mark.parametrize(
+    ("template", "match"),
+    [
+        (LOOP, "does not end in"),
+        (DOUBLES, "does not end in"),
+        ("x" * 2**20 + "x", "has 1,048,577 characters"),
+        ("{% for i in range(99999) %}" + "x" * 20 + "{% endfor %}", "makes 1,999,980 characters"),
+        ("{% for i in range(10 ** 9) %}{% endfor %}", r"cannot be rendered \(OverflowError\)"),
+        ("{% if %}", r"cannot be rendered \(TemplateSyntaxError\)"),
+        ("{{ '(' * 3 }}{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "RecursionError"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+    ],
+    ids=[
+        "loops",
+        "doubles",
+        "huge",
+        "makes much",
+        "long range",
+        "no template",
+        "calls itself",
+        "escapes",
+    ],
+)
+def test_a_template_that_cannot_be_used_is_refused_at_once(template, match, monkeypatch):
+    monkeypatch.setattr("gemma_tuner.collators.prompt._TRIAL_SECONDS", 0.3)
+    _, processor = tiny_model("gemma4-e2b")
+    monkeypatch.setattr(processor, "chat_template", template)
+    before = sys.gettrace()
+    with pytest.raises(CheckpointError, match=match):
+        TextCollator(processor)
+    assert sys.gettrace() is before
+
+
+def test_what_ends_a_token_that_the_template_began_is_refused(monkeypatch):
+    _, processor = tiny_model("gemma3n")
+    ends = processor.chat_template.replace("{{ bos_token }}", "{{ bos_token }}", 1)
+    monkeypatch.setattr(processor, "chat_template", ends + "<{{ messages[0]['content'] }}")
+    with pytest.raises(DataError, match="spell a control token once"):
+        TextCollator(processor)([Example("row", (turn("user", "start_of_turn>"), ANSWER))])
