@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import pyarrow.parquet
 
 from gemma_tuner.errors import DataError, SourceError, quote_name
 from gemma_tuner.records import StoredObject
-from gemma_tuner.sources.columns import Columns
+from gemma_tuner.sources.columns import MAX_COLUMNS, Columns
 from gemma_tuner.sources.formats.corpora import (
     SEGMENT_COLUMNS,
     TRANSCRIPT_COLUMNS,
@@ -42,6 +43,9 @@ Format = RowFormat | Literal["webdataset", "captions"]
 PEEKED_ROWS = 1000
 """JSON lines name their columns row by row: this many rows of each file decide what there is."""
 _PARQUET_ROWS = 64  # small, as rows may hold media
+_BATCH_BYTES = 64 << 20
+_MAX_ROW_BYTES = 128 << 20
+_OBJECT_BYTES = 64
 _PEEKED_AT_ONCE = 16
 _PEEKED_BYTES = 1 << 20
 _HEADER = re.compile(r"\w+(,\w+|\t\w+|;\w+|\|\w+)+")  # the first line of a table
@@ -120,7 +124,7 @@ def _list_columns_of(
 
 
 def _check_names(file: DataFile, names: list[str]) -> list[str]:
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise SourceError(
             f"{name_last(file)!r} has several columns named {quote_name(twice)}; rename all but "
@@ -136,6 +140,8 @@ def _peek_names(file: DataFile) -> dict[str, None]:
             names.update(dict.fromkeys(values))
         elif not names:
             raise values
+        if len(names) > MAX_COLUMNS or sum(map(len, names)) > _PEEKED_BYTES:
+            break  # whoever makes sense of them refuses them
     return names
 
 
@@ -220,7 +226,21 @@ def _read_parquet(
 ) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     with _open_parquet(file) as table:
         names = [name for name in table.schema_arrow.names if name in needed]
-        yield from _number_rows(file, table.iter_batches(batch_size=_PARQUET_ROWS, columns=names))
+        batches = (
+            batch
+            for number in range(table.num_row_groups)
+            for batch in table.iter_batches(
+                batch_size=_count_at_once(table.metadata.row_group(number)),
+                row_groups=[number],  # one after the other: all of them would stay in memory
+                columns=names,
+            )
+        )
+        yield from _number_rows(file, batches)
+
+
+def _count_at_once(group: pyarrow.parquet.RowGroupMetaData) -> int:
+    """How many rows of a group to read at once: a dictionary may give each all that it holds."""
+    return max(1, min(_PARQUET_ROWS, _BATCH_BYTES // max(1, group.total_byte_size)))
 
 
 def _read_arrow(
@@ -258,22 +278,38 @@ def _list_rows(
     batch: pyarrow.RecordBatch, file: DataFile, first: int
 ) -> Iterator[dict[str, Any] | DataError]:
     """List the rows of a batch; one with a value that Python cannot hold costs itself alone."""
-    try:
-        rows = batch.to_pylist()
-    except (UnicodeDecodeError, OverflowError, ValueError) as error:
-        if batch.num_rows == 1:
-            what = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a date"
-            yield DataError(
-                f"it holds {what} that cannot be read; write that column again",
-                key=f"{file.name}:{first}",
-            )
-            return
+    what, rows = "", list[dict[str, Any]]()
+    if sum(map(_measure, batch.columns)) > (
+        _BATCH_BYTES if batch.num_rows > 1 else _MAX_ROW_BYTES
+    ):
+        what = f"more than {_MAX_ROW_BYTES:,} bytes, or too many values,"
+    else:
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError:
+            what = "text that is not UTF-8"
+        except (OverflowError, ValueError):
+            what = "a date"
+    if what and batch.num_rows > 1:
         half = batch.num_rows // 2
         yield from _list_rows(batch.slice(0, half), file, first)
         yield from _list_rows(batch.slice(half), file, first + half)
-        return
+    elif what:
+        yield DataError(
+            f"it holds {what} that cannot be read; write that column again",
+            key=f"{file.name}:{first}",
+        )
     for values in rows:
         yield {name: drop_padding(item) for name, item in values.items()}
+
+
+def _measure(values: Any) -> int:
+    """Estimate the bytes of values as Python's objects."""
+    inner: list[Any] = []
+    if pyarrow.types.is_nested(values.type):
+        inner = values.flatten()
+        inner = inner if isinstance(inner, list) else [inner]
+    return values.nbytes + _OBJECT_BYTES * len(values) + sum(map(_measure, inner))
 
 
 def _list_batches(opened: Any) -> Iterator[pyarrow.RecordBatch]:
