@@ -46,6 +46,7 @@ _PARQUET_ROWS = 64  # small, as rows may hold media
 _BATCH_BYTES = 64 << 20
 _MAX_ROW_BYTES = 128 << 20
 _OBJECT_BYTES = 64
+_MANY_BATCHES = 1000
 _PEEKED_AT_ONCE = 16
 _PEEKED_BYTES = 1 << 20
 _HEADER = re.compile(r"\w+(,\w+|\t\w+|;\w+|\|\w+)+")  # the first line of a table
@@ -202,7 +203,8 @@ def _peek(
 ) -> Iterator[tuple[str, Any]]:
     while any(left.values()) and (batch := next(batches, None)) is not None:
         for name in (name for name, count in left.items() if count):
-            values = batch.column(name).drop_null()[: left[name]].to_pylist()
+            found = batch.column(name).drop_null()[: left[name]]
+            values = found.to_pylist() if _measure(found) <= _MAX_ROW_BYTES else []
             left[name] = max(0, left[name] - sum(map(weigh, values)))
             yield from ((name, value) for value in values)
 
@@ -239,8 +241,10 @@ def _read_parquet(
 
 
 def _count_at_once(group: pyarrow.parquet.RowGroupMetaData) -> int:
-    """How many rows of a group to read at once: a dictionary may give each all that it holds."""
-    return max(1, min(_PARQUET_ROWS, _BATCH_BYTES // max(1, group.total_byte_size)))
+    """How many rows of a group to read at once: few where it is large and not for their number."""
+    # A dictionary may give each row of it all that it holds.
+    fitting = _BATCH_BYTES // max(1, group.total_byte_size)
+    return min(_PARQUET_ROWS, max(1, fitting, group.num_rows // _MANY_BATCHES))
 
 
 def _read_arrow(
@@ -349,7 +353,14 @@ def _open_parquet(file: DataFile, *, ahead: bool = True) -> Iterator[pyarrow.par
             parquet = pyarrow.parquet.ParquetFile(
                 exact, pre_buffer=ahead, buffer_size=0 if ahead else 1 << 16
             )
-            yield opened.enter_context(parquet)
+            table = opened.enter_context(parquet)
+            for group in map(table.metadata.row_group, range(table.num_row_groups)):
+                if group.total_byte_size > _MAX_ROW_BYTES * max(1, group.num_rows):
+                    raise SourceError(
+                        f"{name_last(file)!r} has rows of {group.total_byte_size:,} bytes and "
+                        f"more, of at most {_MAX_ROW_BYTES:,}; write media to files of their own"
+                    )
+            yield table
         except _DAMAGE as error:
             raise SourceError(
                 f"{name_last(file)!r} cannot be read as Parquet ({type(error).__name__}); write "
