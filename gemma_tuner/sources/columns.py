@@ -27,6 +27,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from gemma_tuner.checks import suggest
@@ -37,6 +38,9 @@ _TURN = re.compile(
     r"(conversation|conv|dialog|dialogue|chat|thread|session|message_?tree|parent)_?id"
     r"|turn(_?(id|idx|index|number))?"
 )
+
+MAX_COLUMNS = 1024
+"""Each is looked at again where a later row has a further one."""
 
 Layout = Literal["chat", "prompt and response", "caption", "document"]
 Keywords = Mapping[str, "str | Sequence[str] | Literal[False] | None"]
@@ -160,6 +164,7 @@ class Columns:
     switched_off: frozenset[str] = frozenset()  # parts whose keyword is False
 
 
+@lru_cache(4096)
 def name_parts(column: str) -> tuple[str, ...]:
     """Return the parts that a column may play by its name; none where it means nothing here."""
     name = _plain(column)
@@ -190,6 +195,11 @@ def read_ignored(keywords: Keywords) -> tuple[str, ...]:
 
 def recognise_columns(available: Collection[str], keywords: Keywords) -> Columns:
     """Decide which column plays which part."""
+    if len(available) > MAX_COLUMNS:
+        raise SourceError(
+            f"the rows have more than {MAX_COLUMNS:,} columns; a name in all rows is a column: "
+            "make what differs from row to row values"
+        )
     chosen = {part: column for part, column in keywords.items() if isinstance(column, str)}
     ignored = read_ignored(keywords)
     for part, column in chosen.items():

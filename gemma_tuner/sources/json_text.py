@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma_tuner.errors import DataError
 
 _MAX_DEPTH = 64  # chat templates recurse; no schema that people write is half as deep
+
+_MAX_TEXT_BYTES = 1 << 25
+_MAX_VALUES = 1 << 20
+
+
+def is_bounded(text: str, times: int = 1) -> bool:
+    """Whether JSON text makes no more than 300 MB of values, so many times: before it is made."""
+    num_values = sum(map(text.count, "[{,:"))  # in texts, too: a row of prose has few
+    return sys.getsizeof(text) <= times * _MAX_TEXT_BYTES and num_values <= times * _MAX_VALUES
 
 
 def describe_type(value: object) -> str:
@@ -41,6 +51,12 @@ def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def parse_json(text: str, what: str, *, key: str) -> Any:
     """Parse JSON, with an error that tells nothing of the text."""
+    if not is_bounded(text):
+        raise DataError(
+            f"{what} has {len(text):,} characters of more than {_MAX_TEXT_BYTES:,} bytes or "
+            f"{_MAX_VALUES:,} values; write media to files of their own",
+            key=key,
+        )
     try:
         return json.loads(text, object_pairs_hook=make_object)
     except DoubleNameError:

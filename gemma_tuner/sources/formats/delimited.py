@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePosixPath
@@ -16,9 +18,17 @@ from typing import Any
 
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.modalities import kind_of_suffix
-from gemma_tuner.sources.formats.lines import DataFile, name_last, read_lines
+from gemma_tuner.sources.formats.lines import (
+    MAX_TEXT_BYTES,
+    DataFile,
+    measure_text,
+    name_last,
+    read_lines,
+)
 
 _PEEKED_LINES = 1000
+_PEEKED_CHARACTERS = 1 << 22
+_MAX_DELIMITERS = 1 << 20
 _MAX_NAME_CHARACTERS, _MAX_NAME_WORDS = 64, 5
 _LJSPEECH = ("id", "audio", "text")
 _LJSPEECH_ID = re.compile(r"[\w-]*\d[\w-]*", re.ASCII)
@@ -84,7 +94,7 @@ def _read_header(numbered: Iterator[tuple[int, list[str]]], file: DataFile) -> l
             f"{name_last(file)!r} quotes its fields by ', which would be read as letters; write "
             'it with "'
         )
-    double = next((name for name in header if header.count(name) > 1), None)
+    double = next((name for name, count in Counter(header).items() if count > 1), None)
     if double is not None:
         shown = repr(double) if _reads_like_a_name(double) else "of one name"
         raise SourceError(f"{name_last(file)!r} names the column {shown} twice; rename one")
@@ -93,7 +103,14 @@ def _read_header(numbered: Iterator[tuple[int, list[str]]], file: DataFile) -> l
 
 def _find_dialect(file: DataFile) -> _Dialect:
     """Tell the dialect from the first lines."""
-    lines = [line for _, line in islice(read_lines(file), _PEEKED_LINES) if line.strip()]
+    lines: list[str] = []
+    with closing(read_lines(file)) as numbered:
+        num_left = _PEEKED_CHARACTERS
+        for _, line in islice(numbered, _PEEKED_LINES):
+            num_left -= len(line)
+            if num_left < 0 and lines:
+                break
+            lines += [line] if line.strip() else []
     header = re.sub(r'"[^"]*"', "", lines[0]) if lines else ""
     delimiter = next((mark for mark in "\t|;" if mark in header), ",")
     is_spaced = header.count(delimiter) == header.count(f"{delimiter} ") > 0
@@ -133,15 +150,34 @@ def _read_fields(file: DataFile, dialect: _Dialect) -> Iterator[tuple[int, list[
     """Read the first record of a file as number 0, then the others."""
     # The limit is the csv module's own, for all its readers: 131,072 characters unless raised.
     csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))
+    num_bytes = num_delimiters = 0  # of the record that is being read, whose lines may be many
+
+    def read_bounded() -> Iterator[str]:
+        nonlocal num_bytes, num_delimiters
+        for number, line in read_lines(file):
+            num_bytes += measure_text(line)
+            num_delimiters += line.count(dialect.delimiter)
+            if num_bytes > MAX_TEXT_BYTES or num_delimiters > _MAX_DELIMITERS:
+                raise SourceError(
+                    f"{name_last(file)!r} has one record of more than {MAX_TEXT_BYTES:,} bytes or "
+                    f"{_MAX_DELIMITERS:,} delimiters up to line {number}; close the quotes in it"
+                )
+            yield line
+
     reader = csv.reader(
-        (line for _, line in read_lines(file)),
+        read_bounded(),
         delimiter=dialect.delimiter,
         quoting=csv.QUOTE_MINIMAL if dialect.is_quoted else csv.QUOTE_NONE,
         skipinitialspace=dialect.is_spaced,
         strict=True,
     )
+    number = 0
     try:
-        yield from enumerate(fields for fields in reader if fields)
+        for fields in reader:
+            num_bytes = num_delimiters = 0
+            if fields:
+                yield number, fields
+                number += 1
     except csv.Error as error:
         raise SourceError(
             f"{name_last(file)!r} is not valid CSV at line {reader.line_num} ({error})"

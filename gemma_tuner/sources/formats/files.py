@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import pyarrow.parquet
 
 from gemma_tuner.errors import DataError, SourceError, quote_name
 from gemma_tuner.records import StoredObject
-from gemma_tuner.sources.columns import Columns
+from gemma_tuner.sources.columns import MAX_COLUMNS, Columns
 from gemma_tuner.sources.formats.corpora import (
     SEGMENT_COLUMNS,
     TRANSCRIPT_COLUMNS,
@@ -42,6 +43,10 @@ Format = RowFormat | Literal["webdataset", "captions"]
 PEEKED_ROWS = 1000
 """JSON lines name their columns row by row: this many rows of each file decide what there is."""
 _PARQUET_ROWS = 64  # small, as rows may hold media
+_BATCH_BYTES = 64 << 20
+_MAX_ROW_BYTES = 128 << 20
+_OBJECT_BYTES = 64
+_MANY_BATCHES = 1000
 _PEEKED_AT_ONCE = 16
 _PEEKED_BYTES = 1 << 20
 _HEADER = re.compile(r"\w+(,\w+|\t\w+|;\w+|\|\w+)+")  # the first line of a table
@@ -120,7 +125,7 @@ def _list_columns_of(
 
 
 def _check_names(file: DataFile, names: list[str]) -> list[str]:
-    twice = next((name for name in names if names.count(name) > 1), None)
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise SourceError(
             f"{name_last(file)!r} has several columns named {quote_name(twice)}; rename all but "
@@ -136,6 +141,8 @@ def _peek_names(file: DataFile) -> dict[str, None]:
             names.update(dict.fromkeys(values))
         elif not names:
             raise values
+        if len(names) > MAX_COLUMNS or sum(map(len, names)) > _PEEKED_BYTES:
+            break  # whoever makes sense of them refuses them
     return names
 
 
@@ -196,7 +203,8 @@ def _peek(
 ) -> Iterator[tuple[str, Any]]:
     while any(left.values()) and (batch := next(batches, None)) is not None:
         for name in (name for name, count in left.items() if count):
-            values = batch.column(name).drop_null()[: left[name]].to_pylist()
+            found = batch.column(name).drop_null()[: left[name]]
+            values = found.to_pylist() if _measure(found) <= _MAX_ROW_BYTES else []
             left[name] = max(0, left[name] - sum(map(weigh, values)))
             yield from ((name, value) for value in values)
 
@@ -220,7 +228,23 @@ def _read_parquet(
 ) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     with _open_parquet(file) as table:
         names = [name for name in table.schema_arrow.names if name in needed]
-        yield from _number_rows(file, table.iter_batches(batch_size=_PARQUET_ROWS, columns=names))
+        batches = (
+            batch
+            for number in range(table.num_row_groups)
+            for batch in table.iter_batches(
+                batch_size=_count_at_once(table.metadata.row_group(number)),
+                row_groups=[number],  # one after the other: all of them would stay in memory
+                columns=names,
+            )
+        )
+        yield from _number_rows(file, batches)
+
+
+def _count_at_once(group: pyarrow.parquet.RowGroupMetaData) -> int:
+    """How many rows of a group to read at once: few where it is large and not for their number."""
+    # A dictionary may give each row of it all that it holds.
+    fitting = _BATCH_BYTES // max(1, group.total_byte_size)
+    return min(_PARQUET_ROWS, max(1, fitting, group.num_rows // _MANY_BATCHES))
 
 
 def _read_arrow(
@@ -258,22 +282,38 @@ def _list_rows(
     batch: pyarrow.RecordBatch, file: DataFile, first: int
 ) -> Iterator[dict[str, Any] | DataError]:
     """List the rows of a batch; one with a value that Python cannot hold costs itself alone."""
-    try:
-        rows = batch.to_pylist()
-    except (UnicodeDecodeError, OverflowError, ValueError) as error:
-        if batch.num_rows == 1:
-            what = "text that is not UTF-8" if isinstance(error, UnicodeDecodeError) else "a date"
-            yield DataError(
-                f"it holds {what} that cannot be read; write that column again",
-                key=f"{file.name}:{first}",
-            )
-            return
+    what, rows = "", list[dict[str, Any]]()
+    if sum(map(_measure, batch.columns)) > (
+        _BATCH_BYTES if batch.num_rows > 1 else _MAX_ROW_BYTES
+    ):
+        what = f"more than {_MAX_ROW_BYTES:,} bytes, or too many values,"
+    else:
+        try:
+            rows = batch.to_pylist()
+        except UnicodeDecodeError:
+            what = "text that is not UTF-8"
+        except (OverflowError, ValueError):
+            what = "a date"
+    if what and batch.num_rows > 1:
         half = batch.num_rows // 2
         yield from _list_rows(batch.slice(0, half), file, first)
         yield from _list_rows(batch.slice(half), file, first + half)
-        return
+    elif what:
+        yield DataError(
+            f"it holds {what} that cannot be read; write that column again",
+            key=f"{file.name}:{first}",
+        )
     for values in rows:
         yield {name: drop_padding(item) for name, item in values.items()}
+
+
+def _measure(values: Any) -> int:
+    """Estimate the bytes of values as Python's objects."""
+    inner: list[Any] = []
+    if pyarrow.types.is_nested(values.type):
+        inner = values.flatten()
+        inner = inner if isinstance(inner, list) else [inner]
+    return values.nbytes + _OBJECT_BYTES * len(values) + sum(map(_measure, inner))
 
 
 def _list_batches(opened: Any) -> Iterator[pyarrow.RecordBatch]:
@@ -313,7 +353,14 @@ def _open_parquet(file: DataFile, *, ahead: bool = True) -> Iterator[pyarrow.par
             parquet = pyarrow.parquet.ParquetFile(
                 exact, pre_buffer=ahead, buffer_size=0 if ahead else 1 << 16
             )
-            yield opened.enter_context(parquet)
+            table = opened.enter_context(parquet)
+            for group in map(table.metadata.row_group, range(table.num_row_groups)):
+                if group.total_byte_size > _MAX_ROW_BYTES * max(1, group.num_rows):
+                    raise SourceError(
+                        f"{name_last(file)!r} has rows of {group.total_byte_size:,} bytes and "
+                        f"more, of at most {_MAX_ROW_BYTES:,}; write media to files of their own"
+                    )
+            yield table
         except _DAMAGE as error:
             raise SourceError(
                 f"{name_last(file)!r} cannot be read as Parquet ({type(error).__name__}); write "

@@ -8,15 +8,25 @@ SQuAD's paragraphs are known by their form.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from itertools import chain, islice
 from typing import Any
 
 from gemma_tuner.errors import DataError, SourceError
-from gemma_tuner.sources.formats.lines import PACKED, DataFile, name_last, read_lines, read_text
+from gemma_tuner.sources.formats.lines import (
+    PACKED,
+    DataFile,
+    join_text,
+    name_last,
+    read_lines,
+    read_text,
+)
 from gemma_tuner.sources.json_text import (
     DoubleNameError,
     describe_type,
+    is_bounded,
     make_object,
     parse_json,
 )
@@ -27,13 +37,25 @@ _LISTS = frozenset(
 )
 """Names under which an object keeps its rows."""
 
+_MAX_DOCUMENT_BYTES = 1 << 27  # of one object: COCO's captions have 92 MB and 7 million values
+_DOCUMENT_TIMES = 8
+_LARGE_CHARACTERS = 1 << 22
+_SPACE: Any = re.compile(r"\s*")
+_DECODER = json.JSONDecoder(object_pairs_hook=make_object)
+
 
 def read_json(file: DataFile) -> Iterator[tuple[int, dict[str, Any] | DataError]]:
     """Read the rows of a file, numbered from 1, in JSON lines by their lines."""
+    name = file.name.lower()
+    for ending in PACKED:
+        name = name.removesuffix(ending)
+    rows = _open_document(file) if name.endswith(".json") else None
     numbered = ((number, line) for number, line in read_lines(file) if line.strip())
-    head = list(islice(numbered, 2))
-    if head and _is_document(file, head[0][1].strip(), is_whole=len(head) == 1):
-        for number, row in enumerate(_read_document(file), 1):
+    head = [] if rows is not None else list(islice(numbered, 1))
+    if head and (mark := head[0][1].strip()) in ("[", "{"):
+        rows = _read_items(file) if mark == "[" else _read_document(file)
+    if rows is not None:
+        for number, row in enumerate(rows, 1):
             yield number, _check_object(row, file, number)
         return
     for number, line in chain(head, numbered):
@@ -45,20 +67,93 @@ def read_json(file: DataFile) -> Iterator[tuple[int, dict[str, Any] | DataError]
             yield number, _check_object(row, file, number)
 
 
-def _is_document(file: DataFile, line: str, *, is_whole: bool) -> bool:
-    """Whether a file of this name and first line, which may be all of it, is one document."""
-    name = file.name.lower()
-    for ending in PACKED:
-        name = name.removesuffix(ending)
-    if not name.endswith(".json"):
-        return line in ("[", "{")
-    if not line.startswith("{"):
-        return line.startswith("[")
+def _open_document(file: DataFile) -> Iterable[Any] | None:
+    """Open a file that is named as one document; None where its first line is a row."""
+    with closing(read_lines(file, in_parts=True)) as parts:
+        first = next(filter(str.strip, (part for _, part in parts)), "").lstrip()
+        if not first.startswith("{"):
+            return _read_items(file) if first.startswith("[") else None
+        line = join_text(_take_line(chain([(1, first)], parts)), file, _MAX_DOCUMENT_BYTES)
+        try:
+            row = json.loads(_check_bounds(line, file), object_pairs_hook=make_object)
+        except DoubleNameError:
+            return None
+        except (ValueError, RecursionError):
+            return _read_document(file)
+        return None if any(part.strip() for _, part in parts) else _unfold(row, file)
+
+
+def _take_line(parts: Iterable[tuple[int, str]]) -> Iterator[tuple[int, str]]:
+    for number, part in parts:
+        yield number, part
+        if part.endswith("\n"):
+            return
+
+
+def _check_bounds(text: str, file: DataFile, times: int = _DOCUMENT_TIMES) -> str:
+    if not is_bounded(text, times):
+        raise SourceError(
+            f"{name_last(file)!r} has too much in one document or row of it; write JSON lines, "
+            "which are read one by one"
+        )
+    return text
+
+
+def _read_items(file: DataFile) -> Iterator[Any]:
+    """Read the items of an array one by one: of all, memory may hold no more than a few MiB."""
+    text, marks, takes_value = "", "[", False
+    num_past = num_wanted = 0
+    parts = (part for _, part in read_lines(file, in_parts=True))
+    for part in chain(parts, [None]):
+        text += part or ""
+        if part is not None and len(text) < num_wanted:
+            continue
+        if len(text) > _LARGE_CHARACTERS:
+            _check_bounds(text, file, times=2)  # what follows a large item is in it, too
+        place = 0
+        while (place := _SPACE.match(text, place).end()) < len(text):
+            if text[place] in marks:
+                takes_value = text[place] != "]"
+                marks = "]" if text[place] == "[" else ""
+                place += 1
+                continue
+            if not takes_value:
+                raise _refuse_syntax(file, num_past + place)
+            try:
+                value, end = _decode(text, place, file, num_past)
+            except SourceError:
+                if part is None:
+                    raise
+                break
+            if end == len(text) and part is not None:
+                break  # of a number, more may follow
+            yield value
+            marks, takes_value, place = ",]", False, end
+        num_wanted = 2 * (len(text) - place)
+        num_past, text = num_past + place, text[place:]
+    if marks or takes_value:
+        raise _refuse_syntax(file, num_past)
+
+
+def _decode(text: str, place: int, file: DataFile, num_past: int = 0) -> tuple[Any, int]:
+    """Decode the value that begins at a place; return it and where it ends."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return True
-    return is_whole and _unfold(row, file) is not None
+        return _DECODER.raw_decode(text, place)
+    except DoubleNameError:
+        raise SourceError(
+            f"{name_last(file)!r} has an object with one name twice; JSON keeps the last "
+            "without a word: rename one"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        place = error.pos if isinstance(error, json.JSONDecodeError) else place
+        raise _refuse_syntax(file, num_past + place) from None
+
+
+def _refuse_syntax(file: DataFile, place: int) -> SourceError:
+    return SourceError(
+        f"{name_last(file)!r} begins like JSON over several lines and is not valid JSON "
+        f"at character {place + 1:,}; write it again"
+    )
 
 
 def _check_object(value: Any, file: DataFile, number: int) -> dict[str, Any] | DataError:
@@ -71,34 +166,15 @@ def _check_object(value: Any, file: DataFile, number: int) -> dict[str, Any] | D
 
 
 def _read_document(file: DataFile) -> Sequence[Any]:
-    text = read_text(file)
-    decoder = json.JSONDecoder(object_pairs_hook=make_object)
+    text = _check_bounds(read_text(file, _MAX_DOCUMENT_BYTES), file)
     values: list[Any] = []
     place = 0
-    while place < len(text):
-        if text[place].isspace():
-            place += 1
-            continue
-        try:
-            value, place = decoder.raw_decode(text, place)
-        except DoubleNameError:
-            raise SourceError(
-                f"{name_last(file)!r} has an object with one name twice; JSON keeps the last "
-                "without a word: rename one"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            place = error.pos if isinstance(error, json.JSONDecodeError) else place
-            raise SourceError(
-                f"{name_last(file)!r} begins like JSON over several lines and is not valid JSON "
-                f"at character {place + 1:,}; write it again"
-            ) from None
+    while (place := _SPACE.match(text, place).end()) < len(text):
+        value, place = _decode(text, place, file)
         values.append(value)
     if len(values) != 1:
         return values
-    (value,) = values
-    if isinstance(value, list):
-        return value
-    rows = _unfold(value, file) if isinstance(value, dict) else None
+    rows = _unfold(values[0], file) if isinstance(values[0], dict) else None
     return values if rows is None else rows
 
 

@@ -7,8 +7,9 @@ import codecs
 import gzip
 import io
 import lzma
+import sys
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -22,8 +23,9 @@ from gemma_tuner.records import StoredObject
 PACKED = (".gz", ".bz2", ".xz", ".zst")
 """Endings of text files that are packed; by which, their content says."""
 
-_MAX_LINE_BYTES = 1 << 29
-_MAX_DOCUMENT_CHARACTERS = 1 << 30
+MAX_TEXT_BYTES = 1 << 25
+"""Of a line or a text, in the file and in memory: until it is an example it is held six times."""
+
 _CHUNK_BYTES = 1 << 20
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
@@ -55,21 +57,24 @@ def name_last(file: DataFile) -> str:
     return file.name.rpartition("/")[2]
 
 
-def read_lines(file: DataFile) -> Iterator[tuple[int, str]]:
+def read_lines(file: DataFile, *, in_parts: bool = False) -> Generator[tuple[int, str]]:
     """Read lines of UTF-8 or marked UTF-16, split at line feeds alone, numbered from 1."""
+    # in_parts: a line of any length, in parts of some MiB that have a number each.
     number = 0
     try:
-        with file.open() as stream, closing(_split(_unpack(stream), file)) as lines:
+        with file.open() as stream, closing(_split(_unpack(stream), file, in_parts)) as lines:
+            decoder = codecs.getincrementaldecoder("utf-8-sig")()
             for number, line in enumerate(lines, 1):
-                if isinstance(line, str):
-                    yield number, line
-                elif len(line) > _MAX_LINE_BYTES:
+                text = line if isinstance(line, str) else ""
+                if isinstance(line, bytes) and len(line) <= MAX_TEXT_BYTES:
+                    text = decoder.decode(line, not in_parts and not line.endswith(b"\n"))
+                if len(line) > MAX_TEXT_BYTES or measure_text(text) > MAX_TEXT_BYTES:
                     raise SourceError(
-                        f"{name_last(file)!r} has more than {_MAX_LINE_BYTES:,} bytes in line "
+                        f"{name_last(file)!r} has more than {MAX_TEXT_BYTES:,} bytes in line "
                         f"{number}; write one row a line, and media to files of their own"
                     )
-                else:
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield number, text
+            decoder.decode(b"", final=True)
     except UnicodeError as error:
         place = f", byte {error.start + 1}" if isinstance(error, UnicodeDecodeError) else ""
         raise SourceError(
@@ -84,19 +89,29 @@ def read_lines(file: DataFile) -> Iterator[tuple[int, str]]:
         ) from None
 
 
-def read_text(file: DataFile) -> str:
+def read_text(file: DataFile, max_bytes: int = MAX_TEXT_BYTES) -> str:
     """Read a whole text file."""
-    lines: list[str] = []
-    num_characters = 0
-    for _, line in read_lines(file):
-        lines.append(line)
-        num_characters += len(line)
-        if num_characters > _MAX_DOCUMENT_CHARACTERS:
+    return join_text(read_lines(file, in_parts=True), file, max_bytes)
+
+
+def join_text(parts: Iterable[tuple[int, str]], file: DataFile, max_bytes: int) -> str:
+    """Join the parts of a text that is one example or document."""
+    found: list[str] = []
+    num_bytes = 0
+    for _, part in parts:
+        found.append(part)
+        num_bytes += measure_text(part)
+        if num_bytes > max_bytes:
             raise SourceError(
-                f"{name_last(file)!r} is one text of more than {_MAX_DOCUMENT_CHARACTERS:,} "
-                "characters; write JSON lines, which are read one by one"
+                f"{name_last(file)!r} is one text of more than {max_bytes:,} bytes; write JSON "
+                "lines, which are read one by one"
             )
-    return "".join(lines)
+    return "".join(found)
+
+
+def measure_text(text: str) -> int:
+    """Return the bytes that a text takes in memory: a wide character makes all of them wide."""
+    return sys.getsizeof(text) - sys.getsizeof("")
 
 
 def _unpack(stream: BinaryIO) -> BinaryIO:
@@ -115,7 +130,7 @@ def _unpack(stream: BinaryIO) -> BinaryIO:
     return stream
 
 
-def _split(stream: BinaryIO, file: DataFile) -> Generator[bytes | str]:
+def _split(stream: BinaryIO, file: DataFile, in_parts: bool) -> Generator[bytes | str]:  # noqa: FBT001
     head = cast("io.BufferedReader", stream).peek(4)[:4]
     if head[:2] in _UTF_16:
         decoder = codecs.getincrementaldecoder("utf-16")()
@@ -123,6 +138,9 @@ def _split(stream: BinaryIO, file: DataFile) -> Generator[bytes | str]:
         while chunk := stream.read(_CHUNK_BYTES):
             *lines, text = (text + decoder.decode(chunk)).split("\n")
             yield from (f"{line}\n" for line in lines)
+            if in_parts or measure_text(text) > MAX_TEXT_BYTES:
+                yield text
+                text = ""
         if text := text + decoder.decode(b"", final=True):
             yield text
     elif b"\0" in head:
@@ -131,4 +149,5 @@ def _split(stream: BinaryIO, file: DataFile) -> Generator[bytes | str]:
             "order mark and binary files do; save it as UTF-8"
         )
     else:
-        yield from iter(partial(stream.readline, _MAX_LINE_BYTES + 1), b"")
+        num_bytes = _CHUNK_BYTES if in_parts else MAX_TEXT_BYTES + 1
+        yield from iter(partial(stream.readline, num_bytes), b"")

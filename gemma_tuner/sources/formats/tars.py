@@ -43,6 +43,7 @@ each would download a part of each twice."""
 
 _TEXT_COLUMNS = {"txt": "text", "text": "text", "transcript": "transcript", "cls": "cls"}
 _MAX_TEXT_BYTES = 16 << 20
+_MAX_MEMBERS = 10_000  # of one sample
 _MAX_HEADER_BYTES = 1 << 20
 _MAX_PADDING_BYTES = 2 << 20  # tar pads to records, of 10 KiB or as the user says
 _COMPRESSIONS = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
@@ -105,7 +106,8 @@ class TarReader:
             for _, group in groupby(members, key=lambda item: item[0].key):
                 number += 1
                 try:
-                    row = self._make_row(list(group), file, f"{file.name}:{number}")
+                    members = _collect(group, f"{file.name}:{number}")
+                    row = self._make_row(members, file, f"{file.name}:{number}")
                 except DataError as error:
                     yield number, error
                 else:
@@ -190,6 +192,24 @@ class TarReader:
         for name in fields.keys() & row.keys():
             self.counts[f"json fields {name!r} not used beside a member of that name"] += 1
         return {"id": members[0][0].key} | fields | row
+
+
+def _collect(
+    group: Iterator[tuple[_Member, bytes | None]], origin: str
+) -> list[tuple[_Member, bytes | None]]:
+    """Take the members of one sample, of which neither the number nor the texts may go on."""
+    members: list[tuple[_Member, bytes | None]] = []
+    num_left = 2 * _MAX_TEXT_BYTES
+    for member, content in group:
+        num_left -= len(content or b"")
+        if num_left < 0 or len(members) == _MAX_MEMBERS:
+            raise DataError(
+                f"it has more than {_MAX_MEMBERS:,} members, or {2 * _MAX_TEXT_BYTES:,} bytes of "
+                "text; make several samples of it",
+                key=origin,
+            )
+        members.append((member, content))
+    return members
 
 
 def list_tar_columns(files: Sequence[DataFile]) -> list[str]:
