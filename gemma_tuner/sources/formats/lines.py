@@ -62,7 +62,10 @@ def read_lines(file: DataFile, *, in_parts: bool = False) -> Generator[tuple[int
     # in_parts: a line of any length, in parts of some MiB that have a number each.
     number = 0
     try:
-        with file.open() as stream, closing(_split(_unpack(stream), file, in_parts)) as lines:
+        with (
+            file.open() as stream,
+            closing(_split(_unpack(stream), file, in_parts=in_parts)) as lines,
+        ):
             decoder = codecs.getincrementaldecoder("utf-8-sig")()
             for number, line in enumerate(lines, 1):
                 text = line if isinstance(line, str) else ""
@@ -130,7 +133,7 @@ def _unpack(stream: BinaryIO) -> BinaryIO:
     return stream
 
 
-def _split(stream: BinaryIO, file: DataFile, in_parts: bool) -> Generator[bytes | str]:  # noqa: FBT001
+def _split(stream: BinaryIO, file: DataFile, *, in_parts: bool) -> Generator[bytes | str]:
     head = cast("io.BufferedReader", stream).peek(4)[:4]
     if head[:2] in _UTF_16:
         decoder = codecs.getincrementaldecoder("utf-16")()

@@ -106,8 +106,8 @@ class TarReader:
             for _, group in groupby(members, key=lambda item: item[0].key):
                 number += 1
                 try:
-                    members = _collect(group, f"{file.name}:{number}")
-                    row = self._make_row(members, file, f"{file.name}:{number}")
+                    origin = f"{file.name}:{number}"
+                    row = self._make_row(_collect(group, origin), file, origin)
                 except DataError as error:
                     yield number, error
                 else:
