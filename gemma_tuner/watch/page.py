@@ -16,7 +16,7 @@ from nicegui.events import GenericEventArguments
 
 from gemma_tuner.watch import charts
 from gemma_tuner.watch.charts import RUN_COLORS, Options
-from gemma_tuner.watch.details import Details
+from gemma_tuner.watch.details import SHOWN_SETTINGS, Details
 from gemma_tuner.watch.elements import Section, block, cell, heading, text
 from gemma_tuner.watch.run import Phase, Run, list_setting_differences
 from gemma_tuner.watch.sample_cards import SampleCards
@@ -119,7 +119,7 @@ class Page:
         return _Status(self._watched.phases[0], history.step, history.max_steps, warnings)
 
     def _read_notices(self) -> list[str]:
-        notices = [self._watched.problem] if self._watched.problem else []
+        notices = self._watched.problem.splitlines()
         notices += [
             f"{run.name} failed at step {run.history.step:,}. {run.history.failure}"
             for run in self._runs
@@ -130,11 +130,6 @@ class Page:
                 "The process that trained has ended, and so does this page: what you see stays, "
                 "but nothing new comes. `gemma-tuner watch` opens the run again."
             )
-        notices += [
-            f"{run.name}: {run.num_damaged:,} damaged lines of its files are passed over."
-            for run in self._runs
-            if run.num_damaged
-        ]
         if not any(run.history.step or run.history.held_out for run in self._runs):
             notices.append("Nothing is logged yet: the first record comes after the first step.")
         return notices
@@ -172,10 +167,12 @@ class Page:
                     for i, run in enumerate(self._runs):
                         with ui.element("th"):
                             _show_name(i, run.name)
-                for name, values in differences:
+                for name, values in differences[:SHOWN_SETTINGS]:
                     with ui.element("tr"):
                         for value in (name, *values):
                             cell(value)
+            if len(differences) > SHOWN_SETTINGS:
+                text(f"{len(differences) - SHOWN_SETTINGS:,} more differ.", "empty")
 
     # --- charts ------------------------------------------------------------------------------
 
