@@ -63,7 +63,8 @@ class Page:
         with block("page"):
             self._add(self._read_notices, _show_notices)
             if len(self._runs) == 1:
-                self._add(lambda: list_tiles(self._runs[0], watched.phases[0]), _show_tiles)
+                (run,) = self._runs
+                self._add(lambda: watched.make(list_tiles, run, watched.phases[0]), _show_tiles)
             else:
                 self._build_comparison()
             self._build_charts()
@@ -86,7 +87,7 @@ class Page:
         for section in self._sections:
             section.follow()
         for chart, draw in self._charts:
-            chart.props["options"] = draw(self._runs)
+            chart.props["options"] = self._watched.make(draw, self._runs)
         self._samples.follow()
         self._details.follow()
 
@@ -193,7 +194,7 @@ class Page:
     ) -> None:
         with block(f"card {size}"):
             heading(title, unit)
-            chart = ui.echart(draw(self._runs)).classes("chart")
+            chart = ui.echart(self._watched.make(draw, self._runs)).classes("chart")
         self._charts.append((chart, draw))
 
     # --- one run's details -------------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import psutil
 
 from gemma_tuner.watch.run import Phase, Run
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 GROWTH = 1.1
 """A chart with so many times the records it had looks different."""
@@ -29,6 +32,7 @@ class Watched:
         self.is_behind = False  # more of a log is there than was read
         self.version = 0  # grows when anything has changed
         self.has_parent_ended = False
+        self._made: dict[object, Any] = {}
         self._parent = _find_process(parent_pid)
         self._has_parent = parent_pid is not None
         self.refresh()
@@ -45,6 +49,13 @@ class Watched:
         self.phases = [run.find_phase() for run in self.runs]
         if has_changed or before != (self.phases, self.problem, self.has_parent_ended):
             self.version += 1
+            self._made = {}
+
+    def make(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What a function makes of all runs as they are, once for every page."""
+        if function not in self._made:
+            self._made[function] = function(*args, **kwargs)
+        return self._made[function]
 
 
 def _list_problems(runs: Sequence[Run]) -> Iterator[str]:

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -50,7 +49,7 @@ def write_run(folder):
 @pytest.fixture(scope="module")
 def page():
     """Shows a folder: the page's text, as a browser gets it before it runs anything."""
-    watched = SimpleNamespace(runs=[Run(module.Path("/nowhere"), "none")])
+    watched = Watched([])
     with TestClient(
         _build_app(watched, Guard("t", 80)),
         base_url="http://127.0.0.1",
