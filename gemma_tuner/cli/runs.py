@@ -33,7 +33,9 @@ def list_runs(
     """List the runs in a folder, the latest last."""
     from gemma_tuner.training.reporting.metrics import LOG_FILE
 
-    logs = sorted(folder.rglob(LOG_FILE), key=lambda log: log.stat().st_mtime)
+    logs = sorted(
+        filter(Path.is_file, folder.rglob(LOG_FILE)), key=lambda log: log.stat().st_mtime
+    )
     if not logs:
         raise ConfigError(
             f"there is no run in {folder.name!r}; give another folder, or begin one with "
@@ -54,12 +56,11 @@ def show(
 ) -> None:
     """Show a run: its settings, its losses, what happened."""
     from gemma_tuner.display import show_memory
-    from gemma_tuner.watch.run import read_settings
     from gemma_tuner.watch.units import show_count, show_loss
 
     (opened,) = _open([run])
     _print_table([_summarise(opened, run)])
-    settings = read_settings(run) or opened.settings
+    settings = opened.saved_settings or opened.settings
     width = max(map(len, settings), default=0)
     for name, value in settings.items():
         say(quote_line(f"  {name:<{width}}  {value}"))
@@ -118,6 +119,8 @@ def _open(folders: list[Path]) -> list[Run]:
     runs = open_runs(folders)
     for run in runs:
         run.refresh()
+        for problem in run.problems.values():
+            say(f"{run.name}: {problem}")
     return runs
 
 

@@ -16,6 +16,7 @@ from gemma_tuner.watch.run import Run, show_setting
 
 SHOWN_EVENTS = 100
 SHOWN_BAD = 50
+SHOWN_SETTINGS = 300
 SMALL_SHARE = 0.02
 """Parts of the plan below this share of its bar are drawn as one."""
 
@@ -59,9 +60,7 @@ class Details:
         return history.plan, measured if is_known else None, history.device == "cpu"
 
     def _read_quarantine(self) -> tuple[list[BadExample], int]:
-        counts = self._run.history.last.get("counts")
-        passed_over = counts.get("passed_over", 0) if isinstance(counts, dict) else 0
-        return list(self._run.quarantine), passed_over
+        return list(self._run.quarantine), self._run.history.counts.get("passed_over", 0)
 
     def _read_settings(self) -> list[tuple[str, str]]:
         return [(name, show_setting(value)) for name, value in self._run.settings.items()]
@@ -136,7 +135,7 @@ def _show_quarantine(content: tuple[list[BadExample], int]) -> None:
         )
         return
     stages = Counter(example.stage for example in bad)
-    text(" · ".join(f"{stage}: {count:,}" for stage, count in stages.most_common()), "quiet")
+    text(" · ".join(f"{stage}: {count:,}" for stage, count in stages.most_common(10)), "quiet")
     with block("events"):
         for example in bad[: -SHOWN_BAD - 1 : -1]:
             with block("event"):
@@ -152,7 +151,9 @@ def _show_settings(settings: list[tuple[str, str]]) -> None:
         text("The log does not hold the run's settings.", "empty")
         return
     with block("settings"):
-        for name, value in settings:
+        for name, value in settings[:SHOWN_SETTINGS]:
             with block("setting"):
                 text(name, "quiet")
                 text(value)
+    if len(settings) > SHOWN_SETTINGS:
+        text(f"{len(settings) - SHOWN_SETTINGS:,} more are in the run's files.", "empty")

@@ -7,6 +7,8 @@ from typing import Generic, TypeVar
 
 from nicegui import ui
 
+SHOWN_CHARACTERS = 4000
+
 T = TypeVar("T")
 
 
@@ -16,8 +18,11 @@ def block(classes: str = "") -> ui.element:
 
 
 def text(content: str, classes: str = "") -> ui.label:
-    """Show text as it is; tags in it stay text."""
-    return ui.label(content).classes(classes)
+    """Show text as it is, tags in it too; of one too long for a page the beginning."""
+    if (num_more := len(content) - SHOWN_CHARACTERS) > 0:
+        content = f"{content[:SHOWN_CHARACTERS]} … ({num_more:,} more characters)"
+    # Half a pair of UTF-16, as JSON and YAML can spell one, cannot be sent.
+    return ui.label(content.encode("utf-8", "replace").decode()).classes(classes)
 
 
 def cell(content: str, *, tag: str = "td") -> ui.element:

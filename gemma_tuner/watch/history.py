@@ -57,6 +57,7 @@ _UNLISTED = ("training", "evaluating", "sampling", "watch")
 
 _STEP = b'{"kind": "step", '  # how JsonlLog begins the line of a step
 _MANY_LINES = 100
+_ENDLESS = 2.0**1000
 _NUMBERS = [(name, pa.float64()) for name in COLUMNS]
 _READING = pa_json.ReadOptions(block_size=1 << 18)  # for each core a part of what is read
 _PARSING = pa_json.ParseOptions(
@@ -119,6 +120,11 @@ class History:
         """Optimizer steps done, as far as is known."""
         newest = self.held_out[-1].step if self.held_out else 0
         return max(self._steps[-1], newest) if self._steps else newest
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """What was cut, split or passed over up to the newest step."""
+        return {name: whole(count) for name, count in _mapping(self.last.get("counts")).items()}
 
     @property
     def failure(self) -> str:
@@ -186,7 +192,7 @@ class History:
             found = table[name].to_numpy().astype(np.float64)  # null is NaN
             of_device = device.field(name).to_numpy(zero_copy_only=False).astype(np.float64)
             found = np.where(np.isnan(found), of_device, found)
-            column.frombytes(np.where(np.isfinite(found), found, np.nan).tobytes())
+            column.frombytes(np.where(np.abs(found) < _ENDLESS, found, np.nan).tobytes())
 
     def _add_step(self, record: Mapping[str, Any]) -> None:
         device = _mapping(record.get("device"))
@@ -209,7 +215,7 @@ class History:
         elif name == "plan":
             parts = _mapping(record.get("parts"))
             self.plan = MemoryPlan(
-                parts={str(part): whole(held) for part, held in parts.items()},
+                parts={str(part)[:80]: whole(held) for part, held in parts.items()},
                 peak_bytes=whole(record.get("peak_bytes")),
                 budget_bytes=whole(record.get("budget_bytes")),
                 summary=str(record.get("summary", "")),
@@ -246,10 +252,10 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 def number(value: object) -> float:
     """A JSON value as a float; NaN where it is no finite number."""
-    if type(value) is float:
-        return value if math.isfinite(value) else math.nan
-    # JSON has whole numbers of any size.
-    return float(value) if type(value) is int and abs(value) < 2**1000 else math.nan
+    # JSON has whole numbers of any size; a little room below infinity is for sums and shares.
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _ENDLESS:
+        return float(value)
+    return math.nan
 
 
 def whole(value: object) -> int:

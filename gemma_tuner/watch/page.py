@@ -16,7 +16,7 @@ from nicegui.events import GenericEventArguments
 
 from gemma_tuner.watch import charts
 from gemma_tuner.watch.charts import RUN_COLORS, Options
-from gemma_tuner.watch.details import Details
+from gemma_tuner.watch.details import SHOWN_SETTINGS, Details
 from gemma_tuner.watch.elements import Section, block, cell, heading, text
 from gemma_tuner.watch.run import Phase, Run, list_setting_differences
 from gemma_tuner.watch.sample_cards import SampleCards
@@ -63,7 +63,8 @@ class Page:
         with block("page"):
             self._add(self._read_notices, _show_notices)
             if len(self._runs) == 1:
-                self._add(lambda: list_tiles(self._runs[0], watched.phases[0]), _show_tiles)
+                (run,) = self._runs
+                self._add(lambda: watched.make(list_tiles, run, watched.phases[0]), _show_tiles)
             else:
                 self._build_comparison()
             self._build_charts()
@@ -86,7 +87,7 @@ class Page:
         for section in self._sections:
             section.follow()
         for chart, draw in self._charts:
-            chart.props["options"] = draw(self._runs)
+            chart.props["options"] = self._watched.make(draw, self._runs)
         self._samples.follow()
         self._details.follow()
 
@@ -119,7 +120,7 @@ class Page:
         return _Status(self._watched.phases[0], history.step, history.max_steps, warnings)
 
     def _read_notices(self) -> list[str]:
-        notices = [self._watched.problem] if self._watched.problem else []
+        notices = self._watched.problem.splitlines()
         notices += [
             f"{run.name} failed at step {run.history.step:,}. {run.history.failure}"
             for run in self._runs
@@ -130,11 +131,6 @@ class Page:
                 "The process that trained has ended, and so does this page: what you see stays, "
                 "but nothing new comes. `gemma-tuner watch` opens the run again."
             )
-        notices += [
-            f"{run.name}: {run.num_damaged:,} damaged lines of its files are passed over."
-            for run in self._runs
-            if run.num_damaged
-        ]
         if not any(run.history.step or run.history.held_out for run in self._runs):
             notices.append("Nothing is logged yet: the first record comes after the first step.")
         return notices
@@ -172,10 +168,12 @@ class Page:
                     for i, run in enumerate(self._runs):
                         with ui.element("th"):
                             _show_name(i, run.name)
-                for name, values in differences:
+                for name, values in differences[:SHOWN_SETTINGS]:
                     with ui.element("tr"):
                         for value in (name, *values):
                             cell(value)
+            if len(differences) > SHOWN_SETTINGS:
+                text(f"{len(differences) - SHOWN_SETTINGS:,} more differ.", "empty")
 
     # --- charts ------------------------------------------------------------------------------
 
@@ -196,7 +194,7 @@ class Page:
     ) -> None:
         with block(f"card {size}"):
             heading(title, unit)
-            chart = ui.echart(draw(self._runs)).classes("chart")
+            chart = ui.echart(self._watched.make(draw, self._runs)).classes("chart")
         self._charts.append((chart, draw))
 
     # --- one run's details -------------------------------------------------------------------

@@ -11,7 +11,8 @@ from gemma_tuner.watch.elements import Section, block, heading, text
 from gemma_tuner.watch.run import Run
 from gemma_tuner.watch.samples import MEDIA_TYPES, Sample
 
-SHOWN_CHARACTERS = 2000
+SHOWN_MEDIA = 16
+SHOWN_TOKENS = 1000
 SHOWN_SAMPLES = 24
 """Samples of one step on the page; those beyond are counted."""
 
@@ -90,20 +91,22 @@ class SampleCards:
 def _show_sample(sample: Sample, index: int) -> None:
     with block("sample-asked"):
         text(sample.key, "sample-key")
-        for name in sample.media:
+        for name in sample.media[:SHOWN_MEDIA]:
             _show_media(name, index)
-        text(_shorten(sample.prompt), "sample-prompt")
+        if len(sample.media) > SHOWN_MEDIA:
+            text(f"{len(sample.media) - SHOWN_MEDIA:,} more files", "quiet")
+        text(sample.prompt, "sample-prompt")
     with block("sample-answers"):
         text("model", "sample-who")
-        text(_shorten(sample.prediction) or "(an empty answer)", "sample-prediction")
+        text(sample.prediction or "(an empty answer)", "sample-prediction")
         text("reference", "sample-who")
-        text(_shorten(sample.reference), "sample-reference")
+        text(sample.reference, "sample-reference")
         if sample.tokens:
             _show_confidence(sample)
 
 
 def _show_media(name: str, index: int) -> None:
-    kind = MEDIA_TYPES.get(PurePath(name).suffix.lower(), "")
+    kind = MEDIA_TYPES.get(PurePath(name).suffix.lower(), "") if len(name) < 256 else ""
     address = f"/media/{index}/{quote(name, safe='')}"
     if kind.startswith("image/"):
         image = ui.element("img").classes("sample-image")
@@ -121,19 +124,14 @@ def _show_confidence(sample: Sample) -> None:
         text("confidence, token by token")
         text(f"mean {sample.confidence or 0:.1%}", "figure")
     with block("tokens"):
-        for token, probability in sample.tokens:
+        for token, probability in sample.tokens[:SHOWN_TOKENS]:
             element = text(token.replace("\n", "⏎") or "∅", "token")
             element.style(f"background: {confidence_color(probability)}")
             element.props["title"] = f"{probability:.1%}"
+        if len(sample.tokens) > SHOWN_TOKENS:
+            text(f" … {len(sample.tokens) - SHOWN_TOKENS:,} more tokens", "quiet")
 
 
 def confidence_color(probability: float) -> str:
     """The colour of a probability: from red over yellow to green, readable on light and dark."""
     return f"hsl({130 * probability:.0f} 65% 50% / {0.42 - 0.14 * probability:.2f})"
-
-
-def _shorten(content: str) -> str:
-    """Cut a text that is too long for a card, and say so."""
-    if len(content) <= SHOWN_CHARACTERS:
-        return content
-    return f"{content[:SHOWN_CHARACTERS]} … ({len(content) - SHOWN_CHARACTERS:,} more characters)"

@@ -18,8 +18,8 @@ from fastapi.responses import FileResponse, PlainTextResponse, Response
 from nicegui import app as pages
 from nicegui import ui
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.training.reporting.page import write_address
@@ -35,8 +35,11 @@ PARENT_GRACE_SECONDS = 5.0
 RECONNECT_SECONDS = 60.0
 """A page that was out of reach for less goes on where it was; it is asked every 48 s."""
 
+REQUEST_SECONDS = 10.0
+"""A connection on which no whole request comes in this time is closed; others need its place."""
+
 HOST = "127.0.0.1"
-NAMES = (HOST, "localhost")
+NAMES = (HOST, "localhost", "[::1]")
 """Names by which a browser may call this server. A page elsewhere can let its own name lead to
 127.0.0.1, but cannot call itself one of these."""
 
@@ -69,8 +72,10 @@ def serve(
     token = token or secrets.token_urlsafe()
     port = listener.getsockname()[1]
     config = uvicorn.Config(
-        _build_app(watched, Guard(token, f"gemma_tuner_{port}")),
+        _build_app(watched, Guard(token, port)),
+        http=_Connection,
         log_level="error",
+        ws_max_size=1 << 20,
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=1,
     )
@@ -78,6 +83,9 @@ def serve(
 
     async def follow() -> None:
         watched.refresh()
+        while watched.is_behind:
+            await asyncio.sleep(0.01)  # others' turn
+            watched.refresh()
         if watched.has_parent_ended:
             await asyncio.sleep(PARENT_GRACE_SECONDS)
             server.should_exit = True
@@ -130,7 +138,6 @@ def _build_app(watched: Watched, guard: Guard) -> FastAPI:
         favicon="◭",
     )
     app.add_middleware(OwnPages, guard=guard)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=NAMES, www_redirect=False)
     return app
 
 
@@ -139,7 +146,17 @@ class Guard:
     """Who may read the page: whoever has its address, and then the browser that came with it."""
 
     token: str
-    cookie: str  # its name: cookies do not know ports
+    port: int
+
+    @property
+    def cookie(self) -> str:
+        """The cookie's name: cookies do not know ports."""
+        return f"gemma_tuner_{self.port}"
+
+    @property
+    def hosts(self) -> list[str]:
+        """What a browser may call this server; it leaves port 80 out."""
+        return [*(f"{name}:{self.port}" for name in NAMES), *(NAMES if self.port == 80 else ())]
 
     def admits(self, scope: Scope) -> bool:
         """Whether a request has the token, in its address or in a cookie."""
@@ -150,6 +167,18 @@ class Guard:
         if self.cookie in cookies:
             given.append(cookies[self.cookie].value)
         return any(hmac.compare_digest(each.encode(), self.token.encode()) for each in given)
+
+
+class _Connection(H11Protocol):
+    # Its parser, unlike others, bounds the head of a request, to 64 kB.
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(REQUEST_SECONDS, self._close_if_silent)
+
+    def _close_if_silent(self) -> None:
+        if self.cycle is None and self in self.connections:  # and no WebSocket by now
+            self.transport.close()
 
 
 class OwnPages:
@@ -169,17 +198,19 @@ class OwnPages:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        if not self._guard.admits(scope):
-            refusal = PlainTextResponse(
+        host, origin = headers.get("host"), headers.get("origin")
+        reason = ""
+        if host not in self._guard.hosts:
+            reason = f"open this page as {HOST}:{self._guard.port}, through a tunnel too"
+        elif not self._guard.admits(scope):
+            reason = (
                 "give the page's whole address, with its token; it was printed where the page was "
-                "started",
-                status_code=403,
+                "started"
             )
-            await refusal(scope, receive, send)
-            return
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host"):
-            refusal = PlainTextResponse("another site's page", status_code=403)
+        elif origin is not None and urlsplit(origin).netloc != host:
+            reason = "another site's page"
+        if reason:
+            refusal = PlainTextResponse(reason, 403, {"connection": "close"})
             await refusal(scope, receive, send)
             return
 

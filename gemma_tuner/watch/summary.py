@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
 
 from gemma_tuner.display import show_memory
+from gemma_tuner.watch.history import number
 from gemma_tuner.watch.run import Phase, Run
 from gemma_tuner.watch.thinning import smooth
 from gemma_tuner.watch.units import show_count, show_loss, show_seconds, show_share
@@ -110,8 +112,7 @@ def _describe_plan(run: Run) -> str:
 
 
 def _describe_progress(run: Run) -> str:
-    epoch, counts = run.history.last.get("epoch"), run.history.last.get("counts")
-    parts = [f"{epoch:.2f} epochs"] if isinstance(epoch, int | float) else []
-    if isinstance(counts, dict):
-        parts += [f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if n]
+    epoch = number(run.history.last.get("epoch"))
+    parts = [f"{epoch:.2f} epochs"] if math.isfinite(epoch) else []
+    parts += [f"{n:,} {name.replace('_', ' ')}" for name, n in run.history.counts.items() if n]
     return " · ".join(parts)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import psutil
 
-from gemma_tuner.errors import SourceError
 from gemma_tuner.watch.run import Phase, Run
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 GROWTH = 1.1
 """A chart with so many times the records it had looks different."""
+
+SLICE_SECONDS = 0.1
+"""So long may reading a log keep a page from answering."""
 
 LONGEST_SECONDS = 30.0
 """After so long, whatever is new is drawn; that takes a browser some 0.1 s."""
@@ -23,9 +28,11 @@ class Watched:
     def __init__(self, runs: Sequence[Run], parent_pid: int | None = None) -> None:
         self.runs = list(runs)
         self.phases = [Phase("waiting")] * len(runs)
-        self.problem = ""  # why a file cannot be read now
+        self.problem = ""  # why files cannot be read now, a line each
+        self.is_behind = False  # more of a log is there than was read
         self.version = 0  # grows when anything has changed
         self.has_parent_ended = False
+        self._made: dict[object, Any] = {}
         self._parent = _find_process(parent_pid)
         self._has_parent = parent_pid is not None
         self.refresh()
@@ -36,15 +43,31 @@ class Watched:
         # Before the files are read, so that its last lines are among them.
         if self._has_parent and not _is_alive(self._parent):
             self.has_parent_ended = True
-        try:
-            has_changed = any([run.refresh() for run in self.runs])  # noqa: C419 - all of them
-            self.problem = ""
-        except SourceError as error:
-            has_changed = True  # what could be read before
-            self.problem = str(error)
+        has_changed = any([run.refresh(SLICE_SECONDS) for run in self.runs])  # noqa: C419 - all of them
+        self.is_behind = any(run.share_read < 1 for run in self.runs)
+        self.problem = "\n".join(_list_problems(self.runs))
         self.phases = [run.find_phase() for run in self.runs]
         if has_changed or before != (self.phases, self.problem, self.has_parent_ended):
             self.version += 1
+            self._made = {}
+
+    def make(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """What a function makes of all runs as they are, once for every page."""
+        if function not in self._made:
+            self._made[function] = function(*args, **kwargs)
+        return self._made[function]
+
+
+def _list_problems(runs: Sequence[Run]) -> Iterator[str]:
+    for run in runs:
+        yield from (f"{run.name}: {problem}" for problem in run.problems.values())
+        if run.share_read < 1:
+            yield (
+                f"{run.name}: {run.share_read:.0%} of its log are read; until all is, curves and "
+                "figures are of samples of it."
+            )
+        if run.num_damaged:
+            yield f"{run.name}: {run.num_damaged:,} damaged lines of its files are passed over."
 
 
 def _find_process(pid: int | None) -> psutil.Process | None:

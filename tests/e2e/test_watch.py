@@ -1,11 +1,15 @@
 """The watch page for real: its server, and the page in a headless browser."""
 
+import contextlib
+import http.client
 import json
+import socket
 import subprocess
 import sys
 import textwrap
 import time
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -146,14 +150,21 @@ def test_it_listens_on_loopback_alone_and_to_its_own_pages_alone(finished):
         policy = httpx.get(url).headers["content-security-policy"]
         assert policy.startswith("default-src 'self';")
         # A page elsewhere whose name has come to lead to 127.0.0.1.
-        for host in (f"evil.example:{port}", "evil.example", "127.0.0.1.evil.example", ""):
-            assert httpx.get(url, headers={"Host": host}).status_code == 400, host
+        evil = (f"evil.example:{port}", "evil.example", "127.0.0.1.evil.example", "", "localhost")
+        for host in (
+            *evil,
+            "127.0.0.1:1",
+            f"127.0.0.1:{port}.evil.example",
+            f"a@127.0.0.1:{port}",
+        ):
+            assert httpx.get(url, headers={"Host": host}).status_code == 403, host
+        assert httpx.get(url, headers={"Host": f"[::1]:{port}"}).status_code == 200
         # A page elsewhere that asks for it by its own name.
         for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
             assert httpx.get(url, headers={"Origin": origin}).status_code == 403, origin
-        socket = f"ws://127.0.0.1:{port}/_nicegui_ws/socket.io/?EIO=4&transport=websocket"
+        address = f"ws://127.0.0.1:{port}/_nicegui_ws/socket.io/?EIO=4&transport=websocket"
         cookie = {"Cookie": f"gemma_tuner_{port}={token}"}
-        with connect(socket, origin=home, additional_headers=cookie):
+        with connect(address, origin=home, additional_headers=cookie):
             pass
         for headers in (
             *({"origin": "http://evil.example"}, {"origin": "null"}),
@@ -161,7 +172,7 @@ def test_it_listens_on_loopback_alone_and_to_its_own_pages_alone(finished):
         ):
             with (
                 pytest.raises(InvalidStatus),
-                connect(socket, **{"additional_headers": cookie, **headers}),
+                connect(address, **{"additional_headers": cookie, **headers}),
             ):
                 pass
 
@@ -239,6 +250,47 @@ def test_only_who_has_the_token_reads_a_run(finished):
             assert "HttpOnly" in cookie
             assert "SameSite=Strict" in cookie
             assert client.get(f"{home}/media/0/001-1.png").status_code == 200
+
+
+def test_many_readers_get_their_pages_beside_those_who_only_hold_the_line(finished):
+    picture = (finished / "samples" / "001-1.png").read_bytes()
+    with serve(finished) as (url, server), ExitStack() as lines:
+        home, _, token = url.partition("/?token=")
+        port = int(home.rpartition(":")[2])
+        process = psutil.Process(server.pid)
+        held_bytes = process.memory_info().rss
+        silent = [
+            lines.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(100)
+        ]
+        for i, line in enumerate(silent):
+            line.settimeout(60)
+            line.sendall((b"", b"GET / HTT", b"GET / HTTP/1.1\r\nHost: x\r\nA: ")[i % 3])
+        endless = lines.enter_context(socket.create_connection(("127.0.0.1", port)))
+        with contextlib.suppress(ConnectionError):  # it is refused, as no head is so long
+            endless.sendall(b"x" * 2**26)
+
+        def read(number):
+            cookie = {"Cookie": f"gemma_tuner_{port}={token}"}
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            for path in ("/", "/media/0/001-1.png"):
+                connection.request("GET", path, headers=cookie if number % 5 else {})
+                found = connection.getresponse()
+                content = found.read()
+                assert found.status == (200 if number % 5 else 403)
+                if number % 5:
+                    assert (b"step 4 of 4" in content) if path == "/" else content == picture
+            connection.close()
+            return True
+
+        began = time.monotonic()
+        with ThreadPoolExecutor(50) as readers:
+            assert all(readers.map(read, range(200)))
+        assert time.monotonic() - began < 60
+        assert process.num_threads() < 64
+        assert process.memory_info().rss - held_bytes < 200e6
+        # Whoever says nothing loses the line.
+        assert [line.recv(1000) for line in silent] == [b""] * 100
+        assert answers(url)
 
 
 def test_a_run_opens_its_page(tmp_path, caplog):
