@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 import types
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -15,7 +16,9 @@ from gemma_tuner.habits import find_meaning
 
 T = TypeVar("T")
 
+_LARGEST = sys.float_info.max  # a whole number may be larger
 _LONGEST_SHOWN = 200
+_LONGEST_BITS = 8192  # Python writes no number out of more than 4,300 digits
 IS = "{name} is {value}; it must be {allowed}"
 MUST_BE = "{name} must be {allowed}; got {value} ({kind})"
 
@@ -54,7 +57,8 @@ def check_value(name: str, value: object, hint: Any, **limits: float) -> None:
 def refuse(name: str, value: object, allowed: str, form: str = IS) -> ConfigError:
     """Make the error that says what a setting may be."""
     kind = type(value).__name__
-    shown = repr(value)
+    is_endless = isinstance(value, int) and value.bit_length() > _LONGEST_BITS
+    shown = "a number of thousands of digits" if is_endless else repr(value)
     is_plain = isinstance(value, str | int | float)
     if not is_plain and (len(shown) > _LONGEST_SHOWN or "\n" in shown):  # a model, say
         shown = f"a {kind}"
@@ -145,7 +149,7 @@ def _accepts(kind: Any, value: object, limits: Mapping[str, float]) -> bool:
     if kind is int:
         return is_whole_number(value) and _is_within(value, limits)
     if kind is float:
-        return is_number(value) and -math.inf < value < math.inf and _is_within(value, limits)
+        return is_number(value) and abs(value) <= _LARGEST and _is_within(value, limits)
     if get_origin(kind):  # of sequences, what takes them knows more
         return True
     return isinstance(value, kind) and value != ""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gemma_tuner.checks import check_path
-from gemma_tuner.errors import CheckpointError
+from gemma_tuner.errors import MALFORMED, CheckpointError
 from gemma_tuner.models.grids import PACKED, Grid, Packed, read_grids
 from gemma_tuner.models.packed import list_parts
 
@@ -160,7 +160,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of a checkpoint."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, *MALFORMED) as error:
         raise CheckpointError(
             f"{path.parent.resolve().name} has no readable {path.name} "
             f"({type(error).__name__}); download the checkpoint again, or give its folder"
@@ -198,6 +198,8 @@ def list_stored(folder: Path) -> dict[str, StoredTensor]:
     name = folder.resolve().name
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map", {})
+        if not _is_index(weight_map):
+            raise CheckpointError(f"{INDEX} of {name} is damaged; download the checkpoint again")
         files = sorted(set(weight_map.values()))
     else:
         weight_map = {}
@@ -218,6 +220,13 @@ def list_stored(folder: Path) -> dict[str, StoredTensor]:
             "download the checkpoint again"
         )
     return tensors
+
+
+def _is_index(weight_map: Any) -> bool:
+    """Whether an index names a file for each tensor, all of them in its own folder."""
+    return isinstance(weight_map, dict) and all(
+        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+    )
 
 
 def list_file(path: Path) -> dict[str, StoredTensor]:

@@ -39,6 +39,7 @@ _DECODER_ERRORS = (
     SyntaxError,
     ValueError,
     TypeError,
+    AssertionError,
     AttributeError,
     LookupError,
     ArithmeticError,

@@ -110,3 +110,11 @@ def test_what_was_meant_is_suggested():
     assert suggest("grlil", ["bake", "grill"]) == " (did you mean 'grill'?)"
     assert suggest("grlil", ["bake", "grill"], "or {}?") == "or grill?"
     assert suggest("zzz", ["bake", "grill"]) == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("warmup_steps", -(16**4000)), ("epsilon", 10**400)], ids=["long", "large"]
+)
+def test_numbers_beyond_floats_and_beyond_what_python_writes_are_refused(name, value):
+    with pytest.raises(ConfigError, match=f"^{name} must be .*; got (a number of thousands|1000)"):
+        TrainConfig(max_steps=1, **{name: value})
