@@ -18,7 +18,6 @@ T = TypeVar("T")
 
 _LARGEST = sys.float_info.max  # a whole number may be larger
 _LONGEST_SHOWN = 200
-_LONGEST_BITS = 8192  # Python writes no number out of more than 4,300 digits
 IS = "{name} is {value}; it must be {allowed}"
 MUST_BE = "{name} must be {allowed}; got {value} ({kind})"
 
@@ -57,8 +56,7 @@ def check_value(name: str, value: object, hint: Any, **limits: float) -> None:
 def refuse(name: str, value: object, allowed: str, form: str = IS) -> ConfigError:
     """Make the error that says what a setting may be."""
     kind = type(value).__name__
-    is_endless = isinstance(value, int) and value.bit_length() > _LONGEST_BITS
-    shown = "a number of thousands of digits" if is_endless else repr(value)
+    shown = repr(value)
     is_plain = isinstance(value, str | int | float)
     if not is_plain and (len(shown) > _LONGEST_SHOWN or "\n" in shown):  # a model, say
         shown = f"a {kind}"

@@ -74,6 +74,7 @@ def parse_file(path: Path) -> Mapping[Any, Any]:
         loader = yaml.SafeLoader(text)
         nodes = loader.get_single_node()
         content = None if nodes is None else loader.construct_document(nodes)
+        repr(content)  # which no number of thousands of digits has
     except OSError as error:
         raise ConfigError(
             f"the settings file {path.name!r} cannot be read ({error.strerror}); give the path of "
@@ -93,7 +94,7 @@ def parse_file(path: Path) -> Mapping[Any, Any]:
             f"the settings file {path.name!r} is neither YAML nor JSON{place}: "
             f"{getattr(error, 'problem', None) or type(error).__name__}"
         ) from None
-    if not isinstance(content, Mapping):
+    if nodes is None or not isinstance(content, Mapping):
         raise ConfigError(
             f"the settings file {path.name!r} holds {_name_type(content)}; it must be a mapping, "
             "a line for each setting, such as `learning_rate: 2e-4`"

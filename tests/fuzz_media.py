@@ -23,7 +23,14 @@ from gemma_tuner.cli.settings import RunSettings
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.weights import list_tensors
 from gemma_tuner.media.audio import decode_audio
-from gemma_tuner.models.adapter_files import CONFIG, FINGERPRINT, TEMPLATE, WEIGHTS, save_adapter
+from gemma_tuner.models.adapter_files import (
+    CONFIG,
+    FINGERPRINT,
+    TEMPLATE,
+    WEIGHTS,
+    hash_text,
+    save_adapter,
+)
 from gemma_tuner.models.embeddings import MappedEmbedding
 from gemma_tuner.models.loading import _explained
 from gemma_tuner.records import Example, Image, Text, Turn
@@ -393,6 +400,15 @@ _ODD = (
 )
 
 
+TEMPLATES = (
+    "{% for a in range(10**9) %}x{% endfor %}",
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    *("{{ messages.__class__ }}", "{{ 1 / 0 }}", "{% include '/etc/passwd' %}", "{{", ""),
+)
+
+
 def _write_adapter(rng, folder):
     files = dict(_adapter())
     match rng.randrange(5):
@@ -440,6 +456,11 @@ def _write_adapter(rng, folder):
             else:
                 header["__metadata__"] = rng.choice(_ODD)
             files[WEIGHTS] = make_safetensors(header, files[WEIGHTS][8 + size :])
+    if not rng.randrange(40):
+        known = json.loads(files[FINGERPRINT])
+        template = rng.choice(TEMPLATES)
+        known["collator"]["chat_template_sha256"] = hash_text(template)
+        files |= {TEMPLATE: template.encode(), FINGERPRINT: json.dumps(known).encode()}
     for name, content in files.items():
         if rng.randrange(100):
             _write(folder, name, content)

@@ -47,7 +47,7 @@ def _silence(kind, rate_hz, seconds, channels=1, **options):
 
 
 IMAGES = {
-    "900 million pixels": lambda: _png(30_000, 30_000, colour=2),
+    "900 million pixels": lambda: make_png(30_000, 30_000),
     "a line of 20 million": lambda: _png(1, 20_000_000, colour=0),
     "a wide strip": lambda: _png(65_535, 1300, colour=2),
     "a tall strip": lambda: _png(4, 65_535, colour=2),
@@ -66,10 +66,10 @@ SOUNDS = {
     "an hour of six channels": lambda: _silence("FLAC", 48_000, 3600, 6),
     "an hour of MP3": lambda: _silence("MP3", 48_000, 3600),
     "an hour of Opus": lambda: _silence("OGG", 48_000, 3600, subtype="OPUS"),
-    "frames that are claimed": lambda: make_wav(claimed=2**32 - 2),
+    "frames that are claimed": lambda: make_wav(claimed=2**31),
     "a rate of 4 GHz": lambda: make_wav(2**32 - 1),
     "65,535 channels": lambda: make_wav(channels=65_535, data=bytes(131_070 * 20)),
-    "an odd rate": lambda: make_wav(767_999, data=bytes(2 * 767_999)),
+    "a rate below the model's that shares no factor with it": lambda: make_wav(1999),
 }
 CASES = {
     **{f"image: {name}": (make, read_image) for name, make in IMAGES.items()},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +205,8 @@ def list_stored(folder: Path) -> dict[str, StoredTensor]:
     else:
         weight_map = {}
         files = ["model.safetensors"]
-    absent = [file for file in files if not (folder / file).is_file()]
+    # Path's would raise where a name is too long.
+    absent = [file for file in files if not os.path.isfile(folder / file)]  # noqa: PTH113
     if absent:
         raise CheckpointError(
             f"{name} lacks {len(absent)} of {len(files)} weight files ({', '.join(absent[:5])}); "

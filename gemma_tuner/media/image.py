@@ -40,6 +40,7 @@ _DECODER_ERRORS = (
     ValueError,
     TypeError,
     AssertionError,
+    MemoryError,
     AttributeError,
     LookupError,
     ArithmeticError,

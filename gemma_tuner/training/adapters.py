@@ -171,7 +171,7 @@ def load_adapter(
             raise CheckpointError(f"{what} has a rank in {CONFIG} that its weights do not have")
         config = _choose_config(model, settings, saved, is_renamed=here.keys() != saved.keys())
         wrapped = wrap_peft(model, config)
-    except (ImportError, RuntimeError, re.error, *MALFORMED) as error:
+    except (ImportError, NotImplementedError, re.error, *MALFORMED) as error:
         raise CheckpointError(
             f"{what} has settings ({CONFIG}) that PEFT cannot use here ({type(error).__name__}); "
             "save it again with the PEFT that made it, and load the model again"

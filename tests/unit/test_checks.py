@@ -112,9 +112,6 @@ def test_what_was_meant_is_suggested():
     assert suggest("zzz", ["bake", "grill"]) == ""
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("warmup_steps", -(16**4000)), ("epsilon", 10**400)], ids=["long", "large"]
-)
-def test_numbers_beyond_floats_and_beyond_what_python_writes_are_refused(name, value):
-    with pytest.raises(ConfigError, match=f"^{name} must be .*; got (a number of thousands|1000)"):
-        TrainConfig(max_steps=1, **{name: value})
+def test_a_whole_number_beyond_all_floats_is_no_float():
+    with pytest.raises(ConfigError, match="^epsilon must be a finite number above 0; got 1000"):
+        TrainConfig(max_steps=1, epsilon=10**400)

@@ -53,6 +53,8 @@ def test_json_and_dashes_are_read(tmp_path):
         ("data: " + "[" * 100_000, "nested too deeply"),
         ("data:\n" + "- " * 9000, "nested too deeply"),
         ("max_tokens: !!bool x", "a value that YAML cannot read"),
+        ("optimizer: 0x" + "f" * 4000, "a value that YAML cannot read"),
+        ("lora_parameters: {scale: 0x" + "f" * 400 + "}", "is not as mlx-lm writes it"),
         ("max_tokens: !!timestamp x", "a value that YAML cannot read"),
         ("data: 2026-13-45", "a value that YAML cannot read"),
         ("data: " + "9" * 5000, "a value that YAML cannot read"),
