@@ -6,6 +6,8 @@ ids by the family's turn markers. Axis: ``T`` tokens of one row.
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ from gemma_tuner.collators.refusals import (
     reasoning_of,
 )
 from gemma_tuner.collators.settings import TrainOn
-from gemma_tuner.errors import DataError
+from gemma_tuner.errors import CheckpointError, DataError
 from gemma_tuner.modalities import kind_of
 from gemma_tuner.models.families import tokenizer_of
 from gemma_tuner.records import Example, Text, Turn
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from gemma_tuner.models.families import Family
+
+
+_TEMPLATE_SECONDS = 5  # it takes milliseconds
 
 
 def render_prompt(
@@ -95,6 +100,30 @@ def render_prompt(
                 prefix = apply_template(messages[:index], for_generation=True)
                 text = _open_thought(text, prefix, example)
     return text
+
+
+def check_template(processor: ProcessorMixin, family: Family) -> None:
+    """Refuse a chat template that takes seconds to write a few words, and may never end."""
+    turns = Turn("user", (Text("a"),)), Turn("assistant", (Text("b"),))
+    ends = time.monotonic() + _TEMPLATE_SECONDS
+
+    def watch(*_: object) -> Any:  # each line of Python, which templates are compiled to
+        if time.monotonic() > ends:
+            raise TimeoutError
+        return watch
+
+    before = sys.gettrace()
+    sys.settrace(watch)
+    try:
+        render_prompt(processor, family, Example("a trial", turns))
+    except DataError as error:  # another reason a row will tell
+        if isinstance(error.__cause__, TimeoutError):
+            raise CheckpointError(
+                f"the chat template writes no prompt within {_TEMPLATE_SECONDS} seconds; use the "
+                "template of the checkpoint's own release"
+            ) from None
+    finally:
+        sys.settrace(before)
 
 
 def _message(turn: Turn) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from gemma_tuner.batch import Batch, Row, pad_rows
 from gemma_tuner.checks import name_nearest
 from gemma_tuner.collators.prompt import (
     TurnMarkers,
+    check_template,
     mark_removable,
     mark_targets,
     render_prompt,
@@ -78,6 +79,7 @@ class TextCollator:
         if self.enable_thinking and not self.family.has_thinking:
             raise ConfigError(f"enable_thinking is True, but {self.family.name} has no thinking")
         self._markers = TurnMarkers.of(self.tokenizer, self.family)
+        check_template(self.processor, self.family)
 
     @property
     def tokenizer(self) -> Any:

@@ -1,13 +1,14 @@
 """Conversations that released templates garble or drop: refused, or rendered whole."""
 
 import shutil
+import sys
 
 import pytest
 from transformers import AutoProcessor
 
 from gemma_tuner.collators.preview import preview_row
 from gemma_tuner.collators.text import TextCollator
-from gemma_tuner.errors import DataError
+from gemma_tuner.errors import CheckpointError, DataError
 from gemma_tuner.records import Example, Text, Turn
 from gemma_tuner.testing import FAMILIES, tiny_model
 from tests.unit.collators.test_prompt_and_labels import check_prompt
@@ -269,3 +270,20 @@ def test_tools_that_a_family_lacks_are_refused(tools):
     turns = (ASK, ANSWER if tools else turn("assistant", "Two", tool_calls=[call()]))
     with pytest.raises(DataError, match="declares or calls tools"):
         TextCollator(processor)([Example("row", turns, tools=tools)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n-1) ~ f(n-1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    ],
+    ids=["loops", "calls"],
+)
+def test_a_template_that_never_ends_is_refused_within_seconds(template):
+    processor = tiny_model("gemma4-e2b")[1]
+    processor.chat_template = template
+    with pytest.raises(CheckpointError, match="no prompt within 5 seconds"):
+        TextCollator(processor)
+    assert sys.gettrace() is None
