@@ -457,7 +457,7 @@ def _write_adapter(rng, folder):
                 header["__metadata__"] = rng.choice(_ODD)
             files[WEIGHTS] = make_safetensors(header, files[WEIGHTS][8 + size :])
     if not rng.randrange(40):
-        known = json.loads(files[FINGERPRINT])
+        known = json.loads(_adapter()[FINGERPRINT])
         template = rng.choice(TEMPLATES)
         known["collator"]["chat_template_sha256"] = hash_text(template)
         files |= {TEMPLATE: template.encode(), FINGERPRINT: json.dumps(known).encode()}
