@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 import types
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from gemma_tuner.habits import find_meaning
 
 T = TypeVar("T")
 
+_LARGEST = sys.float_info.max  # a whole number may be larger
 _LONGEST_SHOWN = 200
 IS = "{name} is {value}; it must be {allowed}"
 MUST_BE = "{name} must be {allowed}; got {value} ({kind})"
@@ -145,7 +147,7 @@ def _accepts(kind: Any, value: object, limits: Mapping[str, float]) -> bool:
     if kind is int:
         return is_whole_number(value) and _is_within(value, limits)
     if kind is float:
-        return is_number(value) and -math.inf < value < math.inf and _is_within(value, limits)
+        return is_number(value) and abs(value) <= _LARGEST and _is_within(value, limits)
     if get_origin(kind):  # of sequences, what takes them knows more
         return True
     return isinstance(value, kind) and value != ""

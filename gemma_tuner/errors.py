@@ -22,6 +22,10 @@ from gemma_tuner.display import quote_text
 _NAME = re.compile(r"(?=.{1,80}$)[^\s|,;\"'<>{}=]+( [^\s|,;\"'<>{}=]+){0,2}")
 
 
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What code raises that meets a file or settings of another form than it was written for."""
+
+
 class GemmaTunerError(Exception):
     """Root of everything this library raises on purpose."""
 

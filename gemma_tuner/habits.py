@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from gemma_tuner.errors import ConfigError
+from gemma_tuner.errors import MALFORMED, ConfigError
 from gemma_tuner.log import announce
 
 _SAME = {
@@ -140,7 +140,7 @@ def translate_mlx(content: Mapping[Any, Any]) -> dict[Any, Any]:
             **_read_schedule(mlx.get("lr_schedule") or {}),
             **_read_optimizer((mlx.get("optimizer_config") or {}).get(optimizer) or {}),
         }
-    except (AttributeError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(

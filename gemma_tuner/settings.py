@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from gemma_tuner.checks import explain_unknown
 from gemma_tuner.disk import disk_errors_explained, replaced
-from gemma_tuner.errors import ConfigError
+from gemma_tuner.errors import MALFORMED, ConfigError
 from gemma_tuner.habits import translate_mlx
 
 Scalar: TypeAlias = str | int | float | bool | None
@@ -26,7 +26,8 @@ RECIPE = "recipe"
 TINY = "tiny"
 """The name of the model that is made up on the spot."""
 
-_MAX_BYTES = 1 << 20
+_MAX_BYTES = 1 << 18  # YAML takes four seconds for so many
+_MAX_DEPTH = 32  # and for brackets time as the square of their depth
 _PATHS = {"cache_dir", "data", "from_adapter", "model", "out"}
 
 
@@ -70,10 +71,10 @@ def parse_file(path: Path) -> Mapping[Any, Any]:
         with path.open("rb") as file:
             text = file.read(_MAX_BYTES + 1).decode()
         _check_plain(text)
-        content = yaml.safe_load(text)
-        nodes = yaml.compose(text, yaml.SafeLoader)
-    except RecursionError:
-        raise ConfigError(f"the settings file {path.name!r} is nested too deeply") from None
+        loader = yaml.SafeLoader(text)
+        nodes = loader.get_single_node()
+        content = None if nodes is None else loader.construct_document(nodes)
+        repr(content)  # which no number of thousands of digits has
     except OSError as error:
         raise ConfigError(
             f"the settings file {path.name!r} cannot be read ({error.strerror}); give the path of "
@@ -81,7 +82,8 @@ def parse_file(path: Path) -> Mapping[Any, Any]:
         ) from None
     except UnicodeDecodeError:
         raise ConfigError(f"the settings file {path.name!r} is not UTF-8 text") from None
-    except ValueError:  # a date that no calendar has, a number of thousands of digits
+    except MALFORMED:
+        # A date that no calendar has, a number of thousands of digits, `!!bool x`.
         raise ConfigError(
             f"the settings file {path.name!r} has a value that YAML cannot read; put it in quotes"
         ) from None
@@ -92,7 +94,7 @@ def parse_file(path: Path) -> Mapping[Any, Any]:
             f"the settings file {path.name!r} is neither YAML nor JSON{place}: "
             f"{getattr(error, 'problem', None) or type(error).__name__}"
         ) from None
-    if not isinstance(content, Mapping):
+    if nodes is None or not isinstance(content, Mapping):
         raise ConfigError(
             f"the settings file {path.name!r} holds {_name_type(content)}; it must be a mapping, "
             "a line for each setting, such as `learning_rate: 2e-4`"
@@ -110,9 +112,15 @@ def _check_plain(text: str) -> None:
 
     if len(text) > _MAX_BYTES:
         raise yaml.MarkedYAMLError(problem=f"it is larger than {_MAX_BYTES:,} bytes")
+    depth, problem = 0, None
     for token in yaml.scan(text):
+        name = type(token).__name__  # FlowSequenceStartToken, BlockEndToken
+        depth += name.endswith("StartToken") - name.endswith("EndToken")
         if isinstance(token, yaml.AliasToken):  # a few can stand for more than fits in memory
             problem = "it uses an anchor; write the value out"
+        elif depth > _MAX_DEPTH:
+            problem = "it is nested too deeply"
+        if problem:
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=token.start_mark)
 
 

@@ -6,7 +6,7 @@ An input is one of a valid kind, mutated by a ``random.Random`` of reader, seed 
 each can be made again by itself. It may be read, or be refused by a GemmaTunerError that tells
 nothing of its rows. Anything else is a finding: another exception, a crash, more than 10 s, or
 more than 300 MB above what the process held before; its files are kept in the folder. Readers are
-in ``fuzz_rows``.
+in ``fuzz_rows`` and ``fuzz_media``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SECRET = "Rosebud, the sled; "
 """Begins the texts of valid inputs, is never a name, and may stand in no error."""
 SECONDS, PEAK_BYTES, EXTRA_BYTES = 10, 300_000_000, 1 << 30
 NOT_WRITTEN = "not written"
-_MODULES = ("tests.fuzz_rows",)
+_MODULES = ("tests.fuzz_rows", "tests.fuzz_media")
 _SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 

@@ -22,7 +22,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from gemma_tuner.checks import check_path
 from gemma_tuner.device import choose_device, choose_dtype
-from gemma_tuner.errors import CheckpointError, ConfigError
+from gemma_tuner.errors import MALFORMED, CheckpointError, ConfigError
 from gemma_tuner.log import announce
 from gemma_tuner.modalities import MEDIA, Modality
 from gemma_tuner.models import embeddings
@@ -288,7 +288,7 @@ def _explained(source: str) -> Iterator[None]:
             "(of a quantisation such as bitsandbytes, or a kernel); give the checkpoint that it "
             "was made from"
         ) from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, *MALFORMED) as error:
         remedy = _find_remedy(source, error).replace(source, name)
         # What transformers says of a folder holds its path.
         cause = None if Path(source).is_dir() else error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gemma_tuner.checks import check_path
-from gemma_tuner.errors import CheckpointError
+from gemma_tuner.errors import MALFORMED, CheckpointError
 from gemma_tuner.models.families import family_of_type
 from gemma_tuner.models.grids import PACKED, Grid, Packed, read_grids
 from gemma_tuner.models.packed import list_parts
@@ -161,7 +162,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file of a checkpoint."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, *MALFORMED) as error:
         raise CheckpointError(
             f"{path.parent.resolve().name} has no readable {path.name} "
             f"({type(error).__name__}); download the checkpoint again, or give its folder"
@@ -206,11 +207,14 @@ def list_stored(folder: Path) -> dict[str, StoredTensor]:
     name = folder.resolve().name
     if (folder / INDEX).is_file():
         weight_map = read_json(folder / INDEX).get("weight_map", {})
+        if not _is_index(weight_map):
+            raise CheckpointError(f"{INDEX} of {name} is damaged; download the checkpoint again")
         files = sorted(set(weight_map.values()))
     else:
         weight_map = {}
         files = ["model.safetensors"]
-    absent = [file for file in files if not (folder / file).is_file()]
+    # Path's would raise where a name is too long.
+    absent = [file for file in files if not os.path.isfile(folder / file)]  # noqa: PTH113
     if absent:
         raise CheckpointError(
             f"{name} lacks {len(absent)} of {len(files)} weight files ({', '.join(absent[:5])}); "
@@ -226,6 +230,13 @@ def list_stored(folder: Path) -> dict[str, StoredTensor]:
             "download the checkpoint again"
         )
     return tensors
+
+
+def _is_index(weight_map: Any) -> bool:
+    """Whether an index names a file for each tensor, all of them in its own folder."""
+    return isinstance(weight_map, dict) and all(
+        isinstance(file, str) and Path(file).name == file for file in weight_map.values()
+    )
 
 
 def list_file(path: Path) -> dict[str, StoredTensor]:

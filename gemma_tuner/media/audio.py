@@ -7,6 +7,7 @@ import io
 import math
 import operator
 import re
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, NoReturn
@@ -94,27 +95,37 @@ def decode_audio(
         if source.ndim in (1, 2) and len(source) and duration_seconds is not None:
             source = source[_find_segment(len(source), rate_hz, segment, name, key)]
         mono = _mix_array(source, rate_hz, name, key)
+        samples = _finish(mono, rate_hz, name, key, is_blank=is_blank)
     else:
         with open_encoded(source, key=key, kind="audio") as stream:
             container = name_container(stream)
             if container is None:
                 _check_whole(stream, name, key)
-                mono, rate_hz = _read_stream(stream, segment, name, key, is_blank=is_blank)
+                samples, rate_hz = _read_stream(stream, segment, name, key, is_blank=is_blank)
             else:
                 mono, rate_hz = read_container(stream, container, name, key, MAX_FRAMES)
                 if duration_seconds is not None:
                     mono = mono[_find_segment(len(mono), rate_hz, segment, name, key)]
                 _check_length(len(mono), _check_rate(rate_hz, name, key), 1, name, key)
+                samples = _finish(mono, rate_hz, name, key, is_blank=is_blank)
         if sample_rate_hz not in (None, rate_hz):
             raise DataError(
                 f"{name} is recorded at {rate_hz} Hz, and {sample_rate_hz} Hz is given beside "
                 "it; leave sample_rate_hz out for encoded audio",
                 key=key,
             )
+    return samples
+
+
+def _finish(mono: np.ndarray, rate_hz: int, name: str, key: str, *, is_blank: bool) -> np.ndarray:
     if is_blank:
-        return np.zeros(math.ceil(len(mono) * Fraction(SAMPLE_RATE_HZ, rate_hz)), np.float32)
+        return _make_blank(len(mono), rate_hz)
     _check_samples(mono, rate_hz, name, key)
-    return mono if rate_hz == SAMPLE_RATE_HZ else _resample(mono, rate_hz)
+    return mono if rate_hz == SAMPLE_RATE_HZ else _resample([mono], len(mono), rate_hz)
+
+
+def _make_blank(num_frames: int, rate_hz: int) -> np.ndarray:
+    return np.zeros(math.ceil(num_frames * Fraction(SAMPLE_RATE_HZ, rate_hz)), np.float32)
 
 
 def _read_stream(
@@ -125,7 +136,7 @@ def _read_stream(
     *,
     is_blank: bool,
 ) -> tuple[np.ndarray, int]:
-    """Decode a stream to mono samples ``[frames]`` float32 and their rate."""
+    """Decode a stream to 16 kHz mono ``[frames]`` float32; the rate returned is its own."""
     try:
         with soundfile.SoundFile(declare_length(stream), mode="r") as file:
             rate_hz = _check_rate(file.samplerate, name, key)
@@ -138,23 +149,10 @@ def _read_stream(
             _check_length(num_frames, rate_hz, file.channels, name, key)
             if chosen.start:
                 file.seek(chosen.start)
-            mono = np.empty(num_frames, dtype=np.float32)
             if is_blank:
-                return mono, rate_hz
-            num_read = 0
-            shares = _SHARES_OF_5_1.get(file.format, ()) if file.channels == 6 else ()
-            weights = np.array(shares, np.float32) / (sum(shares) or 1)
-            # In blocks, so that many channels are never in memory at full length. SoundFile.blocks
-            # would hand out uninitialised memory where a file ends before its header says.
-            block_frames = max(1, _BLOCK_SAMPLES // file.channels)
-            while num_read < num_frames:
-                wanted = min(block_frames, num_frames - num_read)
-                if not len(block := file.read(wanted, dtype="float32", always_2d=True)):
-                    break
-                mono[num_read : num_read + len(block)] = (
-                    block @ weights if shares else block.mean(axis=1)
-                )
-                num_read += len(block)
+                return _make_blank(num_frames, rate_hz), rate_hz
+            pieces = _read_pieces(file, num_frames, name, key)
+            return _resample(pieces, num_frames, rate_hz), rate_hz
     except DataError:
         raise
     except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
@@ -166,11 +164,27 @@ def _read_stream(
             "FLAC, MP3 or OGG, for example through: ffmpeg -i INPUT -ac 1 -ar 16000 OUTPUT.flac",
             key=key,
         ) from None  # whose message holds the path
-    if num_read < num_frames:
-        _refuse_truncated(
-            f"{num_read:,} of its {num_frames:,} frames at {rate_hz} Hz can be read", name, key
-        )
-    return mono, rate_hz
+
+
+def _read_pieces(
+    file: soundfile.SoundFile, num_frames: int, name: str, key: str
+) -> Iterator[np.ndarray]:
+    """Read frames as mono, in blocks: neither channels nor rates are in memory at full length."""
+    num_read, rate_hz = 0, file.samplerate
+    shares = _SHARES_OF_5_1.get(file.format, ()) if file.channels == 6 else ()
+    weights = np.array(shares, np.float32) / (sum(shares) or 1)
+    # SoundFile.blocks would hand out uninitialised memory where a file ends too early.
+    block_frames = max(1, _BLOCK_SAMPLES // file.channels)
+    while num_read < num_frames:
+        wanted = min(block_frames, num_frames - num_read)
+        if not len(block := file.read(wanted, dtype="float32", always_2d=True)):
+            _refuse_truncated(
+                f"{num_read:,} of its {num_frames:,} frames at {rate_hz} Hz can be read", name, key
+            )
+        num_read += len(block)
+        mono = block @ weights if shares else block.mean(axis=1)
+        _check_samples(mono, rate_hz, name, key)
+        yield mono
 
 
 def _find_segment(
@@ -238,22 +252,34 @@ def _mix_array(samples: np.ndarray, rate_hz: int, name: str, key: str) -> np.nda
     return np.ascontiguousarray(floats if floats.ndim == 1 else floats.mean(axis=1))
 
 
-def _resample(mono: np.ndarray, rate_hz: int) -> np.ndarray:
-    """Resample ``[frames]`` float32 to ``[ceil(frames * 16000 / rate_hz)]``."""
+def _resample(pieces: Iterable[np.ndarray], num_frames: int, rate_hz: int) -> np.ndarray:
+    """Resample pieces of so many frames to ``[ceil(num_frames * 16000 / rate_hz)]`` float32."""
+    low, high = sorted((SAMPLE_RATE_HZ, rate_hz))
+    exact = Fraction(low, high).limit_denominator(_MAX_PHASES)  # both parts are bounded by it
+    ratio = exact if rate_hz > SAMPLE_RATE_HZ else 1 / exact
+    resampled = np.empty(math.ceil(num_frames * ratio), np.float32)
+    if ratio == 1:
+        place = 0
+        for piece in pieces:
+            resampled[place : place + len(piece)] = piece
+            place += len(piece)
+        return resampled
     # Imported here because streaming, which never imports torch, imports this module.
     import torch
 
-    ratio = Fraction(SAMPLE_RATE_HZ, rate_hz).limit_denominator(_MAX_PHASES)
     resampler = _build_resampler(ratio)
     step = ratio.denominator
     # torchaudio unfolds its input to seven times its size, so that long clips go in blocks, each
     # with as much before and behind as the filter reaches.
     reach = step * math.ceil(2 + _FILTER_WIDTH / _ROLLOFF * max(1, 1 / ratio) / step)
     block = step * max(1, _BLOCK_SAMPLES // step)
-    resampled = np.empty(math.ceil(len(mono) * ratio), np.float32)
-    for start in range(0, len(mono), block):
-        first = max(0, start - reach)
-        piece = np.require(mono[first : start + block + reach], requirements="W")  # torch warns
+    coming, held, first = iter(pieces), np.empty(0, np.float32), 0  # held from ``first`` on
+    for start in range(0, num_frames, block):
+        held, first = held[max(0, start - reach - first) :], max(0, start - reach)
+        wanted = min(num_frames, start + block + reach) - first
+        while len(held) < wanted:
+            held = np.concatenate([held, next(coming)]) if len(held) else next(coming)
+        piece = np.require(held[:wanted], requirements="W")  # torch warns
         outcome = resampler(torch.from_numpy(piece)).numpy()[int((start - first) * ratio) :]
         place = int(start * ratio)
         size = min(int(block * ratio), len(resampled) - place)
@@ -324,8 +350,9 @@ def _read_declared_bytes(head: bytes) -> int:
     if head[:8] == b"NIST_1A\n":
         counts = dict(re.findall(rb"(\w+) -i (\d+)", head[:1024]))
         names = (b"sample_count", b"sample_n_bytes", b"channel_count")
-        if all(name in counts for name in names) and b"shorten" not in head:
-            return int(head[8:16]) + math.prod(int(counts[name]) for name in names)
+        size = head[8:16].strip()
+        if all(name in counts for name in names) and size.isdigit() and b"shorten" not in head:
+            return int(size) + math.prod(int(counts[name]) for name in names)
     return 0
 
 

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from gemma_tuner.errors import DataError
+from gemma_tuner.errors import MALFORMED, DataError
 
 # Decoders leave out or add a frame at the ends: the longest of AAC and Opus, at 16 kHz.
 _TOLERANCE_SECONDS = 0.128
@@ -61,7 +61,7 @@ def read_container(
                     raise DataError(
                         f"{name} is longer than {max_frames:,} frames; cut it into clips", key=key
                     )
-    except (av.error.FFmpegError, ValueError) as error:
+    except (av.error.FFmpegError, *MALFORMED) as error:  # a track of no known codec, say
         raise DataError(
             f"{name} is truncated or damaged ({type(error).__name__}); fetch it again or drop it",
             key=key,

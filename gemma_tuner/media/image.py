@@ -1,15 +1,19 @@
 """Encoded images of any kind to upright 8-bit RGB.
 
 Colours are taken as they are stored: embedded ICC profiles are not applied, as the models' own
-processors do not apply them either. The first frame of an animation is used.
+processors do not apply them either. The first frame of an animation is used. Pictures of more than
+25 million pixels are halved, each pixel the mean of four, before anything is made of them: models
+see a few million at most, and every step from a file to them takes memory for all.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 import struct
 import zlib
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import PIL.Image
@@ -19,11 +23,14 @@ from gemma_tuner.errors import DataError
 from gemma_tuner.log import logger
 from gemma_tuner.media.encoded import describe_source, open_encoded
 
-DEFAULT_MAX_PIXELS = 89_478_485
-"""The largest image decoded by default: 268 MB of RGB, above any phone's camera.
-
-Source: Pillow's own warning limit, PIL.Image.MAX_IMAGE_PIXELS (a quarter GiB at 3 bytes a pixel).
-"""
+# As many are taken whole, as phones' 24 million are: the processor then takes 0.3 GB.
+_MAX_WHOLE_PIXELS = 25_000_000
+# What decoders may take for a picture: more than for the largest of phones, 50 million as HEIC.
+_MAX_DECODED_BYTES = 256 * 2**20
+# Of a pixel, where it is not Pillow's four, as measured: what decoders hold beside, and what
+# pictures of some modes become before they are halved.
+_DECODER_BYTES = {"JPEG2000": 16, "WEBP": 16, "AVIF": 8}
+_MODE_BYTES = {"1": 5, "P": 5, "PA": 8, "I;16": 8, "L": 1, "LA": 8, "RGBA": 8}
 
 # Formats that Pillow recognises by a signature and decodes by itself. Left out: EPS and WMF, which
 # run other programs, and formats without a signature, which take any bytes for an image.
@@ -39,6 +46,8 @@ _DECODER_ERRORS = (
     SyntaxError,
     ValueError,
     TypeError,
+    AssertionError,
+    MemoryError,
     AttributeError,
     LookupError,
     ArithmeticError,
@@ -70,7 +79,6 @@ def decode_image(
     source: str | Path | bytes | PIL.Image.Image,
     *,
     key: str,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
     is_blank: bool = False,
 ) -> PIL.Image.Image:
     """Decode an image to upright RGB."""
@@ -82,14 +90,14 @@ def decode_image(
     name = describe_source(source, "image")
     try:
         if isinstance(source, PIL.Image.Image):
-            return _finish(source, name, key, max_pixels, is_blank=is_blank)
+            return _finish(source, name, key, is_blank=is_blank)
         with open_encoded(source, key=key, kind="image") as stream:
             _register_heif(stream, name, key)
             # Pillow imports its format plugins on demand: all of them must be known to choose.
             PIL.Image.init()
             formats = [known for known in _FORMATS if known in PIL.Image.OPEN]
             with PIL.Image.open(stream, formats=formats) as image:
-                return _finish(image, name, key, max_pixels, is_blank=is_blank)
+                return _finish(image, name, key, is_blank=is_blank)
     except DataError:
         raise
     except PIL.UnidentifiedImageError:
@@ -129,38 +137,60 @@ def _register_heif(stream: BinaryIO, name: str, key: str) -> None:
     pillow_heif.register_heif_opener()
 
 
-def _finish(
-    image: PIL.Image.Image, name: str, key: str, max_pixels: int, *, is_blank: bool
-) -> PIL.Image.Image:
+def _finish(image: PIL.Image.Image, name: str, key: str, *, is_blank: bool) -> PIL.Image.Image:
     """Check the size in the header, then load, turn upright and convert."""
     width, height = image.size
     if width * height == 0:
         raise DataError(f"{name} is {width}x{height} pixels; drop it", key=key)
-    if width * height > max_pixels:
-        raise DataError(
-            f"{name} is {width}x{height}, {width * height:,} pixels, and the limit is "
-            f"{max_pixels:,}; make it smaller",
-            key=key,
-        )
     if max(width, height) > _MAX_SIDE:
         raise DataError(
             f"{name} is {width}x{height}, and no side may be longer than {_MAX_SIDE:,}; crop it",
             key=key,
         )
+    is_halved = width * height > _MAX_WHOLE_PIXELS
+    if is_halved and image.format == "JPEG":
+        image.draft(None, (width // 2, height // 2))  # decodes a quarter
+    if (num_bytes := _count_decoded_bytes(image, (width, height))) > _MAX_DECODED_BYTES:
+        raise DataError(
+            f"{name} is {width}x{height} and takes {num_bytes / 1e6:,.0f} MB to decode, and the "
+            f"limit is {_MAX_DECODED_BYTES / 1e6:,.0f}; make it smaller",
+            key=key,
+        )
     if is_blank:
+        size = ((width + 1) // 2, (height + 1) // 2) if is_halved else (width, height)
         is_sideways = _read_orientation(image, key) in _SIDEWAYS
-        return PIL.Image.new("RGB", (height, width) if is_sideways else (width, height))
+        return PIL.Image.new("RGB", size[::-1] if is_sideways else size)
     image.load()  # TIFF turns itself upright here, and PNG may carry EXIF after its pixels
     transposition = _TRANSPOSITIONS.get(_read_orientation(image, key))
     is_file = isinstance(image, PIL.ImageFile.ImageFile)
-    if image.mode == "RGB" and transposition is None and not is_file:
+    is_halved = image.width * image.height > _MAX_WHOLE_PIXELS
+    if image.mode == "RGB" and not (transposition or is_file or is_halved):
         return image
-    upright = _convert_to_rgb(image, name, key)
+    upright = _convert_to_rgb(_halve(image, name, key) if is_halved else image, name, key)
     if transposition is not None:
         upright = upright.transpose(transposition)
     # Pixels that are upright must not carry the tag that would turn them once more.
     upright.info = {}
     return upright
+
+
+def _count_decoded_bytes(image: PIL.Image.Image, size: tuple[int, int]) -> int:
+    """Count the bytes that a picture of a size takes while it is decoded."""
+    if image.format == "JPEG" and image.info.get("progressive"):
+        # libjpeg holds its coefficients, of 16 bits, as many as the channels' sampling says.
+        _, across, down, _ = zip(*cast("Any", image).layer, strict=True)
+        blocks = sum(map(operator.mul, across, down)) / (max(across) * max(down))
+        return math.ceil(2 * size[0] * size[1] * blocks) + 4 * image.width * image.height
+    of_pixel = _DECODER_BYTES.get(image.format or "") or _MODE_BYTES.get(image.mode[:4], 4)
+    return image.width * image.height * of_pixel
+
+
+def _halve(image: PIL.Image.Image, name: str, key: str) -> PIL.Image.Image:
+    if image.mode in ("1", "P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif image.mode.startswith("I;16"):
+        image = _convert_to_rgb(image, name, key)
+    return image.reduce(2)
 
 
 def _read_orientation(image: PIL.Image.Image, key: str) -> int:
@@ -182,8 +212,8 @@ def _read_orientation(image: PIL.Image.Image, key: str) -> int:
 def _convert_to_rgb(image: PIL.Image.Image, name: str, key: str) -> PIL.Image.Image:
     """Convert any mode to a new image in RGB."""
     if image.mode.startswith("I;16"):
-        wide = np.asarray(image).astype(np.uint32)
-        return _make_grey((wide + 128) // 257)  # 65,535 = 255 x 257
+        levels = (np.arange(2**16, dtype=np.uint32) + 128) // 257  # 65,535 = 255 x 257
+        return _make_grey(levels.astype(np.uint8)[np.asarray(image)])
     if image.mode in ("I", "F"):
         return _make_grey(_scale_to_white(np.asarray(image), name, key))
     if image.has_transparency_data:
@@ -210,4 +240,4 @@ def _scale_to_white(values: np.ndarray, name: str, key: str) -> np.ndarray:
 
 def _make_grey(levels: np.ndarray) -> PIL.Image.Image:
     """Make an RGB image of grey levels 0..255 ``[height, width]``."""
-    return PIL.Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    return PIL.Image.fromarray(levels.astype(np.uint8, copy=False)).convert("RGB")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gemma_tuner.disk import check_room, disk_errors_explained, sync, sync_all, temporary_sibling
-from gemma_tuner.errors import CheckpointError, DivergedError
+from gemma_tuner.errors import MALFORMED, CheckpointError, DivergedError
 from gemma_tuner.models.identity import active_adapter, hash_decoder_norms, portable_name
 
 CONFIG = "adapter_config.json"
@@ -82,7 +82,7 @@ def read_trained_with(folder: Path) -> TrainedWith | None:
         is_whole = known.to_dict() == settings
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise CheckpointError(
             f"{FINGERPRINT} of {folder.resolve().name} cannot be read ({type(error).__name__}); "
             "save the adapter again"

@@ -138,22 +138,31 @@ def pin_config(config: Mapping[str, Any], keys: Iterable[str], family: Family) -
     }
 
 
-_REPEATS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]])*\]|[()*+]|\{\d*,\d*\}", re.DOTALL)
+_TOKENS = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\]])*\]|\((?:\?<?[:=!]|\?P<\w*>)?|[)|]|(?:[*+?]|\{\d*,?\d*\})[?+]?",
+    re.DOTALL,
+)
+_MAX_REPEATS, _MAX_CHOICES = 5, 10  # of no bound; of any kind: unsloth's patterns have five
 
 
-def has_nested_repeats(pattern: object) -> bool:
-    """Whether a regular expression repeats what repeats, so that matching may take for ever."""
+def is_endless(pattern: object) -> bool:
+    """Whether matching a regular expression may take for ever: of repeats in repeats, or many."""
     # Patterns of an adapter's settings come from whoever made it, and Python cannot stop a match.
-    repeats = [False]  # whether each open group holds a repeat
-    closed, closed_at = False, -1
-    for token in _REPEATS.finditer(pattern if isinstance(pattern, str) else ""):
-        if token[0] == "(":
-            repeats.append(False)
-        elif token[0] == ")" and len(repeats) > 1:
-            closed, closed_at = repeats.pop(), token.end()
-            repeats[-1] |= closed
-        elif token[0] in "*+" or token[0].startswith("{"):
-            if closed and token.start() == closed_at:
+    varies = [False]  # whether each open group has more than one way to match
+    closed, closed_at, num_open, num_all = False, -1, 0, 0
+    for token in _TOKENS.finditer(pattern if isinstance(pattern, str) else ""):
+        text = token[0]
+        if text.startswith("("):
+            varies.append(False)
+        elif text == ")" and len(varies) > 1:
+            closed, closed_at = varies.pop(), token.end()
+            varies[-1] |= closed
+        elif text == "|":
+            varies[-1] = True
+        elif text[0] in "*+?{":
+            if text[0] != "?" and closed and token.start() == closed_at:
                 return True
-            repeats[-1] = True
-    return False
+            num_all += 1
+            num_open += text[0] in "*+{"
+            varies[-1] = True
+    return num_open > _MAX_REPEATS or num_all > _MAX_CHOICES

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from gemma_tuner.errors import CheckpointError, ConfigError
@@ -43,7 +44,7 @@ class MappedEmbedding(nn.Module):
 
     def __init__(self, path: Path, key: str, *, scale: float, dtype: torch.dtype) -> None:
         super().__init__()
-        with path.open("rb") as file:
+        with safe_open(path, "np"), path.open("rb") as file:  # which checks the header's numbers
             header_bytes = int.from_bytes(file.read(8), "little")
             entry = json.loads(file.read(header_bytes)).get(key)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gemma_tuner.checks import check_path
+from gemma_tuner.checks import check_path, is_number
 from gemma_tuner.collators.settings import OF_TRAINING_ALONE
 from gemma_tuner.differences import list_differences, shorten_differences
-from gemma_tuner.errors import CheckpointError, ConfigError
+from gemma_tuner.errors import MALFORMED, CheckpointError, ConfigError
 from gemma_tuner.log import announce, logger
 from gemma_tuner.modalities import MEDIA, Modality
 from gemma_tuner.models.adapter_files import (
@@ -39,7 +39,7 @@ from gemma_tuner.models.adapter_names import (
     BASE_COPY,
     PREFIX,
     full_name,
-    has_nested_repeats,
+    is_endless,
     pin_config,
 )
 from gemma_tuner.models.families import family_of, loaded_modalities
@@ -145,10 +145,10 @@ def load_adapter(
         raise CheckpointError(f"{what} is of PEFT's type {kind}; only LORA can be used here")
     for field, value in settings.items():
         patterns = value if isinstance(value, list | dict) else [value]  # keys of the latter
-        if field.endswith(("_modules", "_pattern")) and any(map(has_nested_repeats, patterns)):
+        if field.endswith(("_modules", "_pattern")) and any(map(is_endless, patterns)):
             raise CheckpointError(
-                f"{what} has a regular expression in {field} that may never end (a repeat within "
-                "a repeat); write the names of the modules there"
+                f"{what} has a regular expression in {field} that may never end (a repeat or a "
+                "choice within a repeat, or too many); write the names of the modules there"
             )
     base, own = settings.get("base_model_name_or_path"), portable_name(model.name_or_path)
     remedy = f"give the model that it was trained on, {base or 'which it does not name'}"
@@ -165,16 +165,13 @@ def load_adapter(
     here = {PREFIX + full_name(key.removeprefix(PREFIX), family): saved[key] for key in saved}
     _check_parts(model, here, what)
     try:
+        sides = [side for tensor in saved.values() for side in tensor.shape]
+        ranks = (settings.get("r"), *dict(settings.get("rank_pattern") or {}).values())
+        if any(is_number(rank) and rank > max(sides, default=0) for rank in ranks):
+            raise CheckpointError(f"{what} has a rank in {CONFIG} that its weights do not have")
         config = _choose_config(model, settings, saved, is_renamed=here.keys() != saved.keys())
         wrapped = wrap_peft(model, config)
-    except (
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        TypeError,
-        ValueError,
-        re.error,
-    ) as error:
+    except (ImportError, NotImplementedError, re.error, *MALFORMED) as error:
         raise CheckpointError(
             f"{what} has settings ({CONFIG}) that PEFT cannot use here ({type(error).__name__}); "
             "save it again with the PEFT that made it, and load the model again"
@@ -308,7 +305,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise _damaged(path.parent, error) from None
 
 

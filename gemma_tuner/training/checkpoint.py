@@ -39,7 +39,7 @@ from torch.optim import Optimizer
 
 from gemma_tuner.differences import list_differences, shorten_differences
 from gemma_tuner.disk import check_room, remove_folder, replaced
-from gemma_tuner.errors import CheckpointError, ConfigError, ResumeError
+from gemma_tuner.errors import MALFORMED, CheckpointError, ConfigError, ResumeError
 from gemma_tuner.models.adapter_files import (
     WEIGHTS,
     adapter_tensors,
@@ -251,7 +251,7 @@ def _read_state(folder: Path) -> tuple[TrainerState, Any]:
         document = json.loads(path.read_text(encoding="utf-8"))
         found = document["format"]
         missing = {*_STATE_NAMES, "identity"} - document.keys()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *MALFORMED) as error:
         raise _damaged(path, error) from None
     if found != _FORMAT:
         raise CheckpointError(

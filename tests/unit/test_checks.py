@@ -110,3 +110,8 @@ def test_what_was_meant_is_suggested():
     assert suggest("grlil", ["bake", "grill"]) == " (did you mean 'grill'?)"
     assert suggest("grlil", ["bake", "grill"], "or {}?") == "or grill?"
     assert suggest("zzz", ["bake", "grill"]) == ""
+
+
+def test_a_whole_number_beyond_all_floats_is_no_float():
+    with pytest.raises(ConfigError, match=r"^epsilon must be a finite number above 0; got 1000"):
+        TrainConfig(max_steps=1, epsilon=10**400)

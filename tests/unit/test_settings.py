@@ -50,10 +50,15 @@ def test_json_and_dashes_are_read(tmp_path):
         ("a: &a [1]\ndata: [*a, *a]", "it uses an anchor"),
         ("a: &a {b: 1}\ndata:\n  <<: *a", "it uses an anchor"),
         ("data: &a [*a]", "it uses an anchor"),
-        ("data: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("data: " + "[" * 100_000, "nested too deeply"),
+        ("data:\n" + "- " * 9000, "nested too deeply"),
+        ("max_tokens: !!bool x", "a value that YAML cannot read"),
+        ("optimizer: 0x" + "f" * 4000, "a value that YAML cannot read"),
+        ("lora_parameters: {scale: 0x" + "f" * 400 + "}", "is not as mlx-lm writes it"),
+        ("max_tokens: !!timestamp x", "a value that YAML cannot read"),
         ("data: 2026-13-45", "a value that YAML cannot read"),
         ("data: " + "9" * 5000, "a value that YAML cannot read"),
-        ("data: " + "x" * (1 << 20), "it is larger than 1,048,576 bytes"),
+        ("data: " + "x" * (1 << 20), "it is larger than 262,144 bytes"),
     ],
 )
 def test_bad_files_are_explained(tmp_path, text, message):

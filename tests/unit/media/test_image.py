@@ -220,12 +220,55 @@ def test_a_bomb_warning_turned_into_an_error_is_translated():
         decode_image(make_png_header(10_000, 10_000), key="a")
 
 
-def test_the_limit_is_a_setting_and_names_both_sizes(picture):
-    with pytest.raises(DataError, match=r"23x17, 391 pixels, and the limit is 390"):
-        decode_image(encode(picture), key="a", max_pixels=390)
-    with pytest.raises(DataError, match="limit is 390"):
-        decode_image(picture, key="a", max_pixels=390)
-    assert decode_image(encode(picture), key="a", max_pixels=391).size == (23, 17)
+@pytest.mark.parametrize(
+    ("container", "mode", "options"),
+    [
+        ("JPEG", "RGB", {}),
+        ("JPEG", "L", {"progressive": True}),
+        ("JPEG", "CMYK", {}),
+        ("PNG", "RGB", {}),
+        ("PNG", "RGBA", {}),
+        ("PNG", "P", {"transparency": 0}),
+        ("PNG", "I;16", {}),
+        ("PNG", "1", {}),
+        ("TIFF", "F", {}),
+    ],
+)
+def test_pictures_larger_than_cameras_take_are_halved(container, mode, options, monkeypatch):
+    """The same whatever the format: each pixel is the mean of four, and the size is known."""
+    picture = PIL.Image.linear_gradient("L").resize((41, 30)).convert("L")
+    picture = (
+        PIL.Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
+        if mode == "I;16"
+        else picture.convert(mode)
+    )
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    options |= {} if container == "TIFF" else {"exif": exif}
+    encoded = encode(picture, container, **options)
+    whole = decode_image(encoded, key="a")
+    monkeypatch.setattr("gemma_tuner.media.image._MAX_WHOLE_PIXELS", 41 * 30 - 1)
+    halved = decode_image(encoded, key="a")
+    assert halved.size == ((whole.width + 1) // 2, (whole.height + 1) // 2)
+    assert decode_image(encoded, key="a", is_blank=True).size == halved.size
+    expected = np.asarray(whole.reduce(2), dtype=int)
+    assert np.abs(np.asarray(halved, dtype=int) - expected).mean() < 3
+    monkeypatch.setattr("gemma_tuner.media.image._MAX_WHOLE_PIXELS", 41 * 30)
+    assert decode_image(encoded, key="a") == whole
+
+
+@pytest.mark.parametrize(
+    ("container", "size", "megabytes"),
+    [("PNG", (9000, 9000), 324), ("WEBP", (4500, 4500), 324), ("JPEG", (9400, 9400), 353)],
+)
+def test_what_decoders_would_need_is_bounded_by_the_header(container, size, megabytes):
+    options = {"progressive": True} if container == "JPEG" else {}
+    encoded = encode(PIL.Image.new("RGB", size), container, **options)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=f"takes {megabytes} MB to decode, and the limit is 268"):
+        decode_image(encoded, key="a")
+    assert tracemalloc.get_traced_memory()[1] < 5e6
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])
@@ -285,7 +328,7 @@ def test_damage_anywhere_gives_a_picture_or_a_data_error(data):
         encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
     encoded = encoded[: data.draw(st.integers(0, len(encoded)))]
     try:
-        decoded = decode_image(bytes(encoded), key="a", max_pixels=10_000)
+        decoded = decode_image(bytes(encoded), key="a")
     except DataError:
         return
     assert decoded.mode == "RGB"

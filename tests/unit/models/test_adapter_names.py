@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemma_tuner.models.adapter_names import has_nested_repeats
+from gemma_tuner.models.adapter_names import is_endless
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,12 @@ from gemma_tuner.models.adapter_names import has_nested_repeats
         (r"^model\.(?:language_model\.)?layers\.[0-9]+\..*(?<!lm_head)$", False),
         (r"(a\)*)b", False),
         (r"[(*+]+)", False),
-        (r"(a|b)*c", False),
+        (r"(a|b)?c", False),
+        (r"\.[\d]{1,}\.(?:.*?(?:language|text).*?(?:self_attn|mlp).*?(?:q_proj).*?)", False),
+        (r"(a|aa)*c", True),
+        (r"(a?){40}a{40}", True),
+        (r".*.*.*.*.*.*.*!", True),
+        (r"a?a?a?a?a?a?a?a?a?a?a?a?aaaaaaaaaaaa", True),
         (r"(((.*)*)*)*!", True),
         (r"(a+)+$", True),
         (r"((a|b*)c)+", True),
@@ -24,4 +29,4 @@ from gemma_tuner.models.adapter_names import has_nested_repeats
     ],
 )
 def test_repeats_within_repeats_are_seen(pattern, expected):
-    assert has_nested_repeats(pattern) is expected
+    assert is_endless(pattern) is expected
