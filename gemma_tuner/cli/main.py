@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from gemma_tuner.cli import export, runs
+from gemma_tuner.cli import cache, export, runs
 from gemma_tuner.cli.check import check
 from gemma_tuner.cli.commands import command
 from gemma_tuner.cli.evaluate import evaluate
@@ -27,6 +27,7 @@ for function in (train, check, plan, preview, evaluate, generate):
     app.command()(function)
 app.add_typer(export.app, name="export")
 app.add_typer(runs.app, name="runs")
+app.add_typer(cache.app, name="cache")
 for function in (command(watch), quarantine, command(doctor)):
     app.command()(function)
 

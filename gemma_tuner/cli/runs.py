@@ -42,7 +42,7 @@ def list_runs(
             "`gemma-tuner train`"
         )
     runs = [(run, log.parent) for log in logs for run in _open([log.parent])]
-    _print_table(_summarise(run, path) for run, path in runs)
+    print_table(_summarise(run, path) for run, path in runs)
     for run, path in runs:
         if run.history.failure:
             say(quote_line(f"{path} failed at step {run.history.step}: {run.history.failure}"))
@@ -59,7 +59,7 @@ def show(
     from gemma_tuner.watch.units import show_count, show_loss
 
     (opened,) = _open([run])
-    _print_table([_summarise(opened, run)])
+    print_table([_summarise(opened, run)])
     settings = opened.saved_settings or opened.settings
     width = max(map(len, settings), default=0)
     for name, value in settings.items():
@@ -84,7 +84,7 @@ def show(
                 "memory": show_memory(record["memory_bytes"]) if record else "",
             }
         )
-    _print_table(rows)
+    print_table(rows)
     for event in history.events[-_MOST_EVENTS:]:
         say(quote_line(f"  step {event.step}: {event.message or event.name}"))
 
@@ -103,11 +103,11 @@ def compare(
     if len(runs) < 2:
         raise ConfigError("there is one run, and nothing to compare it with; give two or more")
     opened = _open(runs)
-    _print_table(_summarise(run, path) for run, path in zip(opened, runs, strict=True))
+    print_table(_summarise(run, path) for run, path in zip(opened, runs, strict=True))
     differences = list_setting_differences(opened)
     if not differences:
         say("their settings are the same")
-    _print_table(
+    print_table(
         {"setting": name, **dict(zip(map(str, runs), values, strict=True))}
         for name, values in differences
     )
@@ -145,7 +145,8 @@ def _summarise(run: Run, path: Path) -> dict[str, str]:
     }
 
 
-def _print_table(rows: Iterable[Mapping[str, str]]) -> None:
+def print_table(rows: Iterable[Mapping[str, str]]) -> None:
+    """Print rows of cells by their columns' names."""
     from rich import box
     from rich.console import Console
     from rich.table import Table

@@ -157,9 +157,10 @@ def _finish(image: PIL.Image.Image, name: str, key: str, *, is_blank: bool) -> P
             key=key,
         )
     if is_blank:
-        size = ((width + 1) // 2, (height + 1) // 2) if is_halved else (width, height)
+        if is_halved:
+            width, height = (width + 1) // 2, (height + 1) // 2
         is_sideways = _read_orientation(image, key) in _SIDEWAYS
-        return PIL.Image.new("RGB", size[::-1] if is_sideways else size)
+        return PIL.Image.new("RGB", (height, width) if is_sideways else (width, height))
     image.load()  # TIFF turns itself upright here, and PNG may carry EXIF after its pixels
     transposition = _TRANSPOSITIONS.get(_read_orientation(image, key))
     is_file = isinstance(image, PIL.ImageFile.ImageFile)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class HubSource:
         self.media_root = check_media_root(media_root)
         self._summary: dict[str, Any] = {}
 
-    @cached_property
+    @property
     def reach(self) -> tuple[Path, ...]:
         """Where rows may name files."""
         return list_reach(self.media_root or self.wanted.folder)

@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class MemorySource:
                 f"rows are Examples, which have no columns; leave out {', '.join(given)}"
             )
 
-    @cached_property
+    @property
     def reach(self) -> tuple[Path, ...]:
         """Where rows may name files."""
         return list_reach(self._media_root or self.root)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -88,6 +90,8 @@ def _find(path: Path, budget: Budget, outdated: tuple[int, int] | None) -> Manif
     except SourceError as error:
         logger.warning("%s; it is written anew", error)
         return None
+    with suppress(OSError):  # `gemma-tuner cache` asks when it was last used
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
     # A manifest that was written with a larger budget lacks rows which this one asks about.
     bad_rows = manifest.summary["bad_rows"]
     return manifest if bad_rows <= budget.count_allowed(len(manifest) + bad_rows) else None

@@ -80,8 +80,8 @@ class BigQuerySource:
         self._split = split
         self._keywords: Keywords = keywords or {}
         self._media_root = check_media_root(media_root)
-        is_local = isinstance(self._media_root, Path)
-        self.reach = (find_home(self._media_root),) if is_local else ()
+        root = self._media_root
+        self.reach = (find_home(root),) if isinstance(root, Path) else ()
         self.folder = folder
         self._client = client
         self._read_client = read_client
