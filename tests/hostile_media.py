@@ -92,7 +92,8 @@ def measure(case: str) -> tuple[float, str]:
     return float(peak), ended
 
 
-def _status(name):
+def read_status(name):
+    """What the kernel says of this process, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1000
 
@@ -109,14 +110,14 @@ def main():
         read(Path(folder))  # imports what is imported late
         media.write_bytes(make())
         Path("/proc/self/clear_refs").write_text("5")
-        base, began = _status("VmRSS"), time.monotonic()
+        base, began = read_status("VmRSS"), time.monotonic()
         try:
             read(Path(folder))
             ended = "read"
         except GemmaTunerError as error:
             ended = str(error)
         seconds = time.monotonic() - began
-    sys.stdout.write(f"{_status('VmHWM') - base:.0f} {ended} in {seconds:.1f} s\n")
+    sys.stdout.write(f"{read_status('VmHWM') - base:.0f} {ended} in {seconds:.1f} s\n")
 
 
 if __name__ == "__main__":
