@@ -4,7 +4,10 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
 import PIL.Image
@@ -12,8 +15,10 @@ import pyarrow
 from safetensors.torch import load_file
 
 import gemma_tuner as gt
+from gemma_tuner.checkpoints.mlx import from_mlx
 from gemma_tuner.checkpoints.packing import pack
 from gemma_tuner.collators.multimodal import MultimodalCollator
+from gemma_tuner.doctor.report import Report as Examination
 from gemma_tuner.evaluation.report import Report
 from gemma_tuner.evaluation.report_files import write_report
 from gemma_tuner.evaluation.samples import SampleGenerations
@@ -34,9 +39,25 @@ from gemma_tuner.training.reporting.metrics import EvalRecord
 from gemma_tuner.training.trainer import Trainer
 from tests.examples import example, picture
 from tests.export_parts import add_trained_lora, save_base
-from tests.kills import Writer
 
 STEPS, SAVE_EVERY, KEEP = 4, 2, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """What is killed while it writes below ``folder``.
+
+    Args:
+        write: As a program does, and as it does when it is started again after a kill.
+        read: What a reader makes of what is there, as JSON; raises where it is a mix.
+        prepare: Makes what is there before.
+        between: What may be read besides the old and the new; None where ``read`` judges alone.
+    """
+
+    write: Callable[[Path], object]
+    read: Callable[[Path], Any]
+    prepare: Callable[[Path], object] = lambda folder: None
+    between: tuple[Any, ...] | None = ()
 
 
 def digest(path):
@@ -79,7 +100,8 @@ def base():
 
 def warm():
     """Make all of that: a child begins with it."""
-    tiny(), adapted(1), adapted(2), base()
+    for make in (tiny, lambda: adapted(1), lambda: adapted(2), base):
+        make()
 
 
 # --- a run --------------------------------------------------------------------------------------
@@ -215,6 +237,7 @@ def write_texts(folder):
     rows = [{"prompt": "q", "response": f"a{number}"} for number in range(6)]
     rows[3]["response"] = ""
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.utime(folder / "rows.jsonl", (1, 1))
 
 
 def open_texts(folder, **options):
@@ -234,7 +257,8 @@ def prepare_refresh(folder):
     write_texts(folder)
     open_texts(folder)
     text = (folder / "rows.jsonl").read_text()
-    (folder / "rows.jsonl").write_text(text.replace('"a5"', '""'))
+    (folder / "rows.jsonl").write_text(text.replace('"a5"', '""  '))
+    os.utime(folder / "rows.jsonl", (1, 1))  # a manifest of the same name
 
 
 BAD = [
@@ -321,6 +345,10 @@ def write_report_of(folder, seed):
     write_report(report, folder / "report", {"k": shown})
 
 
+def examine(folder, number):
+    Examination({"number": number}, {}, {}, ()).write(folder / "doctor.json")
+
+
 WRITERS = {
     "run": Writer(train, read_run, write_rows, between=None),
     "adapter": Writer(lambda f: save_changed(f, 1), read_peft),
@@ -346,6 +374,7 @@ WRITERS = {
         "e.gguf",
         lambda made, path: export_gguf_adapter(made / "adapter", path, base=made / "model"),
     ),
+    "from an MLX checkpoint": new("e", lambda made, path: from_mlx(made / "model", path)),
     "packed": new("e", lambda made, path: pack(made / "model", path)),
     "manifest": Writer(open_texts, read_texts, write_texts),
     "manifest, refreshed": Writer(
@@ -359,6 +388,9 @@ WRITERS = {
         lambda f: save_settings(f, {"max_steps": 2}),
         lambda f: dict(parse_file(f / "settings.yaml")),
         lambda f: save_settings(f, {"max_steps": 1}),
+    ),
+    "doctor's report": Writer(
+        lambda f: examine(f, 2), lambda f: digest(f / "doctor.json"), lambda f: examine(f, 1)
     ),
     "report": Writer(
         lambda f: write_report_of(f, 2),

@@ -3,6 +3,8 @@
    Loaded by LD_PRELOAD; asleep until kills_arm. Each call that counts is a line of the journal,
    "number<TAB>name<TAB>path", written before the call is made. Call number `at` is not made: the
    process is killed instead, or, where `half` is set and it writes bytes, after half of them.
+   What passes by the C library is not seen: of all that the package writes, that is the rename by
+   which safetensors ends a file within a hidden folder, and what changes modes and times.
    `no_swap` stands in for file systems on which two folders cannot change places. */
 
 #define _GNU_SOURCE

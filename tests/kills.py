@@ -33,28 +33,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tests.kill_writers import Writer
 
 _SOURCE = Path(__file__).with_suffix(".c")
 _WRITING = {"write", "pwrite", "writev", "sendfile", "copy_file_range"}
 _SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None
-
-
-@dataclass(frozen=True, slots=True)
-class Writer:
-    """What is killed while it writes below ``folder``.
-
-    Args:
-        write: As a program does, and as it does when it is started again after a kill.
-        read: What a reader makes of what is there, as JSON; raises where it is a mix.
-        prepare: Makes what is there before.
-        between: What may be read besides the old and the new; None where ``read`` judges alone.
-    """
-
-    write: Callable[[Path], object]
-    read: Callable[[Path], Any]
-    prepare: Callable[[Path], object] = lambda folder: None
-    between: tuple[Any, ...] | None = ()
 
 
 @dataclass(slots=True)
@@ -229,11 +215,12 @@ def _compare(got: Any, expected: Any) -> str:
 
 
 def kill_everywhere(bench: Bench, *, most: int | None = None, at: int | None = None) -> Outcome:
-    """Kill a writer at each of its calls, or at some that lie evenly among them, or at one."""
+    """Kill a writer at each of its calls, or at some drawn among them, or at one."""
     outcome = Outcome(bench.name, len(bench.calls))
     points = bench.points()
-    step = 1 if most is None else -(-len(points) // most)
-    for number, is_half in points[step // 2 :: step]:
+    if most is not None and most < len(points):
+        points = sorted(random.Random(bench.name).sample(points, most))
+    for number, is_half in points:
         if at is None or at == number:
             cut, problem = bench.kill(number, is_half=is_half)
             outcome.kills[cut or "too late"] += 1
@@ -248,11 +235,10 @@ def kill_at_random(bench: Bench, *, count: int, seed: int) -> Outcome:
     draw = random.Random(seed)
     outcome = Outcome(bench.name, len(bench.calls))
     note = bench.folder.with_name("reader")
+    address = open_page(bench.folder / "run")
     while outcome.kills["at random"] < count and not outcome.found:
         bench.restore()
-        (bench.folder / "run").mkdir()
-        address = open_page(bench.folder / "run")
-        reader = _fork(lambda address=address: _look_on(bench.folder / "run", address), note)
+        reader = _fork(lambda: _look_on(bench.folder / "run", address), note)
         problem, is_killed = None, True
         while problem is None and is_killed:
             is_killed, problem = bench.kill_after(draw.uniform(0, 1.2 * bench.seconds))
@@ -276,7 +262,7 @@ def _look_on(run: Path, address: str) -> None:
         if watched.num_damaged:
             raise RuntimeError(f"{watched.num_damaged} lines are damaged")
         try:
-            with urllib.request.urlopen(address, timeout=10) as answer:
+            with urllib.request.urlopen(address, timeout=60) as answer:
                 is_open = is_open or bool(answer.read())
         except OSError:
             if is_open or time.monotonic() > begun + 60:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import subprocess
+from pathlib import Path
 
 import peft
 import pytest
@@ -432,6 +433,45 @@ def test_an_existing_folder_keeps_its_other_files(tmp_path):
     )
     assert read_files(tmp_path / "checkpoints" / "step-00000000") == before
     assert (tmp_path / FILES[1]).read_bytes() != before[FILES[1]]
+
+
+def test_an_adapter_takes_the_place_of_another_in_one_moment(tmp_path, monkeypatch):
+    """New weights under old settings would be scaled by what they were not trained with."""
+    run = Run()
+    before = read_files(save_adapter(run.model, tmp_path / "adapter"))
+    run.train(1)
+    monkeypatch.setattr(Path, "rename", None)
+    monkeypatch.setattr(Path, "replace", None)
+    after = read_files(save_adapter(run.model, tmp_path / "adapter"))
+    assert sorted(after) == sorted(before)
+    assert after[FILES[1]] != before[FILES[1]]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+@pytest.mark.parametrize("where", ["among other files", "where one works"])
+def test_where_it_cannot_the_settings_go_first_and_come_last(tmp_path, monkeypatch, where):
+    run, replace = Run(), Path.replace
+    save_adapter(run.model, tmp_path)
+    if where == "where one works":
+        monkeypatch.chdir(tmp_path)
+    else:
+        (tmp_path / "notes.txt").write_text("mine")
+    run.train(1)
+    for count in range(3):
+        moves = iter(range(count))
+
+        def move(path, target, moves=moves):
+            if next(moves, None) is None:
+                raise KeyboardInterrupt
+            return replace(path, target)
+
+        monkeypatch.setattr(Path, "replace", move)
+        with pytest.raises(KeyboardInterrupt):
+            save_adapter(run.model, tmp_path)
+        assert not (tmp_path / FILES[0]).exists()
+    monkeypatch.setattr(Path, "replace", replace)
+    save_adapter(run.model, tmp_path)
+    assert {*FILES[:3]} <= {path.name for path in tmp_path.iterdir()}
 
 
 # --- full ---------------------------------------------------------------------------------
