@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import itertools
 import json
 import os
 import random
@@ -256,14 +257,15 @@ def _look_on(run: Path, address: str) -> None:
     from gemma_tuner.watch.run import Run
 
     watched, is_open, begun = Run(run, "run"), False, time.monotonic()
-    while True:
+    for number in itertools.count():
         watched.refresh()
         watched.find_phase()
         if watched.num_damaged:
             raise RuntimeError(f"{watched.num_damaged} lines are damaged")
         try:
-            with urllib.request.urlopen(address, timeout=60) as answer:
-                is_open = is_open or bool(answer.read())
+            if number % 50 == 0:  # a page keeps who has asked for a while
+                with urllib.request.urlopen(address, timeout=60) as answer:
+                    is_open = bool(answer.read())
         except OSError:
             if is_open or time.monotonic() > begun + 60:
                 raise
