@@ -87,7 +87,7 @@ def prune(
     num_removed = num_bytes = 0
     for each in [kind] if kind else _KINDS:
         for entry in _list_entries(cache, each):
-            manifest = cache / f"manifests/{entry.path.stem}.arrow"
+            manifest = cache / f"manifests/{entry.path.stem.partition('-')[0]}.arrow"
             is_needed = each in _OF_MANIFESTS and manifest.exists()
             if entry.used_seconds < since and not is_needed:
                 if entry.path.is_dir():

@@ -57,14 +57,15 @@ def write_media(example: Example, folder: Path, number: int) -> Iterator[str]:
         name = f"{number:03d}-{index}{'.png' if isinstance(part, Image) else '.wav'}"
         path = folder / name
         folder.mkdir(exist_ok=True)
-        if isinstance(part, Image):
-            source.save(path)
-        else:
-            try:
-                rate_hz = part.sample_rate_hz or SAMPLE_RATE_HZ
-                soundfile.write(path, source, rate_hz, subtype="FLOAT")
-            except soundfile.LibsndfileError as error:
-                raise OSError(errno.EIO, error.error_string) from None
+        try:
+            with replaced(path) as temporary:
+                if isinstance(part, Image):
+                    source.save(temporary, "PNG")
+                else:
+                    rate_hz = part.sample_rate_hz or SAMPLE_RATE_HZ
+                    soundfile.write(temporary, source, rate_hz, subtype="FLOAT", format="WAV")
+        except soundfile.LibsndfileError as error:
+            raise OSError(errno.EIO, error.error_string) from None
         yield name
 
 

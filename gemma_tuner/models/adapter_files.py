@@ -15,7 +15,14 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
 
-from gemma_tuner.disk import check_room, disk_errors_explained, sync, sync_all, temporary_sibling
+from gemma_tuner.disk import (
+    check_room,
+    disk_errors_explained,
+    replaced,
+    sync,
+    sync_all,
+    temporary_sibling,
+)
 from gemma_tuner.errors import MALFORMED, CheckpointError, DivergedError
 from gemma_tuner.models.identity import active_adapter, hash_decoder_norms, portable_name
 
@@ -118,18 +125,33 @@ def copy_adapter(source: Path, path: str | Path) -> Path:
 
 def _place(folder: Path, num_bytes: int, write: Callable[[Path], object]) -> Path:
     """Have an adapter's files written beside their places, and put there once they are whole."""
+    place = folder.resolve()
     with saving_explained("save an adapter", folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        check_room(folder, num_bytes)
-        with temporary_sibling(folder / "adapter") as temporary:
+        place.mkdir(parents=True, exist_ok=True)
+        check_room(place, num_bytes)
+        if _holds_adapter_alone(place):
+            with replaced(place) as temporary:
+                temporary.mkdir()
+                write(temporary)
+            return folder
+        with temporary_sibling(place / "adapter") as temporary:
             temporary.mkdir()
             write(temporary)
             sync_all(temporary)
-            # The settings last: without them nothing opens the folder.
+            # Without its settings nothing opens the folder: they go first, and come last.
+            (place / CONFIG).unlink(missing_ok=True)
+            sync(place)
             for file in sorted(temporary.iterdir(), key=lambda file: file.name == CONFIG):
-                file.replace(folder / file.name)
-            sync(folder)
+                file.replace(place / file.name)
+            sync(place)
     return folder
+
+
+def _holds_adapter_alone(folder: Path) -> bool:
+    """Whether a folder can be exchanged as a whole: not a disk, nor where this process works."""
+    names = {path.name for path in folder.iterdir()}
+    is_fixed = folder.is_mount() or Path.cwd().is_relative_to(folder)
+    return CONFIG in names <= {CONFIG, WEIGHTS, FINGERPRINT, TEMPLATE} and not is_fixed
 
 
 def write_adapter(model: PeftModel, folder: Path, *, step: int | None = None) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from gemma_tuner.checks import bounds, check_fields
+from gemma_tuner.disk import sync
 from gemma_tuner.errors import DataError, SourceError
 from gemma_tuner.records import StoredObject
 
@@ -190,6 +191,7 @@ class Quarantine:
         for record in records:
             fresh.add(record)
         if fresh._known:
+            sync(fresh.path)
             fresh.path.replace(self.path)
         else:
             self.path.unlink(missing_ok=True)

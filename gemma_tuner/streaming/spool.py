@@ -42,7 +42,6 @@ def open_manifest(
     # Of several processes that need it at the same time one writes it, and the others wait.
     name = name_source(source)
     path = folder / "manifests" / f"{name}.arrow"
-    quarantine = Quarantine(folder / "quarantine" / f"{name}.jsonl", budget)
     outdated = _stamp(path) if refresh else None
     manifest = _find(path, budget, outdated)
     if manifest is None:
@@ -52,10 +51,12 @@ def open_manifest(
                 _sweep(folder)
                 if refresh:
                     discard()
-                _write(path, source, stores, quarantine)
+                _write(path, source, stores, folder / "quarantine", budget)
                 discard()
                 manifest = Manifest(path)
-    return manifest, quarantine
+    # Manifests of earlier versions do not name theirs.
+    kept = folder / "quarantine" / manifest.summary.get("quarantine", f"{name}.jsonl")
+    return manifest, Quarantine(kept, budget)
 
 
 def name_source(source: Source) -> str:
@@ -101,15 +102,23 @@ def _write(
     path: Path,
     source: Source,
     stores: Stores,
-    quarantine: Quarantine,
+    quarantines: Path,
+    budget: Budget,
 ) -> None:
-    tally = _Tally(quarantine.budget)
+    tally = _Tally(budget)
+    name = ""
 
     def read_summary() -> dict[str, Any]:
+        nonlocal name
         tally.check_all()
+        # Its rows that cannot be used are named for what they are, and written before the manifest
+        # that names them takes its place: a kill leaves the old ones with the old, or both new.
+        name = f"{path.stem}-{hashlib.sha256(repr(tally.records).encode()).hexdigest()[:16]}.jsonl"
+        Quarantine(quarantines / name, budget).replace(tally.records)
         return {
             **source.read_summary(),
             "bad_rows": len(tally.records),
+            "quarantine": name,
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
         }
 
@@ -120,7 +129,9 @@ def _write(
         read_summary=read_summary,
         pass_over=tally.pass_over,
     )
-    quarantine.replace(tally.records)
+    for other in quarantines.glob(f"{path.stem}*"):
+        if other.name != name:
+            other.unlink(missing_ok=True)
 
 
 class _Tally:

@@ -12,6 +12,7 @@ from there may need it.
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -196,3 +197,5 @@ class BestAdapter:
             for folder in self._folder.glob("step-*"):
                 if folder.name not in names:
                     remove_folder(folder)
+            for leftover in self._folder.glob(".step-*"):  # of a killed run
+                shutil.rmtree(leftover)

@@ -11,7 +11,7 @@
 
 A checkpoint is written beside its place under a hidden name, forced to the disk and renamed, so a
 killed or failed save leaves what was there before. One run owns its ``output_dir``: hidden
-leftovers of a killed save are removed by the next one.
+leftovers of a killed save are removed by the next one, and when the run is resumed.
 
 No random state is kept, as nothing depends on one: a step seeds its dropout with its number.
 Tensors are safetensors, the rest is JSON, nothing is pickled: loading runs no code. No file holds
@@ -92,18 +92,24 @@ def save_checkpoint(
     tensors = [*adapter_tensors(model).values(), *kept.values()]
     with saving_explained("save a checkpoint", Path(output_dir)):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.parent.glob(".step-*"):
-            shutil.rmtree(leftover)
         check_room(folder.parent, sum(tensor.nbytes for tensor in tensors))
         with replaced(folder) as temporary:
             temporary.mkdir()
             write_adapter(model, temporary)
             save_file(kept, temporary / _OPTIMIZER)
             (temporary / _STATE).write_text(document, encoding="utf-8")
-    with saving_explained("delete old checkpoints", folder.parent):
+    prune_checkpoints(output_dir, keep=keep)
+    return folder
+
+
+def prune_checkpoints(output_dir: str | Path, *, keep: int) -> None:
+    """Delete the oldest checkpoints beyond ``keep``, and what a killed save left."""
+    folder = Path(output_dir) / "checkpoints"
+    with saving_explained("delete old checkpoints", folder):
+        for leftover in folder.glob(".step-*"):
+            shutil.rmtree(leftover)
         for old in list_checkpoints(output_dir)[:-keep]:
             remove_folder(old)
-    return folder
 
 
 def name_checkpoint(step: int) -> str:

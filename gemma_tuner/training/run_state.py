@@ -25,6 +25,7 @@ from gemma_tuner.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     name_checkpoint,
+    prune_checkpoints,
     refuse_second_run,
     save_checkpoint,
     show_folder,
@@ -279,6 +280,9 @@ class RunState:
         self.guard = NonfiniteGuard(
             self._processes.device, totals.skipped_steps, totals.consecutive_skipped_steps
         )
+        if self._processes.is_main:  # a killed run may have been about to
+            prune_checkpoints(self._config.output_dir, keep=self._config.keep_checkpoints)
+            self.best.prune()
 
     def save(self, reports: Reports, micro_batches: MicroBatchPlan | None) -> None:
         """Write a checkpoint, unless the newest one holds all of this already."""

@@ -56,6 +56,20 @@ def test_what_is_used_stays(cache, tmp_path):
     assert len(list((cache / "manifests").iterdir())) == 2
 
 
+def test_a_manifest_keeps_its_quarantine(tmp_path):
+    rows = '{"prompt": "a", "response": ""}\n{"prompt": "a", "response": "b"}\n'
+    (tmp_path / "rows.jsonl").write_text(rows)
+    stream = stream_local(tmp_path / "rows.jsonl", cache_dir=tmp_path, max_bad_fraction=0.5)
+    (path,) = (tmp_path / "quarantine").iterdir()
+    os.utime(path, (OLD, OLD))
+    run("prune", "--cache-dir", tmp_path)
+    assert len(stream.inspect_quarantine()) == 1
+    os.utime(path, (OLD, OLD))
+    (tmp_path / "manifests" / f"{path.stem.partition('-')[0]}.arrow").unlink()
+    run("prune", "--cache-dir", tmp_path)
+    assert not path.exists()
+
+
 def test_one_kind_alone_is_removed(cache):
     assert "removed: 1 entries, 1 kB" in run("prune", "--cache-dir", cache, "--kind", "packed")
 

@@ -343,7 +343,7 @@ def test_answers_at_intervals_of_training(setup, folder, tmp_path):
     sound = Audio(np.zeros(1600, np.float32), 16_000)
     turns = (Turn("user", (sound,)), Turn("assistant", (Text("x"),)))
     heard = Example("heard", turns=turns)
-    with pytest.raises(CheckpointError, match=r"cannot be written \(System error\.\)"):
+    with pytest.raises(CheckpointError, match=r"cannot be written \(Is a directory\)"):
         SampleGenerations(collator, [heard], every_steps=1).begin(tmp_path / "heard", 0)
 
     many = '{"step": 1}\n' * 10_000

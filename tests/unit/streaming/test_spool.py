@@ -68,3 +68,26 @@ def test_what_killed_writers_left_goes_and_what_is_being_written_stays(folder):
     (folder / "a.jsonl").write_text('{"prompt": "q", "response": "newest"}\n')
     assert read(folder) == "newest"
     assert not busy.exists()
+
+
+def test_a_manifest_is_never_there_without_its_rows_in_quarantine(folder, monkeypatch):
+    def open_rows(*answers, **options):
+        rows = "".join(f'{{"prompt": "q", "response": "{answer}"}}\n' for answer in answers)
+        (folder / "a.jsonl").write_text(rows)
+        os.utime(folder / "a.jsonl", (1, 1))  # so that it is taken for the same file
+        options |= {"cache_dir": folder / "cache", "max_bad_fraction": 0.5}
+        return gt.stream_local(folder / "a.jsonl", **options)
+
+    def write_and_die(*arguments, **keywords):
+        write(*arguments, **keywords)
+        raise KeyboardInterrupt
+
+    write = spool.write_manifest
+    for answers, bad in ((("x", "", "y"), ["a.jsonl:2"]), (("", "x", "y"), ["a.jsonl:1"])):
+        monkeypatch.setattr(spool, "write_manifest", write_and_die)
+        with pytest.raises(KeyboardInterrupt):
+            open_rows(*answers, refresh=True)
+        monkeypatch.setattr(spool, "write_manifest", write)
+        assert [one.key for one in open_rows(*answers).inspect_quarantine()] == bad
+    open_rows("", "x", "y", refresh=True)
+    assert len(list((folder / "cache" / "quarantine").iterdir())) == 1

@@ -153,6 +153,18 @@ def test_what_a_checkpoint_has_as_its_best_stays(tmp_path):
     assert resumed.fit(resume=True).best_step == 8  # nothing is left to do, and it is still known
 
 
+def test_what_a_killed_run_was_about_to_delete_goes_when_it_is_resumed(tmp_path):
+    settings = {"max_steps": 4, "keep_checkpoints": 1}
+    build(tmp_path, LOSSES, **settings).fit()
+    for name in ("checkpoints", "best"):
+        folder = tmp_path / "run" / name
+        for left in ("step-00000002", ".step-00000002.old", ".step-00000001.tmp"):
+            shutil.copytree(folder / "step-00000004", folder / left)
+    build(tmp_path, LOSSES, **settings).fit(resume=True)
+    assert names(tmp_path) == ["step-00000004"]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
+
+
 def test_a_best_adapter_that_the_main_process_died_in_writing_is_written_by_another(tmp_path):
     trainer = build(tmp_path, LOSSES, max_steps=4)
     trainer.fit()
