@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +22,7 @@ from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.deltas import Adapter, Delta, Replacement
 from gemma_tuner.models.adapter_names import full_name
 from gemma_tuner.models.families import family_of_type
-from gemma_tuner.models.identity import hash_decoder_norms, portable_name
+from gemma_tuner.models.identity import find_commit, hash_decoder_norms, portable_name
 
 HEAD = "lm_head.weight"
 
@@ -150,9 +149,9 @@ def _check_same_release(adapter: Adapter, folder: Path, tensors: Mapping[str, We
                 "the checkpoint that it was trained on"
             )
         return
-    cached = re.search(r"snapshots/([0-9a-f]{40})", folder.as_posix())
-    if adapter.revision and cached and not cached[1].startswith(adapter.revision):
+    commit = find_commit(folder)
+    if adapter.revision and commit and not commit.startswith(adapter.revision):
         raise CheckpointError(
             f"the adapter was trained on revision {adapter.revision} of {adapter.base}, and "
-            f"{name} is at {cached[1]}; pass revision={adapter.revision!r}"
+            f"{name} is at {commit}; pass revision={adapter.revision!r}"
         )

@@ -90,6 +90,12 @@ def portable_name(name: str | None) -> str | None:
     return Path(name).resolve().name
 
 
+def find_commit(path: Path) -> str | None:
+    """The commit of a model, by a path of the Hub's cache."""
+    found = re.search(r"/models--[^/]+/snapshots/([0-9a-f]{40})(/|$)", path.as_posix())
+    return found[1] if found else None
+
+
 def _structure(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: _structure(value) if isinstance(value, Mapping) else value

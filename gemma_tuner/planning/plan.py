@@ -28,6 +28,7 @@ from gemma_tuner.errors import MemoryPlanError
 from gemma_tuner.modalities import Modality
 from gemma_tuner.models.embeddings import Placement, choose_placement
 from gemma_tuner.models.families import loaded_modalities
+from gemma_tuner.models.grids import stored_bits
 from gemma_tuner.models.lora import LoraConfig, find_adapters, unwrap_peft, wrap_peft
 from gemma_tuner.models.meta import build_meta_model
 from gemma_tuner.models.restricted_layers import shares_keys
@@ -55,6 +56,7 @@ class Plan:
         dtype: Of its frozen weights.
         modalities: What it was planned to read.
         per_layer_embeddings: Where the per-layer table is; None where there is none.
+        bits: Of a packed weight, the fewest; None where none is packed.
         levels: From the fastest to the most sparing; a micro-batch takes the first that holds it.
         loss_chunk_tokens: Target tokens whose logits exist at one time.
         query_chunk_tokens: Queries of a full-attention layer that attend at one time; None: all.
@@ -71,6 +73,7 @@ class Plan:
     dtype: str
     modalities: tuple[Modality, ...]
     per_layer_embeddings: Placement | None
+    bits: int | None
     levels: tuple[CheckpointingLevel, ...]
     loss_chunk_tokens: int
     query_chunk_tokens: int | None
@@ -261,6 +264,7 @@ def make_plan(
         dtype=str(dtype).removeprefix("torch."),
         modalities=modalities,
         per_layer_embeddings=placement,
+        bits=stored_bits(gemma.config),
         levels=add_last_resort(choice.levels, request, num_layers),
         loss_chunk_tokens=choice.loss_chunk_tokens,
         query_chunk_tokens=choice.query_chunk_tokens,
