@@ -32,7 +32,7 @@ from gemma_tuner.models import embeddings
 from gemma_tuner.models.adapter_files import read_trained_with, set_trained_with
 from gemma_tuner.models.building import choose_left_out, finish_model, make_partial_class
 from gemma_tuner.models.families import Family, family_of, tokenizer_of
-from gemma_tuner.models.grids import choose_grid, name_grids
+from gemma_tuner.models.grids import PACKED, choose_grid, name_grids
 from gemma_tuner.models.identity import find_commit
 
 if TYPE_CHECKING:
@@ -153,7 +153,8 @@ def load_model(
     # What is trained on a packed one names the checkpoint itself.
     model.name_or_path = model.config.name_or_path = source
     model.config._commit_hash = commit  # noqa: SLF001 - where transformers kept it before 5.23
-    packed = f", weights packed as {grids}" if (grids := name_grids(config)) else ""
+    grids = name_grids(getattr(config, PACKED, None))
+    packed = f", weights packed as {grids}" if grids else ""
     announce(
         f"{name}: {', '.join(modalities)} on {device} ({device_reason}), "
         f"{str(dtype).removeprefix('torch.')} ({dtype_reason}){packed}"

@@ -23,7 +23,8 @@ from gemma_tuner.checkpoints.writing import NewTensor, write_checkpoint
 from gemma_tuner.checks import check_value
 from gemma_tuner.display import show_bytes
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.log import announce
+from gemma_tuner.log import announce, logger
+from gemma_tuner.models.adapter_files import read_fingerprint
 from gemma_tuner.models.grids import PACKED, Grid, Packed
 from gemma_tuner.models.identity import portable_name
 from gemma_tuner.models.meta import build_meta_model
@@ -94,6 +95,13 @@ def pack(
         else:
             tensors.append(NewTensor(key, tensor.dtype, tensor.shape, tensor.copy))
     config[PACKED] = {module: str(chosen) for module in modules}
+    if bits == 4 and read_fingerprint(folder).get("merged"):
+        logger.warning(
+            "%s has an adapter merged in, and 4 bits undo most of a short training (a held-out "
+            "loss of 0.23 became 2.39 on a Gemma 3 270M, 0.24 in 8 bits): measure it before use; "
+            "8 bits, bfloat16, or the adapter beside its base keep what was learned",
+            name,
+        )
     num_bytes = sum(tensor.num_bytes for tensor in tensors)
     announce(
         f"{name}: packing {len(modules)} modules as {chosen}; {show_bytes(num_bytes)} on the disk"

@@ -76,9 +76,9 @@ def list_own_files(folder: Path) -> list[Path]:
 
 def write_processor(folder: Path, known: TrainedWith | None, model_type: str) -> None:
     """Let a checkpoint's processor write prompts as they were written in training."""
+    write_trained_with(folder, known, merged=True)
     if known is None:
         return
-    write_trained_with(folder, known)
     option = family_of_type(model_type).image_budget_option
     budget = known.collator.get("image_tokens")
     for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):

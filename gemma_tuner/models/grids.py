@@ -144,10 +144,14 @@ def read_grids(packed: Any) -> dict[str, Grid]:
         ) from None
 
 
-def name_grids(config: Any) -> str | None:
-    """Name the grids of a model's packed weights; None where there are none."""
-    names = {str(grid) for grid in read_grids(getattr(config, PACKED, None)).values()}
-    return " and ".join(sorted(names)) or None
+def name_grids(packed: Any) -> str | None:
+    """Name the grids of packed weights, as a configuration has them; None where there are none."""
+    return " and ".join(sorted({str(grid) for grid in read_grids(packed).values()})) or None
+
+
+def find_bits(grids: str) -> int | None:
+    """The bits of a name that ``name_grids`` gave; None where there are several grids."""
+    return None if " and " in grids else Grid.parse(grids).bits
 
 
 def stored_bits(config: Any) -> int | None:

@@ -32,7 +32,7 @@ def plan_training(model: PeftModel, rows: Sequence[Batch], request: PlanRequest)
     gemma = unwrap_peft(model)
     return make_plan(
         _name_of(model),
-        build_meta_copy(model),
+        lambda grid: build_meta_copy(model, grid),
         max(rows, key=lambda row: (_count_media(row), row.num_tokens)),
         request,
         device=gemma.device,

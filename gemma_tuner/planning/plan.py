@@ -7,10 +7,10 @@ that is loaded already.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,7 +28,8 @@ from gemma_tuner.errors import MemoryPlanError
 from gemma_tuner.modalities import Modality
 from gemma_tuner.models.embeddings import Placement, choose_placement
 from gemma_tuner.models.families import loaded_modalities
-from gemma_tuner.models.grids import stored_bits
+from gemma_tuner.models.grids import Grid, choose_grid, stored_bits
+from gemma_tuner.models.identity import active_adapter
 from gemma_tuner.models.lora import LoraConfig, find_adapters, unwrap_peft, wrap_peft
 from gemma_tuner.models.meta import build_meta_model
 from gemma_tuner.models.restricted_layers import shares_keys
@@ -142,6 +143,7 @@ def plan(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     per_layer_embeddings: Placement | None = None,
+    bits: int | None = None,
     revision: str | None = None,
 ) -> Plan:
     """Plan a run from a checkpoint's configuration; no weight is read.
@@ -162,34 +164,44 @@ def plan(
             ``load_model`` would choose here.
         dtype: As in ``load_model``.
         per_layer_embeddings: As in ``load_model``.
+        bits: As in ``load_model``. Where nothing fits, 8 and 4 are tried for the error to name.
         revision: As in ``load_model``.
 
     Returns:
         The plan; ``load_model(plan=...)`` takes it.
 
     Raises:
-        MemoryPlanError: Nothing fits; the error names the nearest plans that would.
-        ConfigError: A setting that cannot work, or a device that is not there and no budget.
+        MemoryPlanError: Nothing fits; the error names the nearest plans that would, with
+            ``bits=8`` or ``bits=4`` first.
+        ConfigError: A setting that cannot work, or a device that is not there and no budget;
+            other bits than those of a checkpoint that is packed.
         CheckpointError: A configuration or processor that cannot be read.
     """
     chosen, budget = _choose_budget(device, memory_gib)
     check_path("name_or_path", name_or_path)
+    name = name_without_path(str(name_or_path))
     config = read_config(str(name_or_path), revision)
+    asked = choose_grid(name, config, bits)
     placement = choose_placement(config, chosen, per_layer_embeddings)
     if dtype is None and not is_available(chosen):
         dtype = "bfloat16"
-    meta_model = build_meta_model(
-        config,
-        modalities=modalities,
-        dtype=choose_dtype(chosen, dtype, config.dtype)[0],
-        per_layer_embeddings=placement,
-    )
+
+    def build(grid: Grid | None) -> PeftModel:
+        meta_model = build_meta_model(
+            config,
+            modalities=modalities,
+            dtype=choose_dtype(chosen, dtype, config.dtype)[0],
+            per_layer_embeddings=placement,
+            grid=grid,
+        )
+        return wrap_peft(meta_model, find_adapters(meta_model, lora or LoraConfig())[0])
+
     example = make_worst_case(
         str(name_or_path), config, modalities, max_tokens, image_tokens, max_seconds, revision
     )
     return make_plan(
-        name_without_path(str(name_or_path)),
-        wrap_peft(meta_model, find_adapters(meta_model, lora or LoraConfig())[0]),
+        name,
+        lambda grid: build(grid or asked),
         example,
         PlanRequest(batch_size, max_tokens, target_share),
         device=chosen,
@@ -217,6 +229,13 @@ def read_budget(device: torch.device, memory_gib: float | None) -> tuple[int, st
     return int(memory_gib * 2**30), "as given"
 
 
+def _can_be_packed(model: PeftModel) -> bool:
+    """Whether weights could be packed: they are not yet, and adapters are on linear layers."""
+    config: Any = model.peft_config[active_adapter(model)]
+    is_dense = stored_bits(unwrap_peft(model).config) is None
+    return is_dense and not (config.modules_to_save or config.target_parameters)
+
+
 def add_last_resort(
     levels: tuple[CheckpointingLevel, ...], request: PlanRequest, num_layers: int
 ) -> tuple[CheckpointingLevel, ...]:
@@ -228,7 +247,7 @@ def add_last_resort(
 
 def make_plan(
     name: str,
-    meta_model: PeftModel,
+    build: Callable[[Grid | None], PeftModel],
     example: Batch,
     request: PlanRequest,
     *,
@@ -237,6 +256,8 @@ def make_plan(
     placement: Placement | None,
 ) -> Plan:
     """Try steps of a model without weights, and choose how to train."""
+    # build: Makes the model, as it is or packed on a grid.
+    meta_model = build(None)
     gemma = unwrap_peft(meta_model)
     dtype, modalities = gemma.dtype, loaded_modalities(gemma)
     layers = gemma.get_decoder().layers
@@ -244,20 +265,24 @@ def make_plan(
     # Layers that share keys and values run at targets only: others cost more to keep.
     sharing = sum(shares_keys(layer) for layer in layers)
     middle = num_layers - sharing if sharing else num_layers // 2
-    step = StepTracer(
-        meta_model,
-        device,
-        accumulates=True,
-        state_bytes=request.state_bytes,
-        loss=request.loss,
-    )
+
+    def trace(model: PeftModel) -> StepTracer:
+        return StepTracer(
+            model, device, accumulates=True, state_bytes=request.state_bytes, loss=request.loss
+        )
+
+    step = trace(meta_model)
     budget_bytes, source = budget
     margin = margin_bytes(budget_bytes, device)
     usable = budget_bytes - margin
     layer_counts = (0, middle, num_layers)
     choice = choose(step, example, request, layer_counts=layer_counts, usable=usable)
     if choice is None:
-        raise MemoryPlanError(describe_misfit(name, step, example, request, usable, num_layers))
+        others = (8, 4) if _can_be_packed(meta_model) else ()
+        packed = {bits: lambda bits=bits: trace(build(Grid.choose(bits))) for bits in others}
+        raise MemoryPlanError(
+            describe_misfit(name, step, example, request, usable, num_layers, packed)
+        )
     return Plan(
         name=name,
         device=str(device),
