@@ -1,10 +1,12 @@
 """A checkpoint is packed once for a number of bits, and found again while it stays as it is."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 
 import gemma_tuner as gt
 from gemma_tuner.checkpoints.loading import load_model
+from gemma_tuner.device import memory_private_bytes
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.models.adapter_files import CONFIG
 from gemma_tuner.testing import FAMILIES, tiny_model
@@ -133,6 +136,45 @@ def test_a_model_of_the_hub_is_packed_by_its_commit_and_needs_its_files_no_more(
     again = load("files/model", bits=4, revision="release")
     assert again.name_or_path == "files/model"
     assert list_entries(home) == [entry]
+
+
+def measure_peak(load_it):
+    """The most private bytes while something is loaded, over those before."""
+    before, peak, is_over = memory_private_bytes(), [0], threading.Event()
+
+    def watch():
+        while not is_over.wait(0.002):
+            peak.append(memory_private_bytes() - before)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    loaded = load_it()
+    is_over.set()
+    watcher.join()
+    return max(peak), loaded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_loading_peaks_at_what_stays(dtype, tmp_path):
+    model, processor = tiny_model("gemma4-31b")
+    load(save_base(tmp_path / "small", "gemma4-31b"), bits=4)  # what is made once
+    text = model.config.text_config
+    text.hidden_size, text.intermediate_size = 1024, 4096
+    large = type(model)(model.config).to(torch.bfloat16)
+    large.save_pretrained(tmp_path / "base")
+    processor.save_pretrained(tmp_path / "base")
+    dense = sum(parameter.nbytes for parameter in large.parameters())
+    del large
+    gc.collect()
+    packing, _ = measure_peak(lambda: load(tmp_path / "base", bits=4, dtype=dtype))
+    gc.collect()
+    peak, loaded = measure_peak(lambda: load(tmp_path / "base", bits=4, dtype=dtype))
+    held = sum(tensor.nbytes for tensor in (*loaded.parameters(), *loaded.buffers()))
+    assert dense > 150e6
+    assert held < 0.4 * dense
+    assert peak <= held + 8e6
+    assert packing <= held + 0.8 * dense  # in blocks of rows, float32 on the way
 
 
 LOAD = "import gemma_tuner as gt, sys; gt.load_model(sys.argv[1], device='cpu', bits=4)"
