@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from gemma_tuner.checkpoints.packing import pack
@@ -30,6 +32,8 @@ def pack_once(source: str, commit: str | None, grid: Grid, fetch: Callable[[], P
     cache = Path.home() / CACHE / "packed"
     entry = cache / f"{name.replace('/', '--')}-{grid}-{digest[:16]}"
     if entry.is_dir():
+        with suppress(OSError):  # `gemma-tuner cache` asks when it was last used
+            os.utime(entry / "config.json")
         return entry
     with disk_errors_explained(
         lambda reason: CheckpointError(

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from gemma_tuner.disk import check_room, disk_errors_explained, sync, sync_all, temporary_sibling
-from gemma_tuner.errors import MALFORMED, CheckpointError, DivergedError
-from gemma_tuner.models.grids import PACKED, name_grids
+from gemma_tuner.errors import MALFORMED, CheckpointError, ConfigError, DivergedError
+from gemma_tuner.models.grids import PACKED, Grid, name_grids
 from gemma_tuner.models.identity import active_adapter, hash_decoder_norms, portable_name
 
 CONFIG = "adapter_config.json"
@@ -100,9 +100,12 @@ def read_fingerprint(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, *MALFORMED) as error:
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+        for grid in known["grid"].split(" and ") if "grid" in known else ():
+            Grid.parse(grid)
+    except (OSError, ConfigError, *MALFORMED) as error:
         raise _unreadable(folder, error) from None
+    return known
 
 
 def _unreadable(folder: Path, error: Exception) -> CheckpointError:

@@ -70,6 +70,7 @@ def test_a_second_load_does_not_pack_again(tmp_path, home, caplog):
     assert all(torch.equal(second[name], first[name]) for name in first)
     assert list_entries(home) == [entry]
     assert (entry / "model.safetensors").stat().st_ino == made.st_ino
+    assert (entry / "config.json").stat().st_mtime_ns > made.st_mtime_ns  # when it was used
     assert "packing" not in caplog.text
     assert "symmetric-4-32" in caplog.text
     load(base, bits=8)
