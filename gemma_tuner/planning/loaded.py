@@ -38,6 +38,7 @@ def plan_training(model: PeftModel, rows: Sequence[Batch], request: PlanRequest)
         device=gemma.device,
         budget=read_budget(gemma.device, request.memory_gib),
         placement=_placement_of(model),
+        other_bits=() if stored_bits(gemma.config) else (8, 4),
     )
 
 

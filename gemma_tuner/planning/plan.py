@@ -207,6 +207,7 @@ def plan(
         device=chosen,
         budget=budget,
         placement=placement,
+        other_bits=() if stored_bits(config) else [b for b in (8, 4) if b < (bits or 16)],
     )
 
 
@@ -229,13 +230,6 @@ def read_budget(device: torch.device, memory_gib: float | None) -> tuple[int, st
     return int(memory_gib * 2**30), "as given"
 
 
-def _can_be_packed(model: PeftModel) -> bool:
-    """Whether weights could be packed: they are not yet, and adapters are on linear layers."""
-    config: Any = model.peft_config[active_adapter(model)]
-    is_dense = stored_bits(unwrap_peft(model).config) is None
-    return is_dense and not (config.modules_to_save or config.target_parameters)
-
-
 def add_last_resort(
     levels: tuple[CheckpointingLevel, ...], request: PlanRequest, num_layers: int
 ) -> tuple[CheckpointingLevel, ...]:
@@ -254,9 +248,11 @@ def make_plan(
     device: torch.device,
     budget: tuple[int, str],
     placement: Placement | None,
+    other_bits: Sequence[int],
 ) -> Plan:
     """Try steps of a model without weights, and choose how to train."""
     # build: Makes the model, as it is or packed on a grid.
+    # other_bits: In which it could be packed, the most first.
     meta_model = build(None)
     gemma = unwrap_peft(meta_model)
     dtype, modalities = gemma.dtype, loaded_modalities(gemma)
@@ -278,8 +274,10 @@ def make_plan(
     layer_counts = (0, middle, num_layers)
     choice = choose(step, example, request, layer_counts=layer_counts, usable=usable)
     if choice is None:
-        others = (8, 4) if _can_be_packed(meta_model) else ()
-        packed = {bits: lambda bits=bits: trace(build(Grid.choose(bits))) for bits in others}
+        adapter: Any = meta_model.peft_config[active_adapter(meta_model)]
+        if adapter.modules_to_save or adapter.target_parameters:  # not of packed weights
+            other_bits = ()
+        packed = {bits: lambda bits=bits: trace(build(Grid.choose(bits))) for bits in other_bits}
         raise MemoryPlanError(
             describe_misfit(name, step, example, request, usable, num_layers, packed)
         )

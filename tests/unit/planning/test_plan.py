@@ -210,7 +210,7 @@ def test_bits_are_not_named_where_weights_are_trained_themselves(checkpoint):
         plan(checkpoint, lora=LoraConfig(variant="full"), memory_gib=1e-3, max_tokens=64)
     assert "bits=" not in str(caught.value)
     with pytest.raises(MemoryPlanError, match=r"bits=4 would need 0\.\d\d GiB"):
-        plan(checkpoint, memory_gib=1e-3, max_tokens=64)
+        plan(checkpoint, bits=8, memory_gib=1e-3, max_tokens=64)
 
 
 @pytest.mark.slow
