@@ -31,6 +31,15 @@ _INDEX = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 _COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 _INDEX_HERE = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK")
 _COUNT_HERE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE")
+# A limit, what is used of it, and how the counts of the whole tree begin beside them.
+_CONTROL_GROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", ""),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        "total_",
+    ),
+)
 _MEETING_PLACE = ("MASTER_ADDR", "MASTER_PORT")
 
 
@@ -254,24 +263,30 @@ def memory_budget_bytes(device: torch.device) -> tuple[int, str]:
     """Bytes that this process may hold on a device, what it holds already included."""
     match device.type:
         case "cuda":
-            free, _ = torch.cuda.mem_get_info(device)
-            return free + torch.cuda.memory_reserved(device), "free on the GPU"
+            free, total = torch.cuda.mem_get_info(device)
+            return min(free + torch.cuda.memory_reserved(device), total), "free on the GPU"
         case "mps":
             return torch.mps.recommended_max_memory(), "recommended by Metal"
         case _:
-            held = _process(os.getpid()).memory_info().rss
-            available = psutil.virtual_memory().available + held
-            limit = _container_limit_bytes()
-            if limit is not None and limit < available:
-                return limit, "this container's limit"
+            # Pages of files are counted as available, those of mapped weights too.
+            held, memory = memory_private_bytes(), psutil.virtual_memory()
+            available = min(memory.available + held, memory.total)
+            room = _container_room_bytes()
+            if room is not None and room + held < available:
+                return room + held, "left by this container's limit"
             return available, "free in RAM"
 
 
-def _container_limit_bytes() -> int | None:
-    """What control groups allow this process on Linux; None where they do not limit it."""
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+def _container_room_bytes() -> int | None:
+    """What control groups still allow on Linux, pages of files aside; None without a limit."""
+    for limit, used, prefix in _CONTROL_GROUPS:
         with suppress(OSError, ValueError):  # absent, or "max"
-            return int(Path(path).read_text(encoding="ascii"))
+            room = int(Path(limit).read_text("ascii")) - int(Path(used).read_text("ascii"))
+            lines = Path(limit).with_name("memory.stat").read_text("ascii").splitlines()
+            about = dict(line.split() for line in lines)
+            return room + sum(
+                int(about[f"{prefix}{kind}_file"]) for kind in ("active", "inactive")
+            )
     return None
 
 

@@ -11,6 +11,7 @@ _SHOWN_CHARACTERS = 40
 _DIGEST = re.compile(r"[0-9a-f]{16,}")
 _NAMES = {
     "base_norms_sha256": "fingerprint of the base's weights",
+    "base_packed_sha256": "fingerprint of the base's packed weights",
     "fingerprint": "fingerprint of the data",
 }
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+CACHE = Path(".cache", "gemma_tuner")
+"""Below the user's home: where everything lies that can be made again."""
 
 # File headers, JSON and the file system's own blocks, on top of what is counted.
 _MARGIN_BYTES = 16 * 2**20
@@ -61,6 +65,21 @@ def is_within(path: Path, homes: Iterable[Path]) -> bool:
     """Whether a path, its links followed, lies in one of the places that ``find_home`` names."""
     place = path.resolve()
     return any(place.is_relative_to(home) for home in homes)
+
+
+@contextmanager
+def file_locked(path: Path, say_waiting: Callable[[], object]) -> Iterator[None]:
+    """Hold a file against other processes that do; it is made where it is not there."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say_waiting()
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def remove_folder(folder: Path) -> None:

@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> gt.Trainer:
     if args.model == "tiny":
         model, processor = gt.testing.tiny_model("gemma4-e2b")
     else:
-        model, processor = gt.load_model(args.model, modalities=("text", "image", "audio"))
+        model, processor = gt.load_model(
+            args.model, modalities=("text", "image", "audio"), bits=args.bits
+        )
     targets = ("language", "vision", "audio")
     model = gt.add_lora(model, gt.LoraConfig(rank=16, alpha=32, targets=targets))
 

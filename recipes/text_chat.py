@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> gt.Trainer:
     if args.model == "tiny":
         model, processor = gt.testing.tiny_model("gemma4-e2b")
     else:
-        model, processor = gt.load_model(args.model, modalities=("text",))
+        model, processor = gt.load_model(args.model, modalities=("text",), bits=args.bits)
     model = gt.add_lora(model, gt.LoraConfig(rank=16, alpha=32))
 
     # 2. The data: the samples have a split to hold out; of yours it is --held-out, or a tenth.

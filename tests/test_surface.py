@@ -116,6 +116,7 @@ CONTRACT = {
         "modalities": ("text",),
         "device": None,
         "dtype": None,
+        "bits": None,
         "plan": None,
         "revision": None,
     },

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import safetensors
 import transformers
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -20,6 +21,8 @@ from huggingface_hub.errors import (
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from gemma_tuner.checkpoints.cache import pack_once
+from gemma_tuner.checkpoints.writing import COPIED
 from gemma_tuner.checks import check_path
 from gemma_tuner.device import choose_device, choose_dtype
 from gemma_tuner.errors import MALFORMED, CheckpointError, ConfigError
@@ -29,6 +32,8 @@ from gemma_tuner.models import embeddings
 from gemma_tuner.models.adapter_files import read_trained_with, set_trained_with
 from gemma_tuner.models.building import choose_left_out, finish_model, make_partial_class
 from gemma_tuner.models.families import Family, family_of, tokenizer_of
+from gemma_tuner.models.grids import PACKED, choose_grid, name_grids
+from gemma_tuner.models.identity import find_commit
 
 if TYPE_CHECKING:
     import torch
@@ -60,6 +65,11 @@ class Placing(Protocol):
         """Where the per-layer table is."""
         ...
 
+    @property
+    def bits(self) -> int | None:
+        """Of a packed weight."""
+        ...
+
 
 _EXPLAIN_ADAPTER = (
     "it holds an adapter, not a model alone; load the model that the adapter was trained on, and "
@@ -75,6 +85,7 @@ def load_model(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     per_layer_embeddings: embeddings.Placement | None = None,
+    bits: int | None = None,
     plan: Placing | None = None,
     revision: str | None = None,
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -91,7 +102,10 @@ def load_model(
         per_layer_embeddings: Where the per-layer table of E2B, E4B and Gemma 3n is: mapped from
             the checkpoint's file, of which a step reads the rows it needs, or with the other
             weights. By default on disk for MPS, whose memory is the machine's.
-        plan: From ``gemma_tuner.plan``; device, dtype and the table's place are then its.
+        bits: 4 or 8, of the decoder's large matrices: a quarter of their memory, or half. The
+            checkpoint is packed as ``pack`` does, once, and kept in ``~/.cache/gemma_tuner``;
+            adapters name the checkpoint itself as their base. By default as they are stored.
+        plan: From ``gemma_tuner.plan``; device, dtype, bits and the table's place are then its.
         revision: A branch, tag or commit on the Hub.
 
     Returns:
@@ -100,13 +114,13 @@ def load_model(
 
     Raises:
         ConfigError: A modality that is unknown or that the checkpoint lacks; a device or dtype
-            that cannot work.
+            that cannot work; other bits than those of a checkpoint that is packed.
         CheckpointError: Files that are missing, damaged, locked behind a licence, or whose weights
-            are not exactly those of the model.
+            are not exactly those of the model; no room to pack it.
     """
     if plan is not None:
-        device, dtype, per_layer_embeddings = _read_plan(
-            plan, modalities, (device, dtype, per_layer_embeddings)
+        device, dtype, per_layer_embeddings, bits = _read_plan(
+            plan, modalities, (device, dtype, per_layer_embeddings, bits)
         )
     check_path("name_or_path", name_or_path)
     source = str(name_or_path)
@@ -114,43 +128,53 @@ def load_model(
     device, device_reason = choose_device(device)
     config = read_config(source, revision)
     _refuse_adapter(source, revision)
+    commit, weights = _find_commit(source, revision), source
+    if (grid := choose_grid(name, config, bits)) is not None:
+        fetch = partial(_fetch, source, commit or revision)
+        weights, revision = str(pack_once(source, commit, grid, fetch)), None
+        config = read_config(weights, None)
     family = family_of(config)
     placement = embeddings.choose_placement(config, device, per_layer_embeddings)
     left_out = choose_left_out(name, family, config, modalities, placement)
     dtype, dtype_reason = choose_dtype(device, dtype, config.dtype)
-    processor = read_processor(source, revision)
+    processor = read_processor(weights, revision)
     _check_processor(name, processor, family, modalities)
     _check_tokenizer(name, tokenizer_of(processor), family, config)
     tokenizer_of(processor).padding_side = "right"
     model = _read_weights(
-        source, make_partial_class(family, config, left_out), config, device, dtype, revision
+        weights, make_partial_class(family, config, left_out), config, device, dtype, revision
     )
     if placement == "disk":
-        with _explained(source):
+        with _explained(weights):
             table = embeddings.map_per_layer_embeddings(
-                model, partial(_find_file, source, revision), dtype
+                model, partial(_find_file, weights, revision), dtype
             )
         announce(f"{name}: {table.num_bytes / 2**30:.2f} GiB of per-layer embeddings stay on disk")
+    # What is trained on a packed one names the checkpoint itself.
+    model.name_or_path = model.config.name_or_path = source
+    model.config._commit_hash = commit  # noqa: SLF001 - where transformers kept it before 5.23
+    grids = name_grids(getattr(config, PACKED, None))
+    packed = f", weights packed as {grids}" if grids else ""
     announce(
         f"{name}: {', '.join(modalities)} on {device} ({device_reason}), "
-        f"{str(dtype).removeprefix('torch.')} ({dtype_reason})"
+        f"{str(dtype).removeprefix('torch.')} ({dtype_reason}){packed}"
     )
-    set_trained_with(model, read_trained_with(Path(source)))  # of a merged one
+    set_trained_with(model, read_trained_with(Path(weights)))  # of a merged one
     return finish_model(model), processor
 
 
 def _read_plan(
-    plan: Placing, modalities: Sequence[Modality], given: tuple[Any, Any, Any]
-) -> tuple[str, str, embeddings.Placement | None]:
-    """Take device, dtype and the table's place from a plan, which nothing given may contradict."""
+    plan: Placing, modalities: Sequence[Modality], given: Collection[Any]
+) -> tuple[str, str, embeddings.Placement | None, int | None]:
+    """Take all that a plan says of the weights from it; nothing given may contradict it."""
     planned = set(plan.modalities)
     if any(choice is not None for choice in given) or {"text", *modalities} != planned:
         raise ConfigError(
             f"plan was made for {', '.join(plan.modalities)} on {plan.device} in "
-            f"{plan.dtype}; give the same modalities, and leave device, dtype and "
+            f"{plan.dtype}; give the same modalities, and leave device, dtype, bits and "
             "per_layer_embeddings to it"
         )
-    return plan.device, plan.dtype, plan.per_layer_embeddings
+    return plan.device, plan.dtype, plan.per_layer_embeddings, plan.bits
 
 
 def _read_weights(
@@ -199,6 +223,25 @@ def read_processor(source: str, revision: str | None) -> ProcessorMixin:
     with _explained(source):
         return transformers.AutoProcessor.from_pretrained(
             source, revision=revision, trust_remote_code=False
+        )
+
+
+def _find_commit(source: str, revision: str | None) -> str | None:
+    with _explained(source):
+        file = _find_file(source, revision, "config.json")
+    return file and find_commit(file)
+
+
+def _fetch(source: str, revision: str | None) -> Path:
+    """Find a checkpoint's folder, and download what is not here."""
+    if Path(source).is_dir():
+        return Path(source)
+    with _explained(source):
+        wanted = [f"*{ending}" for ending in (*COPIED, ".safetensors")]
+        return Path(
+            snapshot_download(
+                source, revision=revision, allow_patterns=wanted, ignore_patterns="*/*"
+            )
         )
 
 

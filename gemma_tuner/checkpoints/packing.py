@@ -21,8 +21,12 @@ from gemma_tuner.checkpoints.weights import (
 )
 from gemma_tuner.checkpoints.writing import NewTensor, write_checkpoint
 from gemma_tuner.checks import check_value
+from gemma_tuner.display import show_bytes
 from gemma_tuner.errors import CheckpointError
+from gemma_tuner.log import announce, logger
+from gemma_tuner.models.adapter_files import read_fingerprint
 from gemma_tuner.models.grids import PACKED, Grid, Packed
+from gemma_tuner.models.identity import portable_name
 from gemma_tuner.models.meta import build_meta_model
 from gemma_tuner.models.packed import list_packable, list_parts
 
@@ -61,16 +65,20 @@ def pack(
             already or cannot be written.
     """
     check_value("grid", grid, Literal["symmetric", "affine"] | None)
-    is_affine = grid == "affine" or (grid is None and bits == 8)
-    chosen = Grid(bits, group or (64 if is_affine else 32), is_affine=is_affine)
+    chosen = Grid.choose(bits, grid, group)
     folder = find_checkpoint(checkpoint, revision)
+    name = portable_name(str(folder))
     config = read_json(folder / "config.json")
     if any(config.get(key) for key in (PACKED, "quantization", "quantization_config")):
         raise CheckpointError(
-            f"{folder.resolve().name} is quantised already; give the checkpoint in bfloat16 that "
-            "it was made from"
+            f"{name} is quantised already; give the checkpoint in bfloat16 that it was made from"
         )
     modules = _list_modules(folder, chosen)
+    if not modules:
+        raise CheckpointError(
+            f"no matrix of {name} has rows of whole groups of "
+            f"{chosen.group} weights; give a smaller group, or use the checkpoint as it is"
+        )
     tensors: list[NewTensor] = []
     stored = list_stored(folder)
     model_type = str(config.get("model_type"))
@@ -81,13 +89,24 @@ def pack(
         for module in modules
         for weight in ("weight", "gate_up_proj", "down_proj")
     }
-    for name, tensor in stored.items():
-        if name in of_weight:
-            tensors += _Packing(tensor, chosen).list_parts(of_weight[name])
+    for key, tensor in stored.items():
+        if key in of_weight:
+            tensors += _Packing(tensor, chosen).list_parts(of_weight[key])
         else:
-            tensors.append(NewTensor(name, tensor.dtype, tensor.shape, tensor.copy))
+            tensors.append(NewTensor(key, tensor.dtype, tensor.shape, tensor.copy))
     config[PACKED] = {module: str(chosen) for module in modules}
-    with new_folder(path, sum(tensor.num_bytes for tensor in tensors)) as temporary:
+    if bits == 4 and read_fingerprint(folder).get("merged"):
+        logger.warning(
+            "%s has an adapter merged in, and 4 bits undo most of a short training (a held-out "
+            "loss of 0.23 became 2.39 on a Gemma 3 270M, 0.24 in 8 bits): measure it before use; "
+            "8 bits, bfloat16, or the adapter beside its base keep what was learned",
+            name,
+        )
+    num_bytes = sum(tensor.num_bytes for tensor in tensors)
+    announce(
+        f"{name}: packing {len(modules)} modules as {chosen}; {show_bytes(num_bytes)} on the disk"
+    )
+    with new_folder(path, num_bytes) as temporary:
         write_checkpoint(temporary, folder, config, tensors, "packing")
     return Path(path)
 

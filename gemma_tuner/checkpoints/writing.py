@@ -21,7 +21,8 @@ from gemma_tuner.models.families import family_of_type
 
 SHARD_BYTES = 5 * 10**9
 # Configuration, tokenizer, processor, chat template; neither weights nor the base's own card.
-_COPIED = (".json", ".jinja", ".model", ".txt")
+COPIED = (".json", ".jinja", ".model", ".txt")
+"""Endings of the files that a new checkpoint has from its source."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -50,7 +51,7 @@ def write_checkpoint(
 ) -> None:
     """Write weights, and beside them the tokenizer, processor and template of ``source``."""
     for file in list_own_files(source):
-        if file.suffix in _COPIED and file.name != INDEX:
+        if file.suffix in COPIED and file.name != INDEX:
             shutil.copyfile(file, folder / file.name)
     (folder / "config.json").write_text(
         json.dumps(complete_config(config), indent=2) + "\n", encoding="utf-8"
@@ -75,9 +76,9 @@ def list_own_files(folder: Path) -> list[Path]:
 
 def write_processor(folder: Path, known: TrainedWith | None, model_type: str) -> None:
     """Let a checkpoint's processor write prompts as they were written in training."""
+    write_trained_with(folder, known, merged=True)
     if known is None:
         return
-    write_trained_with(folder, known)
     option = family_of_type(model_type).image_budget_option
     budget = known.collator.get("image_tokens")
     for name in ("tokenizer_config.json", "processor_config.json", "preprocessor_config.json"):

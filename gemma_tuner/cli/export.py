@@ -11,7 +11,7 @@ import typer
 
 from gemma_tuner.cli.commands import command
 from gemma_tuner.cli.defaults import from_run
-from gemma_tuner.cli.opening import load_with_adapter, open_base, say
+from gemma_tuner.cli.opening import load_with_adapter, open_base, say, was_given
 from gemma_tuner.cli.settings import ModelSettings
 
 if TYPE_CHECKING:
@@ -58,17 +58,23 @@ def adapter(run: _Run, target: _Target, model: ModelSettings) -> None:
 @app.command()
 @command
 def merged(
-    run: _Run, target: _Target, model: str | None = None, revision: str | None = None
+    *,
+    context: typer.Context,
+    run: _Run,
+    target: _Target,
+    model: str | None = None,
+    revision: str | None = None,
 ) -> None:
     """Write the whole model with the adapter merged in, for any program.
 
     Args:
-        model: The base: a folder, or a name on the Hub in the local cache; by default the run's.
+        model: The base: a folder, or a name on the Hub in the local cache; by default the run's,
+            packed as it was in training.
         revision: Of the base on the Hub.
     """
     from gemma_tuner.export.merged import export_merged
 
-    with _open(run, model) as (folder, base):
+    with _open(run, model, revision, is_packed=not was_given(context, "model")) as (folder, base):
         _say_merged(export_merged(folder, target, base=base, revision=revision))
 
 
@@ -91,7 +97,7 @@ def mlx(
     """
     from gemma_tuner.export.mlx import export_mlx
 
-    with _open(run, model) as (folder, base):
+    with _open(run, model, revision) as (folder, base):
         say(export_mlx(folder, target, program=program, base=base, revision=revision))
 
 
@@ -99,6 +105,7 @@ def mlx(
 @command
 def gguf(
     *,
+    context: typer.Context,
     run: _Run,
     target: _Target,
     model: str | None = None,
@@ -118,7 +125,8 @@ def gguf(
     """
     from gemma_tuner.export.gguf import export_gguf, export_gguf_adapter
 
-    with _open(run, model) as (folder, base):
+    is_packed = not (adapter_only or was_given(context, "model"))
+    with _open(run, model, revision, is_packed=is_packed) as (folder, base):
         source = {"base": base, "revision": revision}
         if adapter_only:
             say(export_gguf_adapter(folder, target, **source))
@@ -137,10 +145,14 @@ def _say_merged(report: MergeReport) -> None:
 
 
 @contextmanager
-def _open(run: Path, model: str | None) -> Iterator[tuple[Path, str | None]]:
+def _open(
+    run: Path, model: str | None, revision: str | None, *, is_packed: bool = False
+) -> Iterator[tuple[Path, str | Path | None]]:
     """Find a run's adapter and its base: what was given, or what the adapter names."""
+    # is_packed: Whether the base is wanted packed, where it was so in training.
+    from gemma_tuner.export.bases import find_trained_base
     from gemma_tuner.training.adapters import find_adapter, read_adapter_base
 
     adapter = find_adapter(run)
     with open_base(model or read_adapter_base(adapter)) as base:
-        yield adapter, base
+        yield adapter, find_trained_base(adapter, base, revision) if is_packed else base

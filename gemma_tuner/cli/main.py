@@ -7,6 +7,7 @@ import typer
 from gemma_tuner.cli import cache, export, runs
 from gemma_tuner.cli.check import check
 from gemma_tuner.cli.commands import command
+from gemma_tuner.cli.convert import convert
 from gemma_tuner.cli.evaluate import evaluate
 from gemma_tuner.cli.generate import generate
 from gemma_tuner.cli.plan import plan
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"token_normalize_func": normalize_flag},
 )
-for function in (train, check, plan, preview, evaluate, generate):
+for function in (train, check, plan, preview, evaluate, generate, convert):
     app.command()(function)
 app.add_typer(export.app, name="export")
 app.add_typer(runs.app, name="runs")

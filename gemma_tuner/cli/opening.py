@@ -168,6 +168,7 @@ def load(settings: ModelSettings) -> tuple[PreTrainedModel, ProcessorMixin]:
     if settings.model == TINY:
         from gemma_tuner.testing.models.tiny import tiny_model
 
+        refuse_bits(settings.model, settings.bits)
         _announce_tiny()
         model, processor = tiny_model(_FAMILY)
         return model.to(_choose_device(settings.device)), processor
@@ -178,8 +179,15 @@ def load(settings: ModelSettings) -> tuple[PreTrainedModel, ProcessorMixin]:
         modalities=settings.modalities,
         device=settings.device,
         dtype=settings.dtype,
+        bits=settings.bits,
         revision=settings.revision,
     )
+
+
+def refuse_bits(model: str, bits: int | None) -> None:
+    """Refuse what the tiny model does not take: it is no checkpoint that could be packed."""
+    if model == TINY and bits is not None:
+        raise ConfigError(f"bits is {bits}, and {TINY!r} is not packed; give a model with --model")
 
 
 def _announce_tiny() -> None:
@@ -201,7 +209,8 @@ def load_with_adapter(
     """Load a model, and put a trained adapter on it."""
     if run is None:
         return load(settings)
-    from gemma_tuner.models.adapter_files import MLX_WEIGHTS
+    from gemma_tuner.models.adapter_files import MLX_WEIGHTS, read_fingerprint
+    from gemma_tuner.models.grids import find_bits
     from gemma_tuner.training.adapters import (
         find_adapter,
         follow_training,
@@ -219,6 +228,8 @@ def load_with_adapter(
     if needed > set(settings.modalities):
         modality = (needed - {"text"}).pop() if len(needed) == 2 else "multimodal"
         settings = dataclasses.replace(settings, modality=modality)
+    if settings.bits is None and (grid := read_fingerprint(adapter).get("grid")):
+        settings = dataclasses.replace(settings, bits=find_bits(grid))
     base = read_adapter_base(adapter)
     if settings.model == TINY and base:
         settings = dataclasses.replace(settings, model=base)

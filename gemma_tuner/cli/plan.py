@@ -8,7 +8,7 @@ import typer
 
 from gemma_tuner.cli.commands import command
 from gemma_tuner.cli.defaults import Config
-from gemma_tuner.cli.opening import make_lora, open_base, say
+from gemma_tuner.cli.opening import make_lora, open_base, refuse_bits, say
 from gemma_tuner.cli.settings import AdapterSettings, ModelSettings, RowSettings
 
 
@@ -42,6 +42,7 @@ def plan(
     """
     from gemma_tuner.planning.plan import plan as plan_run
 
+    refuse_bits(model.model, model.bits)
     with open_base(model.model) as base:
         say(
             plan_run(
@@ -56,6 +57,7 @@ def plan(
                 max_seconds=rows.max_seconds,
                 device=model.device,
                 dtype=model.dtype,
+                bits=model.bits,
                 revision=model.revision,
             )
         )

@@ -65,12 +65,20 @@ def read_arguments(
         settings = list_settings(called, _GROUPS)
         run = RunSettings(**{name: values[name] for name in run_names})
         run = _fill_run(opening.choose_length(called, run, settings))
+        opening.refuse_bits(values["model"], values["bits"])
         config = opening.make_config(run, seed=0, is_tiny=values["model"] == TINY)
         chosen = {"max_steps": config.max_steps, "learning_rate": config.learning_rate}
         settings |= {**chosen, RECIPE: str(Path(script).absolute())}
         read.update(expand_home(values), config=config, settings=settings)
 
-    names = ("model", *(["data", "held_out"] if data else []), *names, "max_tokens", *run_names)
+    names = (
+        "model",
+        "bits",
+        *(["data", "held_out"] if data else []),
+        *names,
+        "max_tokens",
+        *run_names,
+    )
     out = Path("runs") / Path(script).stem.removeprefix("stream_")
     defaults = {"max_tokens": 1024, "warmup_steps": None, "out": out}
     parameters = _list_parameters(names, defaults, data)

@@ -188,6 +188,8 @@ class ModelSettings:
         revision: Branch, tag or commit on the Hub.
         device: mps, cuda, cuda:N or cpu; by default what is there.
         dtype: bfloat16 or float32; by default what suits the device.
+        bits: 4 or 8, of the decoder's large matrices: the model is packed once, and kept. By
+            default as they are stored.
     """
 
     model: str = TINY
@@ -195,6 +197,7 @@ class ModelSettings:
     revision: str | None = None
     device: str | None = None
     dtype: str | None = None
+    bits: int | None = None
 
     @property
     def modalities(self) -> tuple[Literal["text", "image", "audio"], ...]:

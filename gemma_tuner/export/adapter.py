@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,9 @@ from gemma_tuner.models.adapter_files import (
     write_adapter,
     write_json,
 )
+from gemma_tuner.models.identity import find_commit
 from gemma_tuner.models.lora import check_adapted
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 # Nothing else of an export is meant for others; a training folder's log and states never are.
 _UPLOADED = {".gguf", ".json", ".jinja", ".md", ".model", ".safetensors", ".txt"}
 _NOT_UPLOADED = {"optimizer.safetensors", "trainer_state.json"}
@@ -91,8 +90,7 @@ def _find_revision(base: Any) -> str | None:
     """Find the commit of a model that came from the Hub."""
     if commit := getattr(base.config, "_commit_hash", None):
         return commit
-    parts = Path(base.config._name_or_path or "").parts  # noqa: SLF001 - transformers has no other
-    return next((part for part in reversed(parts) if _COMMIT.fullmatch(part)), None)
+    return find_commit(Path(base.config.name_or_path or ""))
 
 
 def push_to_hub(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from gemma_tuner.checkpoints.cache import pack_once
 from gemma_tuner.checkpoints.weights import (
     Weight,
     find_checkpoint,
@@ -20,10 +20,12 @@ from gemma_tuner.checkpoints.weights import (
 )
 from gemma_tuner.differences import shorten_differences
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.deltas import Adapter, Delta, Replacement
+from gemma_tuner.export.deltas import Adapter, Delta, Replacement, read_adapter
+from gemma_tuner.log import logger
 from gemma_tuner.models.adapter_names import full_name
 from gemma_tuner.models.families import family_of_type
-from gemma_tuner.models.identity import hash_decoder_norms, portable_name
+from gemma_tuner.models.grids import PACKED, Grid, name_grids
+from gemma_tuner.models.identity import find_commit, hash_decoder_norms, portable_name
 
 HEAD = "lm_head.weight"
 
@@ -38,6 +40,7 @@ class Base:
     deltas: Mapping[str, Delta | Replacement]  # by names in tensors
     embedding: str  # its name in tensors
     is_untied: bool  # whether the adapter parts the head from the embedding, its twin here
+    other: str | None  # where it is not what the adapter was trained on: what it is
 
     def require_tied(self, program: str) -> None:
         """Refuse such an adapter for a file that holds one weight for both."""
@@ -64,10 +67,28 @@ class Base:
         return str(self.config.get("model_type"))
 
 
-def open_base(adapter: Adapter, base: str | Path | None, revision: str | None) -> Base:
+def open_base(
+    adapter: Adapter, base: str | Path | None, revision: str | None, *, is_merged: bool = False
+) -> Base:
     """Find the checkpoint that an adapter belongs to, and refuse any other."""
+    # is_merged: Whether its weights are read, which are then what the adapter was trained on,
+    # unless another form of the checkpoint is given.
     folder = find_base(adapter, base, revision)
+    if is_merged and base is None:
+        folder = find_packed(folder, adapter.grid)
     config = read_json(folder / "config.json")
+    grid = name_grids(config.get(PACKED))
+    other = None
+    if adapter.norms_sha256 is not None and grid != adapter.grid:
+        forms = [f"packed as {each}" if each else "not packed" for each in (grid, adapter.grid)]
+        other = f"{forms[0]}, and the adapter was trained on it {forms[1]}: another model"
+    if is_merged and other:
+        logger.warning(
+            "the base %s is %s. Without base=, or with what pack(..., grid=...) writes of it, the "
+            "adapter is merged into what it was trained on",
+            portable_name(str(folder)),
+            other,
+        )
     tensors = list_tensors(folder)
     model_type = str(config.get("model_type"))
     deltas = check_fits(adapter, tensors, folder, model_type)
@@ -77,7 +98,20 @@ def open_base(adapter: Adapter, base: str | Path | None, revision: str | None) -
     if not is_tied and _is_same(deltas.get(HEAD), deltas.get(embedding)):
         del deltas[HEAD]  # trained as one, they stay one
         is_tied = True
-    return Base(folder, config, tensors, deltas, embedding, is_untied=not is_tied)
+    return Base(folder, config, tensors, deltas, embedding, not is_tied, other)
+
+
+def find_trained_base(adapter: str | Path, base: str | Path | None, revision: str | None) -> Path:
+    """Find what an adapter was trained on: a checkpoint, or that packed as it was."""
+    read = read_adapter(adapter)
+    return find_packed(find_base(read, base, revision), read.grid)
+
+
+def find_packed(folder: Path, grid: str | None) -> Path:
+    """Find a checkpoint as it was trained on: packed on a grid, in the cache."""
+    if grid is None or read_json(folder / "config.json").get(PACKED) or " and " in grid:
+        return folder
+    return pack_once(str(folder), find_commit(folder), Grid.parse(grid), lambda: folder)
 
 
 def find_base(adapter: Adapter, base: str | Path | None, revision: str | None) -> Path:
@@ -150,9 +184,9 @@ def _check_same_release(adapter: Adapter, folder: Path, tensors: Mapping[str, We
                 "the checkpoint that it was trained on"
             )
         return
-    cached = re.search(r"snapshots/([0-9a-f]{40})", folder.as_posix())
-    if adapter.revision and cached and not cached[1].startswith(adapter.revision):
+    commit = find_commit(folder)
+    if adapter.revision and commit and not commit.startswith(adapter.revision):
         raise CheckpointError(
             f"the adapter was trained on revision {adapter.revision} of {adapter.base}, and "
-            f"{name} is at {cached[1]}; pass revision={adapter.revision!r}"
+            f"{name} is at {commit}; pass revision={adapter.revision!r}"
         )

@@ -62,7 +62,9 @@ def write_adapter_card(
     _write(folder, lines)
 
 
-def write_merged_card(folder: Path, adapter: Adapter, lost: float, dtypes: Sequence[str]) -> None:
+def write_merged_card(
+    folder: Path, adapter: Adapter, lost: float, dtypes: Sequence[str], base_is: str | None
+) -> None:
     """Write the ``README.md`` of a merged checkpoint."""
     base = portable_name(adapter.base)
     lines = [
@@ -73,6 +75,7 @@ def write_merged_card(folder: Path, adapter: Adapter, lost: float, dtypes: Seque
             {
                 "Base model": base,
                 "Base revision": adapter.revision,
+                "The base was": base_is,
                 "Adapter": _describe_lora(adapter.config),
                 "Merged weights": f"{len(adapter.deltas)}, in {', '.join(dtypes)}",
                 "Adapter lost to rounding": f"{lost:.2%}",

@@ -16,9 +16,9 @@ from gemma_tuner.checks import check_path
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.models.adapter_files import (
     CONFIG,
-    FINGERPRINT,
     WEIGHTS,
     TrainedWith,
+    read_fingerprint,
     read_trained_with,
 )
 from gemma_tuner.models.adapter_names import (
@@ -110,6 +110,7 @@ class Adapter:
     deltas: Mapping[str, Delta | Replacement]  # by the full name of the weight
     norms_sha256: str | None  # of the base's norms, see hash_decoder_norms
     trained: TrainedWith | None = None
+    grid: str | None = None  # of the base's packed weights, see name_grids
 
     @property
     def base(self) -> str | None:
@@ -136,13 +137,10 @@ def read_adapter(path: str | Path) -> Adapter:
     _check_config(name, config)
     tensors = read_file(folder / WEIGHTS)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(BASE_COPY)}
-    fingerprint = (
-        read_json(folder / FINGERPRINT).get("base_norms_sha256")
-        if (folder / FINGERPRINT).is_file()
-        else None
-    )
+    known = read_fingerprint(folder)
     deltas = collect_deltas(name, config, tensors)
-    return Adapter(config, deltas, fingerprint, read_trained_with(folder))
+    norms, grid = known.get("base_norms_sha256"), known.get("grid")
+    return Adapter(config, deltas, norms, read_trained_with(folder), grid)
 
 
 def _check_config(name: str, config: Mapping[str, Any]) -> None:

@@ -89,7 +89,7 @@ def export_gguf(
         raise ConfigError(f"file_type is {file_type!r}; it may be {', '.join(get_args(FileType))}")
     _check_path(path)
     read = read_adapter(adapter)
-    decoder = _open_decoder(read, base, revision)
+    decoder = _open_decoder(read, base, revision, is_merged=True)
     found = decoder.base
     check_runs(found.model_type, decoder.text)
     kind, file_kind = KINDS[file_type]
@@ -177,8 +177,10 @@ def _check_path(path: str | Path) -> None:
         raise ConfigError(f"{Path(path).name!r} is no name for a GGUF file; end it in .gguf")
 
 
-def _open_decoder(adapter: Adapter, base: str | Path | None, revision: str | None) -> _Decoder:
-    found = open_base(adapter, base, revision)
+def _open_decoder(
+    adapter: Adapter, base: str | Path | None, revision: str | None, *, is_merged: bool = False
+) -> _Decoder:
+    found = open_base(adapter, base, revision, is_merged=is_merged)
     folder = found.folder
     if _EMBEDDING not in found.tensors:
         raise CheckpointError(

@@ -72,14 +72,17 @@ def export_merged(
     Every tensor of the base is in the result under its name, towers included, whether or not the
     adapter was trained with them loaded. A merged weight is computed in float32 (in float64 where
     the base has more than two bytes) and rounded once to the base's dtype; all others are copied
-    bit for bit. Where embedding or head was trained, and the base has one weight for both, the
+    bit for bit. Of a packed base, packed weights become what they stand for. Where embedding or
+    head was trained, and the base has one weight for both, the
     result has two (``tie_word_embeddings`` is false). Memory holds a part of one weight.
 
     Args:
         adapter: The adapter's folder (PEFT).
         path: The new folder.
         base: The base's folder, or its name on the Hub if it is in the local cache; by default
-            the one that the adapter names.
+            the one that the adapter names, packed as it was in training. For an adapter of packed
+            weights the original of two bytes is another model, often a better one: the card and
+            a warning say so.
         revision: Of the base on the Hub; by default the adapter's.
         shard_bytes: The most bytes of one weight file.
 
@@ -91,7 +94,7 @@ def export_merged(
             folder exists already or cannot be written. Nothing half-written is left.
     """
     read = read_adapter(adapter)
-    found = open_base(read, base, revision)
+    found = open_base(read, base, revision, is_merged=True)
     tensors, deltas, config = dict(found.tensors), found.deltas, found.config
     if found.is_untied:
         tensors[HEAD] = tensors[found.embedding]
@@ -115,7 +118,8 @@ def export_merged(
     with new_folder(path, report.num_bytes) as temporary:
         write_checkpoint(temporary, found.folder, config, plan, "merging", shard_bytes)
         write_processor(temporary, read.trained, found.model_type)
-        write_merged_card(temporary, read, report.lost, report.dtypes)
+        into = found.other or (read.grid and f"packed as {read.grid}, as in training")
+        write_merged_card(temporary, read, report.lost, report.dtypes, into)
     return report
 
 

@@ -79,6 +79,12 @@ def export_mlx(
     found = open_base(read, base, revision)
     if program == "mlx-vlm":
         _announce_faults(found)
+    if read.grid:
+        announce(
+            f"the adapter was trained on {portable_name(read.base)} packed as {read.grid}, and is "
+            "written to lie beside it: on a base in other bits MLX runs another model. Fusing and "
+            "quantising anew to 4 bits undoes most of a short run"
+        )
     found.require_tied("MLX")
     deltas = found.require_lora("MLX")
     rank = max(delta.rank for delta in deltas)

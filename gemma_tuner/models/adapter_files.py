@@ -23,15 +23,17 @@ from gemma_tuner.disk import (
     sync_all,
     temporary_sibling,
 )
-from gemma_tuner.errors import MALFORMED, CheckpointError, DivergedError
+from gemma_tuner.errors import MALFORMED, CheckpointError, ConfigError, DivergedError
+from gemma_tuner.models.grids import PACKED, Grid, name_grids
 from gemma_tuner.models.identity import active_adapter, hash_decoder_norms, portable_name
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 MLX_WEIGHTS = "adapters.safetensors"
 FINGERPRINT = "gemma_tuner.json"
-"""Beside an adapter: ``base_norms_sha256`` of the release that it was trained on, the ``step`` of
-the run that saved it, and the ``collator``'s settings."""
+"""Beside an adapter: ``base_norms_sha256`` of the release that it was trained on, the ``grid`` of
+that one's packed weights, the ``step`` of the run that saved it, and the ``collator``'s settings;
+beside a checkpoint with an adapter in it: ``merged``."""
 TEMPLATE = "chat_template.jinja"
 _HASH = "chat_template_sha256"
 
@@ -90,16 +92,34 @@ def read_trained_with(folder: Path) -> TrainedWith | None:
     except FileNotFoundError:
         return None
     except (OSError, *MALFORMED) as error:
-        raise CheckpointError(
-            f"{FINGERPRINT} of {folder.resolve().name} cannot be read ({type(error).__name__}); "
-            "save the adapter again"
-        ) from None
+        raise _unreadable(folder, error) from None
     if not is_whole:
         raise CheckpointError(
             f"{TEMPLATE} of {folder.resolve().name} is not the one that it was trained with; put "
             f"the original back, or delete {FINGERPRINT} to go by your own settings"
         )
     return known
+
+
+def read_fingerprint(folder: Path) -> dict[str, Any]:
+    """Read what an adapter's folder says of the base that it was trained on; empty without."""
+    path = folder / FINGERPRINT
+    if not path.is_file():
+        return {}
+    try:
+        known = dict(json.loads(path.read_text(encoding="utf-8")))
+        for grid in known["grid"].split(" and ") if "grid" in known else ():
+            Grid.parse(grid)
+    except (OSError, ConfigError, *MALFORMED) as error:
+        raise _unreadable(folder, error) from None
+    return known
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{FINGERPRINT} of {folder.resolve().name} cannot be read ({type(error).__name__}); "
+        "save the adapter again"
+    )
 
 
 def hash_text(text: str) -> str:
@@ -171,7 +191,10 @@ def write_adapter(model: PeftModel, folder: Path, *, step: int | None = None) ->
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = portable_name(config["base_model_name_or_path"])
     write_json(folder / CONFIG, config)
-    more: dict[str, Any] = {"base_norms_sha256": hash_base(model.get_base_model())}
+    base: Any = model.get_base_model()
+    more: dict[str, Any] = {"base_norms_sha256": hash_base(base)}
+    if grid := name_grids(getattr(base.config, PACKED, None)):
+        more["grid"] = grid
     write_trained_with(
         folder, trained_with(model), **more, **({} if step is None else {"step": step})
     )

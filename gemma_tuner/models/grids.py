@@ -9,7 +9,7 @@ the last axis. In four bits a byte holds column ``j`` of ``in`` in its low half 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +50,17 @@ class Grid:
             raise ConfigError(f"group is {self.group!r}; it may be 32, 64 or 128")
 
     @classmethod
+    def choose(cls, bits: int, kind: str | None = None, group: int | None = None) -> Grid:
+        """Fill in what is not given: symmetric in 4 bits, as QAT's weights lie; else affine."""
+        is_affine = kind == "affine" or (kind is None and bits == 8)
+        return cls(bits, group or (64 if is_affine else 32), is_affine=is_affine)
+
+    @property
+    def kind(self) -> Literal["symmetric", "affine"]:
+        """By the name that it has in configurations."""
+        return "affine" if self.is_affine else "symmetric"
+
+    @classmethod
     def parse(cls, text: str) -> Grid:
         """Read what ``str`` writes: ``symmetric-4-32``."""
         kind, *numbers = text.split("-") if isinstance(text, str) else ("",)
@@ -59,7 +70,7 @@ class Grid:
 
     def __str__(self) -> str:
         """Name it, as configurations do."""
-        return f"{_KINDS[self.is_affine]}-{self.bits}-{self.group}"
+        return f"{self.kind}-{self.bits}-{self.group}"
 
     def fits(self, columns: int) -> bool:
         """Whether rows of so many columns have whole groups."""
@@ -131,6 +142,35 @@ def read_grids(packed: Any) -> dict[str, Grid]:
             f"config.json says of packed weights what cannot be read ({error}); pack the "
             "checkpoint again"
         ) from None
+
+
+def name_grids(packed: Any) -> str | None:
+    """Name the grids of packed weights, as a configuration has them; None where there are none."""
+    return " and ".join(sorted({str(grid) for grid in read_grids(packed).values()})) or None
+
+
+def find_bits(grids: str) -> int | None:
+    """The bits of a name that ``name_grids`` gave; None where there are several grids."""
+    return None if " and " in grids else Grid.parse(grids).bits
+
+
+def stored_bits(config: Any) -> int | None:
+    """The fewest bits that a checkpoint has a weight packed in, by its configuration."""
+    grids = read_grids(getattr(config, PACKED, None))
+    return min((grid.bits for grid in grids.values()), default=None)
+
+
+def choose_grid(name: str, config: Any, bits: int | None) -> Grid | None:
+    """Choose the grid on which a checkpoint is to be packed; None where it stays as it is."""
+    grid, stored = None if bits is None else Grid.choose(bits), stored_bits(config)
+    if grid is None or grid.bits == stored:
+        return None
+    if stored is not None:
+        raise ConfigError(
+            f"bits is {bits}, and the weights of {name} are packed in {stored} already; leave "
+            "bits out, or give the checkpoint that it was made from"
+        )
+    return grid
 
 
 def _find_affine(

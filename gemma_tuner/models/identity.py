@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.models.packed import PackedLayer
 
 # In every family, loaded with towers or without, and trained by no adapter; also under the names
 # that other programs have for them.
@@ -22,6 +23,8 @@ _DECODER_NORMS = re.compile(
     r"(model\.)?(language_model\.)?(model\.)?(layers\.\d+\.\w*layernorm\.weight)"
 )
 
+# Of a packed weight, for its fingerprint.
+_HASHED_NUMBERS = 256
 # Who wrote a config, where it came from and how the model is run, rather than what it is. Keys
 # that begin with an underscore are of the same kind.
 _NOT_STRUCTURE = {
@@ -43,10 +46,12 @@ def describe_model(model: PeftModel) -> dict[str, Any]:
         name: sorted(value) if isinstance(value, set) else value
         for name, value in model.peft_config[active_adapter(model)].to_dict().items()
     }
+    packed = _hash_packed(model)
     return {
         "model_type": base_config["model_type"],  # first to be named where it differs
         "base": _structure(base_config),
         "base_norms_sha256": _hash_norms(model),
+        **({"base_packed_sha256": packed} if packed else {}),
         "lora": _structure(json.loads(json.dumps(lora))),
         "trainable": {
             name: list(p.shape) for name, p in model.named_parameters() if p.requires_grad
@@ -90,12 +95,31 @@ def portable_name(name: str | None) -> str | None:
     return Path(name).resolve().name
 
 
+def find_commit(path: Path) -> str | None:
+    """The commit of a model, by a path of the Hub's cache."""
+    found = re.search(r"/models--[^/]+/snapshots/([0-9a-f]{40})(/|$)", path.as_posix())
+    return found[1] if found else None
+
+
 def _structure(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: _structure(value) if isinstance(value, Mapping) else value
         for name, value in config.items()
         if name not in _NOT_STRUCTURE and not name.startswith("_")
     }
+
+
+def _hash_packed(model: PeftModel) -> str | None:
+    """SHA-256 of a little of each packed weight, which tells how it was packed; None without."""
+    digest, is_packed = hashlib.sha256(), False
+    for name, module in model.named_modules():
+        for part, buffer in module.named_buffers(recurse=False):
+            if isinstance(module, PackedLayer):
+                is_packed = True
+                digest.update(f"{name}.{part}".encode())
+                some = buffer.flatten()[:_HASHED_NUMBERS].to("cpu", torch.float32)
+                digest.update(some.numpy().tobytes())
+    return digest.hexdigest() if is_packed else None
 
 
 def _hash_norms(model: PeftModel) -> str:

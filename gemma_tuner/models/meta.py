@@ -17,9 +17,10 @@ from gemma_tuner.modalities import Modality
 from gemma_tuner.models import embeddings
 from gemma_tuner.models.building import choose_left_out, finish_model, make_partial_class
 from gemma_tuner.models.families import family_of, loaded_modalities
+from gemma_tuner.models.grids import PACKED, Grid
 from gemma_tuner.models.identity import active_adapter
 from gemma_tuner.models.lora import unwrap_peft, wrap_peft
-from gemma_tuner.models.packed import PackedLayer
+from gemma_tuner.models.packed import PackedLayer, list_packable, replace_packed
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -46,8 +47,9 @@ def build_meta_model(
     modalities: Sequence[Modality],
     dtype: torch.dtype,
     per_layer_embeddings: embeddings.Placement | None,
+    grid: Grid | None = None,
 ) -> Any:
-    """Build what ``load_model`` would return, on torch's meta device."""
+    """Build what ``load_model`` would return, on torch's meta device, or that packed on a grid."""
     config = copy.deepcopy(config)
     family = family_of(config)
     left_out = choose_left_out("the checkpoint", family, config, modalities, per_layer_embeddings)
@@ -59,6 +61,10 @@ def build_meta_model(
             model: Any = model_class(config)
     finally:
         torch.set_default_dtype(before)
+    if grid is not None:
+        grids = list_packable(model, grid)
+        replace_packed(model, grids, is_filled=False)
+        setattr(model.config, PACKED, {name: str(grid) for name in grids})
     if per_layer_embeddings == "disk":
         text = config.get_text_config()
         size = text.hidden_size_per_layer_input
@@ -67,7 +73,7 @@ def build_meta_model(
     return finish_model(model)
 
 
-def build_meta_copy(model: PeftModel) -> PeftModel:
+def build_meta_copy(model: PeftModel, grid: Grid | None = None) -> PeftModel:
     """Build a model as another one is, adapters included, without its weights."""
     gemma: Any = unwrap_peft(model)
     is_mapped = embeddings.find_mapped_embedding(model) is not None
@@ -76,6 +82,7 @@ def build_meta_copy(model: PeftModel) -> PeftModel:
         modalities=loaded_modalities(gemma),
         dtype=gemma.dtype,
         per_layer_embeddings="disk" if is_mapped else None,
+        grid=grid,
     )
     return wrap_peft(meta_model, copy.deepcopy(model.peft_config[active_adapter(model)]))
 

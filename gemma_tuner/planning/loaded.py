@@ -9,6 +9,7 @@ from gemma_tuner.batch import Batch
 from gemma_tuner.checkpoints.loading import name_without_path
 from gemma_tuner.models.embeddings import Placement, choose_placement, find_mapped_embedding
 from gemma_tuner.models.families import loaded_modalities
+from gemma_tuner.models.grids import stored_bits
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.lora_linear import is_linear
 from gemma_tuner.models.meta import build_meta_copy
@@ -31,12 +32,13 @@ def plan_training(model: PeftModel, rows: Sequence[Batch], request: PlanRequest)
     gemma = unwrap_peft(model)
     return make_plan(
         _name_of(model),
-        build_meta_copy(model),
+        lambda grid: build_meta_copy(model, grid),
         max(rows, key=lambda row: (_count_media(row), row.num_tokens)),
         request,
         device=gemma.device,
         budget=read_budget(gemma.device, request.memory_gib),
         placement=_placement_of(model),
+        other_bits=() if stored_bits(gemma.config) else (8, 4),
     )
 
 
@@ -62,6 +64,7 @@ def plan_without_trace(
         dtype=str(gemma.dtype).removeprefix("torch."),
         modalities=loaded_modalities(gemma),
         per_layer_embeddings=_placement_of(model),
+        bits=stored_bits(gemma.config),
         levels=add_last_resort(
             (CheckpointingLevel(layers, ANY_SIZE.max_tokens),), request, num_layers
         ),

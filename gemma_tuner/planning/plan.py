@@ -7,10 +7,10 @@ that is loaded already.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -28,6 +28,8 @@ from gemma_tuner.errors import MemoryPlanError
 from gemma_tuner.modalities import Modality
 from gemma_tuner.models.embeddings import Placement, choose_placement
 from gemma_tuner.models.families import loaded_modalities
+from gemma_tuner.models.grids import Grid, choose_grid, stored_bits
+from gemma_tuner.models.identity import active_adapter
 from gemma_tuner.models.lora import LoraConfig, find_adapters, unwrap_peft, wrap_peft
 from gemma_tuner.models.meta import build_meta_model
 from gemma_tuner.models.restricted_layers import shares_keys
@@ -55,6 +57,7 @@ class Plan:
         dtype: Of its frozen weights.
         modalities: What it was planned to read.
         per_layer_embeddings: Where the per-layer table is; None where there is none.
+        bits: Of a packed weight, the fewest; None where none is packed.
         levels: From the fastest to the most sparing; a micro-batch takes the first that holds it.
         loss_chunk_tokens: Target tokens whose logits exist at one time.
         query_chunk_tokens: Queries of a full-attention layer that attend at one time; None: all.
@@ -71,6 +74,7 @@ class Plan:
     dtype: str
     modalities: tuple[Modality, ...]
     per_layer_embeddings: Placement | None
+    bits: int | None
     levels: tuple[CheckpointingLevel, ...]
     loss_chunk_tokens: int
     query_chunk_tokens: int | None
@@ -139,6 +143,7 @@ def plan(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     per_layer_embeddings: Placement | None = None,
+    bits: int | None = None,
     revision: str | None = None,
 ) -> Plan:
     """Plan a run from a checkpoint's configuration; no weight is read.
@@ -159,39 +164,50 @@ def plan(
             ``load_model`` would choose here.
         dtype: As in ``load_model``.
         per_layer_embeddings: As in ``load_model``.
+        bits: As in ``load_model``. Where nothing fits, 8 and 4 are tried for the error to name.
         revision: As in ``load_model``.
 
     Returns:
         The plan; ``load_model(plan=...)`` takes it.
 
     Raises:
-        MemoryPlanError: Nothing fits; the error names the nearest plans that would.
-        ConfigError: A setting that cannot work, or a device that is not there and no budget.
+        MemoryPlanError: Nothing fits; the error names the nearest plans that would, with
+            ``bits=8`` or ``bits=4`` first.
+        ConfigError: A setting that cannot work, or a device that is not there and no budget;
+            other bits than those of a checkpoint that is packed.
         CheckpointError: A configuration or processor that cannot be read.
     """
     chosen, budget = _choose_budget(device, memory_gib)
     check_path("name_or_path", name_or_path)
+    name = name_without_path(str(name_or_path))
     config = read_config(str(name_or_path), revision)
+    asked = choose_grid(name, config, bits)
     placement = choose_placement(config, chosen, per_layer_embeddings)
     if dtype is None and not is_available(chosen):
         dtype = "bfloat16"
-    meta_model = build_meta_model(
-        config,
-        modalities=modalities,
-        dtype=choose_dtype(chosen, dtype, config.dtype)[0],
-        per_layer_embeddings=placement,
-    )
+
+    def build(grid: Grid | None) -> PeftModel:
+        meta_model = build_meta_model(
+            config,
+            modalities=modalities,
+            dtype=choose_dtype(chosen, dtype, config.dtype)[0],
+            per_layer_embeddings=placement,
+            grid=grid,
+        )
+        return wrap_peft(meta_model, find_adapters(meta_model, lora or LoraConfig())[0])
+
     example = make_worst_case(
         str(name_or_path), config, modalities, max_tokens, image_tokens, max_seconds, revision
     )
     return make_plan(
-        name_without_path(str(name_or_path)),
-        wrap_peft(meta_model, find_adapters(meta_model, lora or LoraConfig())[0]),
+        name,
+        lambda grid: build(grid or asked),
         example,
         PlanRequest(batch_size, max_tokens, target_share),
         device=chosen,
         budget=budget,
         placement=placement,
+        other_bits=() if stored_bits(config) else [b for b in (8, 4) if b < (bits or 16)],
     )
 
 
@@ -225,15 +241,19 @@ def add_last_resort(
 
 def make_plan(
     name: str,
-    meta_model: PeftModel,
+    build: Callable[[Grid | None], PeftModel],
     example: Batch,
     request: PlanRequest,
     *,
     device: torch.device,
     budget: tuple[int, str],
     placement: Placement | None,
+    other_bits: Sequence[int],
 ) -> Plan:
     """Try steps of a model without weights, and choose how to train."""
+    # build: Makes the model, as it is or packed on a grid.
+    # other_bits: In which it could be packed, the most first.
+    meta_model = build(None)
     gemma = unwrap_peft(meta_model)
     dtype, modalities = gemma.dtype, loaded_modalities(gemma)
     layers = gemma.get_decoder().layers
@@ -241,26 +261,33 @@ def make_plan(
     # Layers that share keys and values run at targets only: others cost more to keep.
     sharing = sum(shares_keys(layer) for layer in layers)
     middle = num_layers - sharing if sharing else num_layers // 2
-    step = StepTracer(
-        meta_model,
-        device,
-        accumulates=True,
-        state_bytes=request.state_bytes,
-        loss=request.loss,
-    )
+
+    def trace(model: PeftModel) -> StepTracer:
+        return StepTracer(
+            model, device, accumulates=True, state_bytes=request.state_bytes, loss=request.loss
+        )
+
+    step = trace(meta_model)
     budget_bytes, source = budget
     margin = margin_bytes(budget_bytes, device)
     usable = budget_bytes - margin
     layer_counts = (0, middle, num_layers)
     choice = choose(step, example, request, layer_counts=layer_counts, usable=usable)
     if choice is None:
-        raise MemoryPlanError(describe_misfit(name, step, example, request, usable, num_layers))
+        adapter: Any = meta_model.peft_config[active_adapter(meta_model)]
+        if adapter.modules_to_save or adapter.target_parameters:  # not of packed weights
+            other_bits = ()
+        packed = {bits: lambda bits=bits: trace(build(Grid.choose(bits))) for bits in other_bits}
+        raise MemoryPlanError(
+            describe_misfit(name, step, example, request, usable, num_layers, packed)
+        )
     return Plan(
         name=name,
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         modalities=modalities,
         per_layer_embeddings=placement,
+        bits=stored_bits(gemma.config),
         levels=add_last_resort(choice.levels, request, num_layers),
         loss_chunk_tokens=choice.loss_chunk_tokens,
         query_chunk_tokens=choice.query_chunk_tokens,

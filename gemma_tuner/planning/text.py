@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from gemma_tuner.batch import Batch
 from gemma_tuner.models.embeddings import Placement
@@ -66,7 +66,13 @@ def explain(
 
 
 def describe_misfit(
-    name: str, step: StepTracer, example: Batch, request: PlanRequest, usable: int, num_layers: int
+    name: str,
+    step: StepTracer,
+    example: Batch,
+    request: PlanRequest,
+    usable: int,
+    num_layers: int,
+    packed: Mapping[int, Callable[[], StepTracer]],  # of weights in other bits, the most first
 ) -> str:
     """Say what is missing, and which plans near the one asked for would fit."""
 
@@ -93,7 +99,14 @@ def describe_misfit(
         f"{name} does not fit: one row of {tokens} tokens needs {needed / GIB:.2f} GiB, and "
         f"{usable / GIB:.2f} GiB may be used"
     )
-    near = []
+    near, in_bits = [], ""
+    row = widen(example, rows=1, tokens=tokens, target_share=share)
+    for bits, make in packed.items():
+        held = make().measure_least(row)
+        in_bits = f" (bits={bits} would need {held / GIB:.2f} GiB)"
+        if held <= usable:
+            near.append(f"bits={bits}")
+            break
     shorter = (tokens // 2, tokens // 4, tokens // 8)
     if found := next((n for n in shorter if n >= 64 and hold(n, share) <= usable), None):
         near.append(f"max_tokens={found}")
@@ -108,6 +121,6 @@ def describe_misfit(
     resident = step.resident_bytes
     return (
         f"{text}, nor does a shorter row or fewer adapters: weights, adapters and their moments "
-        f"alone hold {resident / GIB:.2f} GiB. What would help: a smaller model, or a budget of "
-        f"{needed / GIB:.1f} GiB beside the allocator's share"
+        f"alone hold {resident / GIB:.2f} GiB{in_bits}. What would help: a smaller model, or a "
+        f"budget of {needed / GIB:.1f} GiB beside the allocator's share"
     )

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar
 
 from gemma_tuner.checks import check_fields, explain_unknown
+from gemma_tuner.disk import CACHE
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.sources.columns import KEYWORDS, Keywords, read_ignored
 from gemma_tuner.storage.config import FetchConfig
@@ -169,7 +170,7 @@ class StreamOptions:
     def folder(self) -> Path:
         """Where everything is kept."""
         if self.cache_dir is None:
-            return Path.home() / ".cache" / "gemma_tuner"
+            return Path.home() / CACHE
         return Path(self.cache_dir).expanduser()
 
 

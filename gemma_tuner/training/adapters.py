@@ -25,12 +25,12 @@ from gemma_tuner.log import announce, logger
 from gemma_tuner.modalities import MEDIA, Modality
 from gemma_tuner.models.adapter_files import (
     CONFIG,
-    FINGERPRINT,
     MLX_WEIGHTS,
     WEIGHTS,
     TrainedWith,
     adapter_tensors,
     hash_base,
+    read_fingerprint,
     read_trained_with,
     set_trained_with,
     trained_with,
@@ -43,6 +43,7 @@ from gemma_tuner.models.adapter_names import (
     pin_config,
 )
 from gemma_tuner.models.families import family_of, loaded_modalities
+from gemma_tuner.models.grids import PACKED, name_grids
 from gemma_tuner.models.identity import active_adapter, portable_name
 from gemma_tuner.models.lora import check_model, refuse_adapters, wrap_peft
 from gemma_tuner.training.checkpoint import latest_checkpoint, read_state
@@ -85,8 +86,7 @@ def find_adapter(path: str | Path) -> Path:
 
 def _is_behind(adapter: Path, checkpoint: Path) -> bool:
     """Whether an adapter says its step, and its run would save one of a later step by now."""
-    fingerprint = adapter / FINGERPRINT
-    step = _read_json(fingerprint).get("step") if fingerprint.is_file() else None
+    step = read_fingerprint(adapter).get("step")
     if step is None or step >= int(checkpoint.name.removeprefix("step-")):
         return False
     best = read_state(checkpoint).totals.get("best") or {}
@@ -152,13 +152,13 @@ def load_adapter(
             )
     base, own = settings.get("base_model_name_or_path"), portable_name(model.name_or_path)
     remedy = f"give the model that it was trained on, {base or 'which it does not name'}"
-    file = folder / FINGERPRINT
-    expected = _read_json(file).get("base_norms_sha256") if file.is_file() else None
-    if expected is not None:
+    known = read_fingerprint(folder)
+    if (expected := known.get("base_norms_sha256")) is not None:
         if expected != hash_base(model):
             raise CheckpointError(
                 f"{what} is not for {own or 'this model'}, whose weights are others; {remedy}"
             )
+        _compare_grids(what, known.get("grid"), model.config)
     elif base and own and portable_name(base) != own:
         announce(f"{what} names {portable_name(base)} as its base, and is put on {own}")
     family = family_of(model.config)
@@ -189,6 +189,20 @@ def load_adapter(
     if not trainable:
         wrapped.requires_grad_(requires_grad=False)
     return wrapped
+
+
+def _compare_grids(what: str, trained: str | None, config: Any) -> None:
+    """Say where an adapter's base had other values of the same release."""
+    grids = trained, name_grids(getattr(config, PACKED, None))
+    as_trained, as_here = (f"packed as {grid}" if grid else "not packed" for grid in grids)
+    if as_trained != as_here:
+        logger.warning(
+            "%s was trained on weights that were %s, and these are %s: together they are another "
+            "model; load_model(..., bits=...) loads what it was trained on",
+            what,
+            as_trained,
+            as_here,
+        )
 
 
 def _check_parts(model: PreTrainedModel, names: Iterable[str], what: str) -> None:

@@ -1,3 +1,4 @@
+import mmap
 import os
 from functools import partial
 
@@ -144,6 +145,49 @@ def test_memory_runs_out_before_the_machine_swaps(monkeypatch, high, low, expect
 )
 def test_errors_that_say_that_memory_ran_out(error, expected):
     assert device.is_out_of_memory(error) is expected
+
+
+def fix_memory(monkeypatch, available, total):
+    found = psutil.virtual_memory()._replace(available=available, total=total)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: found)
+    monkeypatch.setattr(device, "_CONTROL_GROUPS", ())
+
+
+def test_mapped_files_are_counted_once(tmp_path, monkeypatch):
+    """Weights that are mapped are pages of files, which the system counts as available."""
+    fix_memory(monkeypatch, 10 * 2**30, 64 * 2**30)
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(200 * 2**20))
+    before, held = device.memory_budget_bytes(CPU)[0], device.memory_used_bytes(CPU)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+        assert sum(mapped[:: mmap.PAGESIZE]) == 0
+        assert device.memory_used_bytes(CPU) > held + 150 * 2**20
+        assert device.memory_budget_bytes(CPU)[0] < before + 20 * 2**20
+    kept = torch.ones(100 * 2**20, dtype=torch.uint8)
+    assert device.memory_budget_bytes(CPU)[0] > before + 0.9 * kept.nbytes  # held already
+
+
+def test_no_more_is_promised_than_there_is(monkeypatch):
+    total = psutil.virtual_memory().total
+    fix_memory(monkeypatch, total, total)  # nothing is held by others, and this process by itself
+    assert device.memory_budget_bytes(CPU) == (total, "free in RAM")
+
+
+@pytest.mark.parametrize("prefix", ["", "total_"])
+def test_a_container_leaves_what_others_in_it_do_not_hold(tmp_path, monkeypatch, prefix):
+    fix_memory(monkeypatch, 40 * 2**30, 64 * 2**30)
+    limit, used = tmp_path / "memory.max", tmp_path / "memory.current"
+    limit.write_text(f"{20 * 2**30}\n")
+    used.write_text(f"{12 * 2**30}\n")  # 5 GiB of it files, which give way
+    files = {"active_file": 2**30, "inactive_file": 4 * 2**30}
+    lines = [f"{prefix}{name} {num_bytes}" for name, num_bytes in files.items()]
+    (tmp_path / "memory.stat").write_text("\n".join(["anon 7", *lines]))
+    monkeypatch.setattr(device, "_CONTROL_GROUPS", ((str(limit), str(used), prefix),))
+    budget, source = device.memory_budget_bytes(CPU)
+    assert budget == pytest.approx(13 * 2**30 + device.memory_private_bytes(), abs=2**24)
+    assert "container" in source
+    limit.write_text("max\n")
+    assert device.memory_budget_bytes(CPU)[1] == "free in RAM"
 
 
 def test_cuda_is_chosen_and_measured():

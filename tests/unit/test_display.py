@@ -169,9 +169,9 @@ def test_a_stream_shows_its_report_and_its_preview_the_examples(tmp_path):
 def make_plan(footprint, budget_bytes):
     return Plan(
         name=HOSTILE, device="cpu", dtype="float32", modalities=("text",),
-        per_layer_embeddings=None, levels=(), loss_chunk_tokens=256, query_chunk_tokens=None,
-        max_tokens=64, target_share=0.5, budget_bytes=budget_bytes, margin_bytes=10_000_000,
-        footprint=footprint, reasons={"budget": HOSTILE},
+        per_layer_embeddings=None, bits=None, levels=(), loss_chunk_tokens=256,
+        query_chunk_tokens=None, max_tokens=64, target_share=0.5, budget_bytes=budget_bytes,
+        margin_bytes=10_000_000, footprint=footprint, reasons={"budget": HOSTILE},
     )  # fmt: skip
 
 

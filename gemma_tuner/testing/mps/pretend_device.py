@@ -32,6 +32,7 @@ import torch
 import torchgen
 import yaml
 
+from gemma_tuner.disk import CACHE
 from gemma_tuner.errors import ConfigError
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -279,7 +280,7 @@ def pretend_mps(cache_dir: str | Path | None = None) -> PretendMps:
         raise ConfigError(f"there can be no pretend mps device here: {reason}")
     from torch.utils import cpp_extension  # noqa: PLC0415 - it looks for CUDA, and says so
 
-    home = Path.home() / ".cache" / "gemma_tuner" if cache_dir is None else Path(cache_dir)
+    home = Path.home() / CACHE if cache_dir is None else Path(cache_dir)
     source = _SOURCE.read_bytes()
     version = f"{torch.__version__}-{hashlib.sha256(source).hexdigest()[:16]}"
     folder = home / "pretend_mps" / version

@@ -34,7 +34,7 @@ def run(*arguments, code=COMMAND, **variables):
 COMMANDS = [
     [],
     *[[name] for name in ("train", "check", "plan", "preview", "evaluate", "generate", "watch")],
-    *[[name] for name in ("quarantine", "doctor", "export", "runs", "cache")],
+    *[[name] for name in ("convert", "quarantine", "doctor", "export", "runs", "cache")],
     *[["export", name] for name in ("adapter", "merged", "mlx", "gguf")],
     *[["runs", name] for name in ("list", "show", "compare")],
     *[["cache", name] for name in ("list", "prune")],

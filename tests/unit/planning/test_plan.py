@@ -6,22 +6,26 @@ import torch
 
 import gemma_tuner as gt
 from benchmarks.live_bytes import LiveBytes
+from gemma_tuner.checkpoints.loading import read_config
 from gemma_tuner.errors import ConfigError, MemoryPlanError
-from gemma_tuner.models.embeddings import find_mapped_embedding
-from gemma_tuner.models.lora import LoraConfig, add_lora
+from gemma_tuner.models.embeddings import choose_placement, find_mapped_embedding
+from gemma_tuner.models.grids import Grid
+from gemma_tuner.models.lora import LoraConfig, add_lora, find_adapters, wrap_peft
 from gemma_tuner.models.loss import target_loss_sum
-from gemma_tuner.models.meta import build_meta_copy
+from gemma_tuner.models.meta import build_meta_copy, build_meta_model
 from gemma_tuner.models.modes import begin_training
 from gemma_tuner.planning.choice import widen
 from gemma_tuner.planning.loaded import plan_without_trace
-from gemma_tuner.planning.plan import plan
+from gemma_tuner.planning.plan import margin_bytes, plan
 from gemma_tuner.planning.trace import StepTracer
+from gemma_tuner.planning.worst_case import make_worst_case
 from gemma_tuner.testing import sample_data, save_tiny_model, tiny_model
 from gemma_tuner.training.step import request_plan
 from tests.runs import build_trainer
 
 GIB = 2**30
 CPU = torch.device("cpu")
+MPS = torch.device("mps")
 
 
 def measure_live(model, batch, layers, chunk):
@@ -153,6 +157,69 @@ def test_what_does_not_fit_names_the_nearest_plans(checkpoint, peaks):
     plan(checkpoint, memory_gib=budget_for(usable), device="mps", max_tokens=tokens)
     with pytest.raises(MemoryPlanError, match="alone hold"):
         plan(checkpoint, memory_gib=1e-3, device="mps", max_tokens=512)
+
+
+def test_a_plan_in_bits_is_that_of_the_packed_checkpoint_and_is_loaded(
+    checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    asked = {"memory_gib": 4, "device": "mps", "max_tokens": 64}
+    planned = {bits: plan(checkpoint, bits=bits, **asked) for bits in (None, 4)}
+    assert [found.bits for found in planned.values()] == [None, 4]
+    of_packed = plan(gt.pack(checkpoint, tmp_path / "packed"), **asked)
+    assert of_packed.bits == 4
+    assert planned[4].footprint == of_packed.footprint
+    held = [found.footprint.resident["decoder"] for found in planned.values()]
+    assert held == sorted(held, reverse=True)
+    on_cpu = plan(checkpoint, bits=4, memory_gib=4, max_tokens=64, device="cpu")
+    model, _ = gt.load_model(checkpoint, plan=on_cpu)
+    assert set(model.config.packed.values()) == {"symmetric-4-32"}
+    with pytest.raises(ConfigError, match="leave device, dtype, bits"):
+        gt.load_model(checkpoint, plan=on_cpu, bits=4)
+    with pytest.raises(ConfigError, match="packed in 4 already"):
+        plan(tmp_path / "packed", bits=8, **asked)
+
+
+def trace_in_bits(folder, bits, max_tokens):
+    """The least that a row holds on a Mac, rank 16, a quarter of it targets."""
+    config = read_config(str(folder), None)
+    meta_model = build_meta_model(
+        config,
+        modalities=("text",),
+        dtype=torch.bfloat16,
+        per_layer_embeddings=choose_placement(config, MPS, None),
+        grid=Grid.choose(bits) if bits else None,
+    )
+    meta_model = wrap_peft(meta_model, find_adapters(meta_model, LoraConfig())[0])
+    step = StepTracer(meta_model, MPS, accumulates=True)
+    example = make_worst_case(str(folder), config, ("text",), max_tokens, None, 30.0, None)
+    row = widen(example, rows=1, tokens=max_tokens, target_share=0.25)
+    return step.resident_bytes, step.measure_least(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_does_not_fit_names_the_bits_that_would(checkpoint, bits):
+    _, least = trace_in_bits(checkpoint, bits, 64)
+    with pytest.raises(MemoryPlanError, match=rf"What would fit: bits={bits}"):
+        plan(checkpoint, device="mps", max_tokens=64, memory_gib=budget_for(least + 4096))
+
+
+def test_bits_are_not_named_where_weights_are_trained_themselves(checkpoint):
+    with pytest.raises(MemoryPlanError) as caught:
+        plan(checkpoint, lora=LoraConfig(variant="full"), memory_gib=1e-3, max_tokens=64)
+    assert "bits=" not in str(caught.value)
+    with pytest.raises(MemoryPlanError, match=r"bits=4 would need 0\.\d\d GiB"):
+        plan(checkpoint, bits=8, memory_gib=1e-3, max_tokens=64)
+
+
+@pytest.mark.slow
+def test_e2b_in_4_bits_fits_a_mac_of_8_gib(shared_data):
+    """As the README says; the rest of its table takes minutes, and was traced by hand."""
+    resident, least = trace_in_bits(shared_data / "models" / "gemma-4-E2B-it", 4, 2048)
+    assert resident <= 2.2e9
+    budget = 8 * 2 // 3 * GIB
+    assert least <= min(3.2e9, budget - margin_bytes(budget, MPS))
 
 
 def test_a_model_is_loaded_as_planned(checkpoint):
