@@ -171,6 +171,8 @@ def load_adapter(
             raise CheckpointError(f"{what} has a rank in {CONFIG} that its weights do not have")
         config = _choose_config(model, settings, saved, is_renamed=here.keys() != saved.keys())
         wrapped = wrap_peft(model, config)
+    except ConfigError as error:
+        raise CheckpointError(f"{what} cannot be put on this model: {error}") from None
     except (ImportError, NotImplementedError, re.error, *MALFORMED) as error:
         raise CheckpointError(
             f"{what} has settings ({CONFIG}) that PEFT cannot use here ({type(error).__name__}); "
