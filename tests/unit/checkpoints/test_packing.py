@@ -169,7 +169,8 @@ def test_the_plan_counts_packed_weights_as_they_stay(base, tmp_path):
         held <= plan.footprint.resident["decoder"] <= 2 * held
     )  # the allocator rounds small tensors
     assert plan.footprint.resident["decoder"] < 0.8 * dense.footprint.resident["decoder"]
-    assert plan.footprint.resident["embeddings"] == sum(x.nbytes for x in table.buffers())
+    held = sum(x.nbytes for x in table.buffers())
+    assert held <= plan.footprint.resident["embeddings"] < held + 3 * 512
 
 
 @pytest.mark.parametrize("wish", [{"variant": "full"}, {"targets": ("experts",)}])
