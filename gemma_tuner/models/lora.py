@@ -200,7 +200,7 @@ def find_adapters(
 
 def _refuse_packed(model: nn.Module, config: LoraConfig) -> None:
     """Refuse what would train packed weights themselves, or adapt packed experts."""
-    if any(isinstance(module, PackedLayer) for module in model.modules()):
+    if list_packed(model):
         for what, is_meant in (
             ("the variant 'full'", config.variant == "full"),
             ("the target 'experts'", "experts" in config.targets),
@@ -210,6 +210,15 @@ def _refuse_packed(model: nn.Module, config: LoraConfig) -> None:
                     f"{what} needs weights that are not packed; load the checkpoint in bfloat16, "
                     "or leave it out"
                 )
+
+
+def list_packed(model: nn.Module) -> list[str]:
+    """Name the modules whose weights are packed."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLayer | PackedHead)
+    ]
 
 
 def list_targets(model: Any) -> list[str]:
@@ -224,9 +233,8 @@ def wrap_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int = 0) ->
     # Returns: The model, wrapped, in the mode that it was in; what trains is float32 and
     # contiguous.
     training = model.training
-    for name, module in model.named_modules():
-        is_packed = isinstance(module, PackedLayer | PackedHead)
-        if is_packed and find_saved_module(vars(config), f"{name}."):
+    for name in list_packed(model):
+        if find_saved_module(vars(config), f"{name}."):
             raise ConfigError(
                 f"{name} is to be trained itself, and its weights are packed; load the checkpoint "
                 "that they were packed from, or leave it out of modules_to_save"
