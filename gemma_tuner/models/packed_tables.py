@@ -108,8 +108,13 @@ class PackedEmbedding(PackedLayer):
 
     def read(self, rows: slice | Tensor) -> Tensor:
         """Unpack rows, ``[rows, H]``; ``rows`` are one slice, or ids."""
-        parts = (None if part is None else _take(part, rows) for part in self._find(""))
-        return self.grid.unpack(Packed(*parts), in_blocks=not self.is_traced)
+        numbers, scales, biases = self._find("")
+        few = Packed(
+            _take(numbers, rows),
+            _take(scales, rows),
+            None if biases is None else _take(biases, rows),
+        )
+        return self.grid.unpack(few, in_blocks=not self.is_traced)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Look up ``[...]`` ids."""
