@@ -1,6 +1,7 @@
 """Predicted against measured peak memory of a LoRA step at a checkpoint's real size, on a GPU.
 
     python -m benchmarks.plan_accuracy FOLDER [--shape 1x2048x512 ...] [--packed symmetric-4-32]
+        [--packed-table affine-8-64]
 
 FOLDER holds a released config.json. A model of that size with random weights takes one step for
 each shape (rows x tokens x targets a row) and each number of checkpointed layers; its peak is
@@ -29,6 +30,7 @@ from gemma_tuner.models.meta import build_meta_copy
 from gemma_tuner.models.modes import begin_training
 from gemma_tuner.models.norms import use_lean_norms
 from gemma_tuner.models.packed import list_packable, replace_packed
+from gemma_tuner.models.packed_tables import name_table, replace_table
 from gemma_tuner.planning.trace import StepTracer
 
 SHAPES = ("1x2048x512", "4x850x80", "2x1024x1023", "8x400x40")
@@ -67,13 +69,16 @@ def main() -> None:
     parser.add_argument("config_folder", type=Path)
     parser.add_argument("--shape", action="append", help="rows x tokens x targets, as 1x2048x512")
     parser.add_argument("--packed", type=Grid.parse, help="a grid of the decoder's weights")
+    parser.add_argument("--packed-table", type=Grid.parse, help="of embedding and head")
     args = parser.parse_args()
     device = torch.device("cuda")
     config = transformers.AutoConfig.from_pretrained(args.config_folder)
     gemma = build_random(config, device, torch.bfloat16)
-    if args.packed:
-        grids = list_packable(gemma, args.packed)
-        replace_packed(gemma, grids)
+    grids = list_packable(gemma, args.packed) if args.packed else {}
+    if args.packed_table:
+        grids[name_table(config.model_type)] = args.packed_table
+    if grids:
+        replace_packed(gemma, replace_table(gemma, grids))
         gemma.config.packed = {name: str(grid) for name, grid in grids.items()}
     use_attention(gemma)
     use_lean_norms(gemma)
@@ -108,7 +113,7 @@ def main() -> None:
                 "peak_ratio": round((weights + found.step_bytes) / (resident + measured), 4),
                 "step_ratio": round(found.step_bytes / measured, 4),
                 "seconds": round(measure_seconds(model, batch), 4),
-                "packed": args.packed and str(args.packed),
+                "packed": sorted({str(grid) for grid in grids.values()}),
             }
             print(json.dumps(record), flush=True)
     print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}))

@@ -92,14 +92,14 @@ def main():
 
     name, make = CASES[sys.argv[1]]
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+        home = Path(folder)
         for each in ("good.jsonl", name):  # the first imports what is imported late
-            path = folder / each
+            path = home / each
             path.write_bytes(GOOD.encode() if each == "good.jsonl" else make())
             Path("/proc/self/clear_refs").write_text("5")
             base, began = read_status("VmRSS"), time.monotonic()
             try:
-                stream = stream_local(path, cache_dir=folder / "cache")
+                stream = stream_local(path, cache_dir=home / "cache")
                 ended = f"{len(stream):,} read"
             except GemmaTunerError as error:
                 ended = str(error)

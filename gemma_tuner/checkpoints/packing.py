@@ -12,6 +12,7 @@ import transformers
 
 from gemma_tuner.checkpoints.folders import new_folder
 from gemma_tuner.checkpoints.weights import (
+    HEAD,
     StoredTensor,
     find_checkpoint,
     list_stored,
@@ -29,6 +30,9 @@ from gemma_tuner.models.grids import PACKED, Grid, Packed
 from gemma_tuner.models.identity import portable_name
 from gemma_tuner.models.meta import build_meta_model
 from gemma_tuner.models.packed import list_packable, list_parts
+from gemma_tuner.models.packed_tables import name_table
+
+_TABLE = Grid(8, 64, is_affine=True)
 
 
 def pack(
@@ -38,12 +42,14 @@ def pack(
     bits: int = 4,
     grid: Literal["symmetric", "affine"] | None = None,
     group: int | None = None,
+    head_bits: Literal[8] | None = None,
     revision: str | None = None,
 ) -> Path:
     """Write a checkpoint whose decoder has its large matrices in 4 or 8 bits.
 
     ``load_model`` opens it, and what is trained on it is LoRA on exactly the values that the
-    packed numbers stand for. Towers, projectors, embeddings, norms and routers stay as they are.
+    packed numbers stand for. Towers, projectors, norms, routers and the per-layer embeddings stay
+    as they are, and so do embedding and head, unless ``head_bits`` says otherwise.
 
     Args:
         checkpoint: The folder of a checkpoint in bfloat16, float16 or float32, or its name on the
@@ -54,6 +60,8 @@ def pack(
         grid: ``symmetric``, a scale for each group of weights, its step searched; or ``affine``,
             a scale and a bias, as MLX has. By default symmetric in 4 bits, and affine in 8.
         group: Weights that share a scale, 32, 64 or 128; by default 32 symmetric, 64 affine.
+        head_bits: 8 packs the table of embedding and head too, affine in groups of 64; None, the
+            default, leaves it.
         revision: Of the checkpoint on the Hub.
 
     Returns:
@@ -61,9 +69,11 @@ def pack(
 
     Raises:
         ConfigError: Another number of bits or of a group's weights.
-        CheckpointError: The checkpoint is quantised already or incomplete; the folder exists
-            already or cannot be written.
+        CheckpointError: The checkpoint is quantised already or incomplete, or has a head apart
+            from its embedding and ``head_bits`` is given; the folder exists already or cannot be
+            written.
     """
+    check_value("head_bits", head_bits, Literal[8] | None)
     check_value("grid", grid, Literal["symmetric", "affine"] | None)
     chosen = Grid.choose(bits, grid, group)
     folder = find_checkpoint(checkpoint, revision)
@@ -82,19 +92,28 @@ def pack(
     tensors: list[NewTensor] = []
     stored = list_stored(folder)
     model_type = str(config.get("model_type"))
+    if head_bits is not None:
+        if HEAD in stored:
+            raise CheckpointError(
+                f"{folder.resolve().name} has a head apart from its embedding, and head_bits "
+                "packs one table for both; leave head_bits out"
+            )
+        modules[name_table(model_type)] = _TABLE
     of_weight = {
-        stored_name(f"{module}.{weight}", model_type): list_parts(
-            stored_name(module, model_type), weight
+        stored_name(f"{module}.{weight}", model_type): (
+            list_parts(stored_name(module, model_type), weight),
+            own_grid,
         )
-        for module in modules
+        for module, own_grid in modules.items()
         for weight in ("weight", "gate_up_proj", "down_proj")
     }
     for key, tensor in stored.items():
         if key in of_weight:
-            tensors += _Packing(tensor, chosen).list_parts(of_weight[key])
+            parts, own_grid = of_weight[key]
+            tensors += _Packing(tensor, own_grid).list_parts(parts)
         else:
             tensors.append(NewTensor(key, tensor.dtype, tensor.shape, tensor.copy))
-    config[PACKED] = {module: str(chosen) for module in modules}
+    config[PACKED] = {module: str(own_grid) for module, own_grid in modules.items()}
     if bits == 4 and read_fingerprint(folder).get("merged"):
         logger.warning(
             "%s has an adapter merged in, and 4 bits undo most of a short training (a held-out "

@@ -24,6 +24,7 @@ from gemma_tuner.models.grids import PACKED, Grid, Packed, read_grids
 from gemma_tuner.models.packed import list_parts
 
 INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
 _CHUNK_BYTES = 16 * 2**20
 _BLOCK_ELEMENTS = 2**22
 DTYPES = {

@@ -28,6 +28,7 @@ from gemma_tuner.evaluation.report_files import write_media
 from gemma_tuner.log import announce
 from gemma_tuner.media.load import load_media
 from gemma_tuner.models.lora import unwrap_peft
+from gemma_tuner.models.loss import score
 from gemma_tuner.models.target_only import target_only_of
 from gemma_tuner.records import Example
 
@@ -228,9 +229,7 @@ def target_probabilities(model: Any, batch: Batch) -> list[float]:
     found = []
     for start in range(0, batch.num_target_tokens, _HEAD_ROWS):
         rows = slice(start, min(start + _HEAD_ROWS, batch.num_target_tokens))
-        logits = (hidden[rows] @ head.T).float()
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
+        logits = score(hidden[rows], head, softcap)
         chosen = logits.gather(1, placed.target_ids[rows, None]).squeeze(1)
         found.append(torch.exp(chosen - torch.logsumexp(logits, dim=1)))
     return torch.cat(found).tolist()

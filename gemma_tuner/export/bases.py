@@ -12,6 +12,7 @@ import torch
 
 from gemma_tuner.checkpoints.cache import pack_once
 from gemma_tuner.checkpoints.weights import (
+    HEAD,
     Weight,
     find_checkpoint,
     list_tensors,
@@ -26,8 +27,7 @@ from gemma_tuner.models.adapter_names import full_name
 from gemma_tuner.models.families import family_of_type
 from gemma_tuner.models.grids import PACKED, Grid, name_grids
 from gemma_tuner.models.identity import find_commit, hash_decoder_norms, portable_name
-
-HEAD = "lm_head.weight"
+from gemma_tuner.models.packed_tables import name_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +170,7 @@ def _is_same(one: Delta | Replacement | None, other: Delta | Replacement | None)
 
 def name_embedding(model_type: str) -> str:
     """Name the vocabulary's embedding in the files of a checkpoint."""
-    return f"{family_of_type(model_type).decoder}.embed_tokens.weight"
+    return f"{name_table(model_type)}.weight"
 
 
 def _check_same_release(adapter: Adapter, folder: Path, tensors: Mapping[str, Weight]) -> None:

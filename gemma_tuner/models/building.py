@@ -20,6 +20,7 @@ from gemma_tuner.models.families import Family, family_of
 from gemma_tuner.models.grids import PACKED, read_grids
 from gemma_tuner.models.norms import use_lean_norms
 from gemma_tuner.models.packed import replace_packed
+from gemma_tuner.models.packed_tables import replace_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -81,7 +82,8 @@ def make_partial_class(
             for name in left_out:
                 parent, _, part = name.rpartition(".")
                 setattr(self.get_submodule(parent), part, None)
-            replace_packed(self, grids, is_filled=False)
+            layers = replace_table(self, grids, is_filled=False)
+            replace_packed(self, layers, is_filled=False)
 
     WithoutParts.__name__ = full_class.__name__
     WithoutParts.__module__ = full_class.__module__  # else it is taken for a checkpoint's code

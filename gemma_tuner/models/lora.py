@@ -31,6 +31,7 @@ from gemma_tuner.models.lora_config import TARGETS
 from gemma_tuner.models.lora_config import LoraConfig as LoraConfig
 from gemma_tuner.models.lora_linear import is_linear, register_layers, use_lean_adapters
 from gemma_tuner.models.packed import PackedLayer
+from gemma_tuner.models.packed_tables import PackedHead
 
 _DECODER_LAYER = r"{decoder}\.layers\.{layers}\."
 _PATTERNS = {
@@ -127,8 +128,9 @@ def check_peft_config(
     modules = dict(model.named_modules())
     saved = {"modules_to_save": config.modules_to_save}
     if config.target_modules == "all-linear":  # which PEFT itself lists, without the head
-        meant = [name for name, module in modules.items() if is_linear(module)]
-        meant.remove("lm_head")
+        meant = [
+            name for name, module in modules.items() if is_linear(module) and name != "lm_head"
+        ]
     else:
         meant = [name for name in modules if check_target_module_exists(config, name)]
         meant += [name for name in modules if find_saved_module(saved, f"{name}.") == name]
@@ -198,7 +200,7 @@ def find_adapters(
 
 def _refuse_packed(model: nn.Module, config: LoraConfig) -> None:
     """Refuse what would train packed weights themselves, or adapt packed experts."""
-    if any(isinstance(module, PackedLayer) for module in model.modules()):
+    if list_packed(model):
         for what, is_meant in (
             ("the variant 'full'", config.variant == "full"),
             ("the target 'experts'", "experts" in config.targets),
@@ -208,6 +210,15 @@ def _refuse_packed(model: nn.Module, config: LoraConfig) -> None:
                     f"{what} needs weights that are not packed; load the checkpoint in bfloat16, "
                     "or leave it out"
                 )
+
+
+def list_packed(model: nn.Module) -> list[str]:
+    """Name the modules whose weights are packed."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PackedLayer | PackedHead)
+    ]
 
 
 def list_targets(model: Any) -> list[str]:
@@ -222,6 +233,12 @@ def wrap_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int = 0) ->
     # Returns: The model, wrapped, in the mode that it was in; what trains is float32 and
     # contiguous.
     training = model.training
+    for name in list_packed(model):
+        if find_saved_module(vars(config), f"{name}."):
+            raise ConfigError(
+                f"{name} is to be trained itself, and its weights are packed; load the checkpoint "
+                "that they were packed from, or leave it out of modules_to_save"
+            )
     register_layers(config)
     with seeded(model.device, seed), warnings.catch_warnings():
         # PEFT 0.21 asks for it by the name that transformers 6 will not have.

@@ -20,14 +20,11 @@ from gemma_tuner.batch import IGNORED, Batch
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.lora_linear import is_linear
+from gemma_tuner.models.packed_tables import PackedHead, PackedRows, list_blocks
 from gemma_tuner.models.target_only import target_only_of
 
 if TYPE_CHECKING:
     from torch.nn import Module
-
-MAX_REDUCTION = 32_000
-"""The longest inner dimension of a matmul. On M1 and M2 a longer one is summed wrongly by torch
-before 2.14, and by batched products still. Source: pytorch issues 193487 and 195163."""
 
 
 class Loss(Protocol):
@@ -44,7 +41,7 @@ def target_loss_sum(model: Module, batch: Batch, *, chunk_tokens: int) -> Tensor
     # of targets of the whole optimizer step, every token weighs the same however they are batched.
     gemma = unwrap_peft(model)
     head = gemma.get_output_embeddings()
-    if not is_linear(head) or head.weight.requires_grad:
+    if not (is_linear(head) or isinstance(head, PackedHead)) or head.weight.requires_grad:
         raise ConfigError(
             "the vocabulary head (lm_head) is trainable or has an adapter, of which this loss "
             "knows nothing; leave it out of the adapter (gemma_tuner's targets never include it)"
@@ -66,14 +63,15 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        weight: Tensor | PackedRows,
         target_ids: Tensor,
         softcap: float | None,
         chunk_tokens: int,
     ) -> Tensor:
         """Sum the losses of ``hidden`` ``[N, H]`` against ``target_ids`` ``[N]``."""
         # hidden: ``[N, H]``, any float dtype.
-        # weight: ``[V, H]``, the frozen head.
+        # weight: ``[V, H]``, the frozen head; read in blocks of rows, once for the scores of a
+        # chunk and once for its gradient.
         # target_ids: ``[N]`` int64, ``IGNORED`` where there is no target.
         # Returns: A float32 scalar.
         wants_gradient = ctx.needs_input_grad[0]
@@ -84,9 +82,7 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens)
             counted = (target_ids[rows] != IGNORED).unsqueeze(1)
             safe_ids = target_ids[rows].clamp_min(0).unsqueeze(1)
-            logits = (hidden[rows] @ weight.T).float()  # [rows, V], the one large tensor
-            if softcap is not None:
-                logits.div_(softcap).tanh_().mul_(softcap)
+            logits = score(hidden[rows], weight, softcap)
             normalizer = torch.logsumexp(logits, dim=1, keepdim=True)
             losses = normalizer - logits.gather(1, safe_ids)
             total += losses.masked_fill(~counted, 0.0).sum()
@@ -105,12 +101,23 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
         return (gradient * grad_outputs[0]).to(ctx.dtype), None, None, None, None
 
 
+def score(hidden: Tensor, weight: Tensor | PackedRows, softcap: float | None) -> Tensor:
+    """Score every token of the vocabulary after ``hidden`` ``[rows, H]``, soft-capped."""
+    # Returns: ``[rows, V]`` float32, the one large tensor.
+    logits = hidden.new_empty(len(hidden), weight.shape[0], dtype=torch.float32)
+    for block in list_blocks(weight):
+        logits[:, block] = hidden @ weight[block].T
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+    return logits
+
+
 def _hidden_gradient(
     logits: Tensor,
     normalizer: Tensor,
     target_ids: Tensor,
     counted: Tensor,
-    weight: Tensor,
+    weight: Tensor | PackedRows,
     softcap: float | None,
 ) -> Tensor:
     """Differentiate the summed loss by the hidden states, in blocks of the vocabulary."""
@@ -122,11 +129,10 @@ def _hidden_gradient(
     # weight: ``[V, H]``.
     # Returns: ``[rows, H]`` float32.
     gradient = logits.new_zeros(len(logits), weight.shape[1])
-    for first in range(0, weight.shape[0], MAX_REDUCTION):
-        block = slice(first, first + MAX_REDUCTION)
+    for block in list_blocks(weight):
         capped = logits[:, block]
         slope = torch.exp(capped - normalizer)  # softmax; becomes d loss / d logits
-        local_ids = target_ids - first
+        local_ids = target_ids - block.start
         inside = (local_ids >= 0) & (local_ids < slope.shape[1])
         slope.scatter_add_(1, local_ids.clamp(0, slope.shape[1] - 1), -inside.to(slope.dtype))
         if softcap is not None:  # d capped / d logits = 1 - tanh² = 1 - (capped / c)²

@@ -149,17 +149,20 @@ class _Expert:
         return self._experts.read_expert(self._name, self._index)
 
 
+def make_parts(weight: Tensor, grid: Grid, *, is_filled: bool = True) -> Packed:
+    """Pack a weight; unfilled, the parts are to be loaded."""
+    if is_filled:
+        return grid.pack(weight.detach())
+    return grid.empty(*weight.shape, dtype=weight.dtype, device=weight.device)
+
+
 def make_packed(layer: Any, grid: Grid, *, is_filled: bool = True) -> nn.Module:
     """Pack a linear layer or experts; unfilled, the packed layer is to be loaded."""
-
-    def read(weight: Tensor) -> Packed:
-        if is_filled:
-            return grid.pack(weight.detach())
-        return grid.empty(*weight.shape, dtype=weight.dtype, device=weight.device)
-
     if isinstance(layer, nn.Linear):
-        return PackedLinear(read(layer.weight), grid)
-    gate_up, down = (read(getattr(layer, name)) for name in _PILES)
+        return PackedLinear(make_parts(layer.weight, grid, is_filled=is_filled), grid)
+    gate_up, down = (
+        make_parts(getattr(layer, name), grid, is_filled=is_filled) for name in _PILES
+    )
     return PackedExperts(layer, gate_up, down, grid)
 
 

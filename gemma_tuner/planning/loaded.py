@@ -111,7 +111,7 @@ def _bound_bytes(gemma: Any, rows: Sequence[Batch], request: PlanRequest) -> int
     scores = request.batch_size * (text_heads * request.max_tokens**2 + heads * media**2)
     positions = request.batch_size * (request.max_tokens + media)
     chunk = (request.loss_chunk_tokens or LOSS_CHUNKS[0]) * text.vocab_size * 20
-    weights = sum(p.nbytes for p in gemma.parameters())
+    weights = sum(tensor.nbytes for tensor in (*gemma.parameters(), *gemma.buffers()))
     # A gradient and what the optimizer keeps.
     trained = sum(p.nbytes for p in gemma.parameters() if p.requires_grad)
     weights += int((1 + request.state_bytes) * trained)

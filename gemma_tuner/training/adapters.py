@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,7 +45,7 @@ from gemma_tuner.models.adapter_names import (
 from gemma_tuner.models.families import family_of, loaded_modalities
 from gemma_tuner.models.grids import PACKED, name_grids
 from gemma_tuner.models.identity import active_adapter, portable_name
-from gemma_tuner.models.lora import check_model, refuse_adapters, wrap_peft
+from gemma_tuner.models.lora import check_model, list_packed, refuse_adapters, wrap_peft
 from gemma_tuner.training.checkpoint import latest_checkpoint, read_state
 
 if TYPE_CHECKING:
@@ -205,13 +205,19 @@ def _compare_grids(what: str, trained: str | None, config: Any) -> None:
         )
 
 
-def _check_parts(model: PreTrainedModel, names: Iterable[str], what: str) -> None:
+def _check_parts(model: PreTrainedModel, names: Collection[str], what: str) -> None:
     """Refuse an adapter on towers that were not loaded, or on modules that the model lacks."""
     needed, loaded = _list_modalities(names), loaded_modalities(model)
     if not {*needed} <= {*loaded}:
         raise CheckpointError(
             f"{what} is also on the model's {' and '.join(m for m in needed if m not in loaded)}; "
             f"load it with load_model(..., modalities={needed})"
+        )
+    trained = {name.removeprefix(PREFIX).rpartition(".")[0] for name in names}
+    if packed := sorted(trained.intersection(list_packed(model))):
+        raise CheckpointError(
+            f"{what} trained {', '.join(packed[:3])} themselves, whose weights are packed here; "
+            "load the checkpoint that they were packed from"
         )
 
 

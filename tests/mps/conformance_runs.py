@@ -21,9 +21,12 @@ from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.device import is_out_of_memory
 from gemma_tuner.errors import ConfigError, MemoryPlanError
 from gemma_tuner.models.attention import set_query_chunk
+from gemma_tuner.models.grids import Grid
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.loss import FrozenHeadCrossEntropy, target_loss_sum
 from gemma_tuner.models.modes import begin_training, checkpoint_layers
+from gemma_tuner.models.packed import list_packable, replace_packed
+from gemma_tuner.models.packed_tables import name_table, replace_table
 from gemma_tuner.planning.choice import widen
 from gemma_tuner.planning.loaded import plan_training
 from gemma_tuner.records import Example, Text, Turn
@@ -55,6 +58,7 @@ CASES = {
         ("gemma4-e2b", "audio", "bfloat16"),
         *((family, "image", "bfloat16") for family in FAMILIES),
         ("gemma3n", "audio", "bfloat16"),
+        ("gemma4-e2b packed", "image", "bfloat16"),
     ]
 }
 CASES["slow"] = [
@@ -64,6 +68,7 @@ CASES["slow"] = [
     for modality in MODALITIES[family]
     if (case := (family, modality, dtype)) not in CASES["fast"]
 ]
+CASES["slow"].append(("gemma4-26b-a4b packed", "text", "bfloat16"))
 
 
 class RecordingStepper(Stepper):
@@ -112,7 +117,12 @@ def build_trainer(
     **settings,
 ):
     kind = RecordingTrainer if device == "mps" else Trainer
+    family, _, is_packed = family.partition(" ")
     model, processor = tiny_model(family)
+    if is_packed:  # the decoder's matrices, embedding and head
+        grids = list_packable(model, Grid(4, 32))
+        grids[name_table(model.config.model_type)] = Grid(8, 64, is_affine=True)
+        replace_packed(model, replace_table(model, grids))
     lora = LoraConfig(rank=4, targets=targets, dropout=dropout)
     model = add_lora(model.to(device, getattr(torch, dtype)), lora)
     stream = stream_local(sample_data(modality), cache_dir=Path(folder) / "cache").take(rows)

@@ -282,15 +282,23 @@ def test_what_was_asked_for_and_does_not_fit_is_named(tmp_path):
         tell(budget)
 
 
+def tell_what_no_step_needs(trainer, chunk=256):
+    """In GiB."""
+    rows = [trainer.collator([trainer.stream[0]])]
+    config = replace(trainer.config, loss_chunk_tokens=chunk, memory_gib=64)
+    found = plan_without_trace(trainer.model, rows, request_plan(rows, config, 64))
+    return float(found.reasons["activation checkpointing"].split()[2])
+
+
 def test_a_large_loss_chunk_counts_in_what_no_step_needs(tmp_path):
     trainer = build_trainer(tmp_path)
-    rows = [trainer.collator([trainer.stream[0]])]
-    told = [
-        plan_without_trace(
-            trainer.model,
-            rows,
-            request_plan(rows, replace(trainer.config, loss_chunk_tokens=chunk), 64),
-        ).reasons["activation checkpointing"]
-        for chunk in (256, 1_000_000)
-    ]
-    assert float(told[0].split()[2]) + 9 < float(told[1].split()[2])
+    told = [tell_what_no_step_needs(trainer, chunk) for chunk in (256, 1_000_000)]
+    assert told[0] + 9 < told[1]
+
+
+def test_packed_weights_count_in_what_no_step_needs(tmp_path):
+    trainer = build_trainer(tmp_path)
+    before = tell_what_no_step_needs(trainer)
+    decoder = trainer.model.get_base_model().get_decoder()
+    decoder.register_buffer("numbers", torch.empty(9, 2**30, dtype=torch.int8, device="meta"))
+    assert tell_what_no_step_needs(trainer) >= before + 9
