@@ -32,6 +32,12 @@ MLX_WEIGHTS = "adapters.safetensors"
 FINGERPRINT = "gemma_tuner.json"
 """Beside an adapter: ``base_norms_sha256`` of the release that it was trained on, the ``step`` of
 the run that saved it, and the ``collator``'s settings."""
+QALORA = "qalora"
+"""Beside an adapter of that variant in ``FINGERPRINT``: how its inputs are pooled."""
+_POOLING = (
+    "inputs are summed in groups and divided by the root of their size; gemma_tuner.load_adapter "
+    "opens this adapter, PEFT does not"
+)
 TEMPLATE = "chat_template.jinja"
 _HASH = "chat_template_sha256"
 
@@ -172,6 +178,8 @@ def write_adapter(model: PeftModel, folder: Path, *, step: int | None = None) ->
     config["base_model_name_or_path"] = portable_name(config["base_model_name_or_path"])
     write_json(folder / CONFIG, config)
     more: dict[str, Any] = {"base_norms_sha256": hash_base(model.get_base_model())}
+    if config.get("use_qalora"):
+        more[QALORA] = _POOLING
     write_trained_with(
         folder, trained_with(model), **more, **({} if step is None else {"step": step})
     )
