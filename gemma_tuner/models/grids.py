@@ -88,6 +88,10 @@ class Grid:
         low, high = numbers.chunk(2, dim=-1)
         return (low & 15) | (high << 4)
 
+    def split(self, numbers: Tensor) -> Tensor:
+        """Take numbers apart again, one a byte; of an affine grid, whose have no sign."""
+        return numbers if self.bits == 8 else torch.cat([numbers & 15, numbers >> 4], dim=-1)
+
     def unpack(self, packed: Packed, *, in_blocks: bool = True) -> Tensor:
         """Return the weights, ``[..., in]`` in the scales' dtype; on the CPU block by block.
 

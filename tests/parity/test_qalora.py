@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import peft
 import pytest
 import torch
@@ -9,9 +10,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 import gemma_tuner as gt
+from gemma_tuner.checkpoints.mlx import from_mlx, to_mlx
+from gemma_tuner.checkpoints.weights import list_tensors
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.adapter import export_adapter
+from gemma_tuner.export.gguf import export_gguf
 from gemma_tuner.export.merged import export_merged
 from gemma_tuner.models.adapter_files import save_adapter
 from gemma_tuner.models.grids import Grid
@@ -70,10 +74,10 @@ def test_gradients_are_those_of_a_dense_model_with_pooled_adapters(family):
         assert_equal_gradients(found, expected, of_whole=1e-4, of_each_tensor=1e-3)
 
 
-def save_packed(family, folder, dtype=torch.float32, group=32):
+def save_packed(family, folder, dtype=torch.float32, bits=4):
     base, _ = save_base(family, folder / "base")
     base.to(dtype).save_pretrained(folder / "base")
-    return gt.pack(folder / "base", folder / "packed", grid="affine", group=group)
+    return gt.pack(folder / "base", folder / "packed", bits=bits, grid="affine", group=32)
 
 
 def load(folder):
@@ -166,3 +170,51 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(tmp_path, monkeypatch):
         for name in ("whole", "stopped")
     )
     assert stopped == whole
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_written_for_mlx_every_weight_is_what_it_was(family, bits, tmp_path):
+    packed = save_packed(family, tmp_path, torch.bfloat16, bits=bits)
+    to_mlx(packed, tmp_path / "mlx")
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text())
+    assert config["quantization"] == {"group_size": 32, "bits": bits, "mode": "affine"}
+    stored = load_file(tmp_path / "mlx" / "model.safetensors")
+    assert sum(name.endswith(".scales") for name in stored) > 10
+    # which from_mlx reads as real MLX does (test_export_mlx)
+    from_mlx(tmp_path / "mlx", tmp_path / "back")
+    expected, found = list_tensors(packed), list_tensors(tmp_path / "back")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name].read(), found[name].read()) for name in expected)
+
+
+def test_what_mlx_and_q4_1_do_not_have_is_refused(tmp_path):
+    packed = save_packed("gemma4-e2b", tmp_path)
+    with pytest.raises(CheckpointError, match="no packed weights"):
+        to_mlx(tmp_path / "base", tmp_path / "mlx")
+    symmetric = gt.pack(tmp_path / "base", tmp_path / "symmetric")
+    with pytest.raises(CheckpointError, match="symmetric grids"):
+        to_mlx(symmetric, tmp_path / "mlx")
+    save_adapter(add_trained_lora(load(packed)), tmp_path / "lora")
+    with pytest.raises(ConfigError, match="would lose in 4 bits what was learned"):
+        export_gguf(tmp_path / "lora", tmp_path / "m.gguf", base=packed, file_type="q4_1")
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3n"])
+def test_a_file_of_q4_1_holds_the_numbers_and_new_minima(family, tmp_path):
+    packed = save_packed(family, tmp_path)
+    save_adapter(add_trained_lora(load(packed), variant="qalora"), tmp_path / "adapter")
+    merged = tmp_path / "merged"
+    export_merged(tmp_path / "adapter", merged, base=packed)
+    path = tmp_path / "m.gguf"
+    export_gguf(tmp_path / "adapter", path, base=packed, file_type="q4_1")
+    expected = list_tensors(merged)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for layer in (0, 3):
+        for own, name in (("ffn_up", "mlp.up_proj"), ("attn_q", "self_attn.q_proj")):
+            tensor = found[f"blk.{layer}.{own}.weight"]
+            assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1
+            values = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+            wanted = expected[f"model.language_model.layers.{layer}.{name}.weight"].read()
+            # steps and minima are float16 there, float32 here
+            torch.testing.assert_close(values, wanted, rtol=2e-3, atol=2e-3 * float(wanted.std()))
