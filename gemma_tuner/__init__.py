@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gemma_tuner.batch import Batch as Batch
     from gemma_tuner.checkpoints.loading import load_model as load_model
     from gemma_tuner.checkpoints.mlx import from_mlx as from_mlx
+    from gemma_tuner.checkpoints.mlx import to_mlx as to_mlx
     from gemma_tuner.checkpoints.packing import pack as pack
     from gemma_tuner.collators.audio import AudioCollator as AudioCollator
     from gemma_tuner.collators.image import ImageCollator as ImageCollator
@@ -119,6 +120,7 @@ _HOME = {
     "stream_hub": "streaming.opening",
     "stream_local": "streaming.opening",
     "stream_rows": "streaming.opening",
+    "to_mlx": "checkpoints.mlx",
 }
 
 __all__ = [*sorted(_HOME), "testing"]  # noqa: PLE0604

@@ -34,6 +34,7 @@ def build_trainer(
     family="gemma4-e2b",
     targets=("language",),
     dropout=0.0,
+    variant="lora",
     rows=10,
     stream=None,
     samples=None,
@@ -42,7 +43,8 @@ def build_trainer(
 ):
     """A trainer on the first bundled samples: 4 examples a step, an epoch of 2.5 steps."""
     model, processor = tiny_model(family)
-    model = add_lora(model.to(device), LoraConfig(rank=4, targets=targets, dropout=dropout))
+    config = LoraConfig(rank=4, targets=targets, dropout=dropout, variant=variant)
+    model = add_lora(model.to(device), config)
     if stream is None:
         stream = stream_local(sample_data(modality), cache_dir=Path(folder) / "cache").take(rows)
     settings = {

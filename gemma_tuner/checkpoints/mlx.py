@@ -8,7 +8,7 @@ words. Every ``group_size`` of them share a scale and a bias of the checkpoint's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from gemma_tuner.checkpoints.folders import new_folder
-from gemma_tuner.checkpoints.mlx_names import transformers_name
+from gemma_tuner.checkpoints.mlx_names import mlx_name, transformers_name
 from gemma_tuner.checkpoints.weights import (
     StoredTensor,
     find_checkpoint,
@@ -30,7 +30,9 @@ from gemma_tuner.checkpoints.weights import (
 )
 from gemma_tuner.checkpoints.writing import NewTensor, write_checkpoint
 from gemma_tuner.errors import CheckpointError
+from gemma_tuner.models.grids import PACKED, Grid, read_grids
 from gemma_tuner.models.identity import portable_name
+from gemma_tuner.models.packed import list_parts
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUP_SIZES = (32, 64, 128)
@@ -113,6 +115,94 @@ def from_mlx(checkpoint: str | Path, path: str | Path, *, revision: str | None =
     with new_folder(path, sum(tensor.num_bytes for tensor in tensors)) as temporary:
         write_checkpoint(temporary, folder, kept, tensors, "dequantising")
     return Path(path)
+
+
+def to_mlx(checkpoint: str | Path, path: str | Path, *, revision: str | None = None) -> Path:
+    """Write a checkpoint that is packed on affine grids as mlx-lm and mlx-vlm have it.
+
+    Every number, scale and bias stays as it is. What :func:`export_merged` makes of an adapter of
+    the variant ``qalora`` becomes so a quantised model with what was learned in it.
+
+    Args:
+        checkpoint: The folder that ``pack(..., grid="affine")`` or ``export_merged`` wrote, or its
+            name on the Hub if it is in the local cache.
+        path: The new folder.
+        revision: Of the checkpoint on the Hub.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError: The checkpoint is not packed, or on a symmetric grid, which MLX does not
+            have; the folder exists already or cannot be written.
+    """
+    folder = find_checkpoint(checkpoint, revision)
+    config = read_json(folder / "config.json")
+    model_type = str(config.get("model_type"))
+    grids = read_grids(config.pop(PACKED, None))
+    if not grids or not all(grid.is_affine for grid in grids.values()):
+        raise CheckpointError(
+            f"{folder.resolve().name} has {'symmetric grids' if grids else 'no packed weights'}, "
+            "which MLX does not quantise so; make it with pack(..., grid='affine')"
+        )
+    first = next(iter(grids.values()))
+    settings: dict[str, Any] = _describe_grid(first)
+    tensors = list_stored(folder)
+    new: dict[str, NewTensor] = {
+        name: NewTensor(name, stored.dtype, stored.shape, stored.copy)
+        for name, stored in tensors.items()
+    }
+    for module, grid in grids.items():
+        own = stored_name(module, model_type)
+        if grid != first:
+            settings[mlx_name(module, model_type, "mlx-lm")] = _describe_grid(grid)
+        for weight, targets in (
+            ("weight", (own,)),
+            ("gate_up_proj", (f"{own}.switch_glu.gate_proj", f"{own}.switch_glu.up_proj")),
+            ("down_proj", (f"{own}.switch_glu.down_proj",)),
+        ):
+            for part, kind in zip(list_parts(own, weight), _MLX_PARTS, strict=True):
+                if new.pop(part, None) is not None:
+                    for tensor in _split_part(tensors[part], grid, kind, targets):
+                        new[tensor.name] = tensor
+    config["quantization"] = settings
+    with new_folder(path, sum(tensor.num_bytes for tensor in new.values())) as temporary:
+        write_checkpoint(temporary, folder, config, list(new.values()), "writing for MLX")
+    return Path(path)
+
+
+_MLX_PARTS = ("weight", "scales", "biases")
+
+
+def _describe_grid(grid: Grid) -> dict[str, Any]:
+    return {"group_size": grid.group, "bits": grid.bits, "mode": "affine"}
+
+
+def _split_part(
+    stored: StoredTensor, grid: Grid, kind: str, targets: Sequence[str]
+) -> Iterator[NewTensor]:
+    """A part of a packed weight in MLX's order; gate and up of experts lie apart there."""
+    *piles, rows, columns = stored.shape
+    rows //= len(targets)
+
+    def read(number: int) -> Iterator[bytes]:
+        for _, at, block in stored.blocks(rows if len(targets) > 1 else None):
+            if at.start // rows == number:
+                yield from tensor_bytes(_join_pairs(grid, block) if kind == "weight" else block)
+
+    dtype = stored.dtype
+    if kind == "weight":
+        dtype, columns = torch.uint32, columns // 4
+    for number, target in enumerate(targets):
+        yield NewTensor(f"{target}.{kind}", dtype, (*piles, rows, columns), partial(read, number))
+
+
+def _join_pairs(grid: Grid, numbers: Tensor) -> Tensor:
+    """The bytes of MLX's words: of two numbers in one, the first is in the low half."""
+    if grid.bits == 8:
+        return numbers
+    low, high = grid.split(numbers).unflatten(-1, (-1, 2)).unbind(-1)
+    return low | high << 4
 
 
 def _read_sources(

@@ -119,22 +119,28 @@ class UnpackedTensor:
 
     def read(self) -> Tensor:
         """Unpack it."""
-        return self._unpack(*(part.read() for part in self.parts))
+        return self.grid.unpack(self._join(*(part.read() for part in self.parts)))
 
     def blocks(self) -> Iterator[tuple[int, slice, Tensor]]:
         """Unpack it in blocks of rows, as :meth:`StoredTensor.blocks` reads."""
+        for index, rows, packed in self.packed_blocks():
+            yield index, rows, self.grid.unpack(packed)
+
+    def packed_blocks(self) -> Iterator[tuple[int, slice, Packed]]:
+        """Read it as it is packed, in the same blocks."""
         step = max(1, _BLOCK_ELEMENTS // self.shape[-1])
         for blocks in zip(*(part.blocks(step) for part in self.parts), strict=True):
             index, rows, _ = blocks[0]
-            yield index, rows, self._unpack(*(block for _, _, block in blocks))
+            yield index, rows, self._join(*(block for _, _, block in blocks))
 
     def copy(self) -> Iterator[bytes]:
         """Unpack its bytes in chunks."""
         for _, _, block in self.blocks():
             yield from tensor_bytes(block)
 
-    def _unpack(self, numbers: Tensor, scales: Tensor, biases: Tensor | None = None) -> Tensor:
-        return self.grid.unpack(Packed(numbers, scales, biases))
+    @staticmethod
+    def _join(numbers: Tensor, scales: Tensor, biases: Tensor | None = None) -> Packed:
+        return Packed(numbers, scales, biases)
 
 
 Weight: TypeAlias = StoredTensor | UnpackedTensor

@@ -110,7 +110,7 @@ def gguf(
     target: _Target,
     model: str | None = None,
     revision: str | None = None,
-    file_type: Literal["f32", "f16", "bf16", "q8_0"] = "bf16",
+    file_type: Literal["f32", "f16", "bf16", "q8_0", "q4_1"] = "bf16",
     adapter_only: bool = False,
 ) -> None:
     """Write the decoder with the adapter merged in as a GGUF file, for llama.cpp.
@@ -120,7 +120,7 @@ def gguf(
     Args:
         model: The base: a folder, or a name on the Hub in the local cache; by default the run's.
         revision: Of the base on the Hub.
-        file_type: How weights are kept: f32, f16, bf16 or q8_0.
+        file_type: How weights are kept: f32, f16, bf16, q8_0, or q4_1 of a qalora.
         adapter_only: Only the adapter, for llama.cpp's --lora.
     """
     from gemma_tuner.export.gguf import export_gguf, export_gguf_adapter

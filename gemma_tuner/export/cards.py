@@ -20,6 +20,27 @@ Scores = Mapping[str, float | Mapping[str, float]]
 _PACKAGES = ("gemma_tuner", "torch", "transformers", "peft", "safetensors")
 
 
+_USE = (
+    "```python",
+    "import peft, transformers",
+    "",
+    'base = transformers.AutoModelForImageTextToText.from_pretrained("{base}")',
+    'model = peft.PeftModel.from_pretrained(base, "THIS_FOLDER_OR_REPOSITORY")',
+    "```",
+)
+_USE_QALORA = (
+    "Stock PEFT does not open this adapter: it pools its inputs (QA-LoRA, arXiv 2309.14717).",
+    "`export_merged` merges it into its packed base, which stays packed.",
+    "",
+    "```python",
+    "import gemma_tuner",
+    "",
+    'model, processor = gemma_tuner.load_model("{base}")',
+    'model = gemma_tuner.load_adapter(model, "THIS_FOLDER")',
+    "```",
+)
+
+
 def write_adapter_card(
     folder: Path,
     config: Mapping[str, Any],
@@ -32,8 +53,9 @@ def write_adapter_card(
 ) -> None:
     """Write an adapter's ``README.md``."""
     base = config["base_model_name_or_path"]
+    pooled = config.get("use_qalora")
     lines = [
-        *_front_matter(base, "peft", "adapter", ["lora"]),
+        *_front_matter(base, "gemma_tuner" if pooled else "peft", "adapter", ["lora"]),
         f"# LoRA adapter for {base or 'a Gemma model'}",
         "",
         *_facts(
@@ -50,12 +72,7 @@ def write_adapter_card(
         *(["## Memory plan", "", "```", plan.strip(), "```", ""] if plan else []),
         "## Use",
         "",
-        "```python",
-        "import peft, transformers",
-        "",
-        f'base = transformers.AutoModelForImageTextToText.from_pretrained("{base or "BASE"}")',
-        'model = peft.PeftModel.from_pretrained(base, "THIS_FOLDER_OR_REPOSITORY")',
-        "```",
+        *(line.replace("{base}", base or "BASE") for line in (_USE_QALORA if pooled else _USE)),
         "",
         *_versions(),
     ]
@@ -113,7 +130,8 @@ def _describe_data(data: Mapping[str, Any] | None) -> dict[str, str]:
 def _describe_lora(config: Mapping[str, Any]) -> str:
     if modules := config.get("modules_to_save"):
         return f"full, {len(modules)} layers"
-    kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
+    kinds = {"use_dora": "DoRA", "use_rslora": "rsLoRA", "use_qalora": "QA-LoRA"}
+    kind = next((kind for key, kind in kinds.items() if config.get(key)), "LoRA")
     return f"{kind}, rank {config['r']}, alpha {config['lora_alpha']}"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from gemma_tuner.checks import check_path
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.models.adapter_files import (
     CONFIG,
+    QALORA,
     WEIGHTS,
     TrainedWith,
     read_fingerprint,
@@ -29,6 +30,7 @@ from gemma_tuner.models.adapter_names import (
     rank_and_scale,
     split_parameter,
 )
+from gemma_tuner.models.lora_linear import spread_groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,10 @@ class Delta:
             self.a.reshape(count, self.rank, -1),
             self.b.reshape(-1, self.rank, count).permute(2, 0, 1),
         )
+
+    def pool(self, group: int) -> Delta:
+        """What is added to the bias of each group, where it is the same for all of the group."""
+        return replace(self, a=self.a[:, ::group])
 
     def merge(self, weight: Tensor, index: int, rows: slice) -> Tensor:
         """Merge some rows of one matrix, ``[rows, in]``, and do not round them."""
@@ -113,6 +119,11 @@ class Adapter:
     grid: str | None = None  # of the base's packed weights, see name_grids
 
     @property
+    def group(self) -> int | None:
+        """Of inputs that are seen as one, in QA-LoRA."""
+        return self.config["qalora_group_size"] if self.config.get("use_qalora") else None
+
+    @property
     def base(self) -> str | None:
         """The base model's name on the Hub, or its folder's last name."""
         return self.config.get("base_model_name_or_path")
@@ -134,10 +145,10 @@ def read_adapter(path: str | Path) -> Adapter:
             "or save_pretrained wrote"
         )
     config = read_json(folder / CONFIG)
-    _check_config(name, config)
+    known = read_fingerprint(folder)
+    _check_config(name, {**config, "use_qalora": False} if QALORA in known else config)
     tensors = read_file(folder / WEIGHTS)
     tensors = {key: tensor for key, tensor in tensors.items() if not key.endswith(BASE_COPY)}
-    known = read_fingerprint(folder)
     deltas = collect_deltas(name, config, tensors)
     norms, grid = known.get("base_norms_sha256"), known.get("grid")
     return Adapter(config, deltas, norms, read_trained_with(folder), grid)
@@ -186,6 +197,8 @@ def collect_deltas(
             raise CheckpointError(f"{name} lacks one half of its adapter on {path}; save it again")
         module, parameter = split_parameter(config, path)
         rank, scale = rank_and_scale(config, f"{module}.{parameter}".removesuffix(".weight"))
+        if config.get("use_qalora"):
+            found["lora_A"] = spread_groups(found["lora_A"], config["qalora_group_size"])
         delta = Delta(
             module,
             parameter,

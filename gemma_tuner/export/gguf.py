@@ -16,11 +16,12 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from gemma_tuner.checkpoints.weights import UnpackedTensor, Weight, tensor_bytes
 from gemma_tuner.checkpoints.writing import complete_config
 from gemma_tuner.checks import check_path
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.bases import Base, open_base
-from gemma_tuner.export.deltas import Adapter, Delta, read_adapter
+from gemma_tuner.export.deltas import Adapter, Delta, Replacement, read_adapter
 from gemma_tuner.export.gguf_metadata import add_sizes, add_tokenizer, rope_factors
 from gemma_tuner.export.gguf_names import Names, check_runs, is_adaptable
 from gemma_tuner.export.gguf_tensors import (
@@ -30,11 +31,13 @@ from gemma_tuner.export.gguf_tensors import (
     GgufTensor,
     choose_kind,
     encode,
+    encode_q4_1,
     float32_tensor,
     write_gguf,
 )
-from gemma_tuner.export.merged import MergeReport
+from gemma_tuner.export.merged import MergeReport, pool_deltas
 from gemma_tuner.log import announce
+from gemma_tuner.models.grids import Grid
 from gemma_tuner.models.identity import portable_name
 
 _EMBEDDING = "model.language_model.embed_tokens.weight"
@@ -68,8 +71,10 @@ def export_gguf(
     Args:
         adapter: The adapter's folder (PEFT).
         path: The new file, ``NAME.gguf``.
-        file_type: How matrices are kept: ``f32``, ``f16``, ``bf16`` or ``q8_0`` (blocks of 32
-            numbers of 8 bits). Vectors, routers and AltUp's coefficients are float32 always, and
+        file_type: How matrices are kept: ``f32``, ``f16``, ``bf16``, ``q8_0`` (blocks of 32
+            numbers of 8 bits), or ``q4_1``: of an adapter of the variant ``qalora`` on a base of 4
+            bits in affine groups of 32, whose numbers stay as they are; what the base does not
+            pack is bfloat16. Vectors, routers and AltUp's coefficients are float32 always, and
             with ``q8_0`` a matrix whose rows are no multiple of 32 is float16, as llama.cpp wants.
         base: The base's folder, or its name on the Hub if it is in the local cache; by default
             the one that the adapter names.
@@ -92,9 +97,16 @@ def export_gguf(
     decoder = _open_decoder(read, base, revision, is_merged=True)
     found = decoder.base
     check_runs(found.model_type, decoder.text)
+    pooled = pool_deltas(read, found)
+    if file_type == "q4_1" and not (pooled and any(map(_is_q4_1, found.tensors.values()))):
+        raise ConfigError(
+            "file_type 'q4_1' is for an adapter of the variant 'qalora' on a base of "
+            "pack(..., grid='affine', group=32): others would lose in 4 bits what was learned; "
+            "use q8_0 or bf16"
+        )
     kind, file_kind = KINDS[file_type]
     report = MergeReport(Path(path), len(found.deltas), dtypes=(file_type,))
-    tensors = _plan_model(decoder, kind, report)
+    tensors = _plan_model(decoder, kind, report, pooled if file_type == "q4_1" else None)
     num_towers = sum(decoder.names.translate(name) is None for name in found.tensors)
     report.num_copied = len(found.tensors) - num_towers - report.num_merged
     report.num_bytes = sum(tensor.num_bytes for tensor in tensors)
@@ -234,10 +246,18 @@ def _check_adaptable(base: Base, name: str, own: str, delta: Delta) -> None:
             )
 
 
+def _is_q4_1(weight: Weight) -> bool:
+    return isinstance(weight, UnpackedTensor) and weight.grid == Grid(4, 32, is_affine=True)
+
+
 def _plan_model(
-    decoder: _Decoder, kind: GGMLQuantizationType, report: MergeReport
+    decoder: _Decoder,
+    kind: GGMLQuantizationType,
+    report: MergeReport,
+    pooled: Mapping[str, Delta | Replacement] | None,
 ) -> list[GgufTensor]:
     """All tensors of the file, in the order of the checkpoint."""
+    # pooled: What is added to biases by their names, where packed weights stay packed.
     base = decoder.base
     parts: dict[str, list[str]] = {}
     for name in base.tensors:
@@ -259,6 +279,9 @@ def _plan_model(
             num_rows = shape[0]
             shape = (base.tensors[_EMBEDDING].shape[0], shape[1])
             chunks = partial(_encode_padded, base, own_kind, shape[0] - num_rows, report)
+        if pooled is not None and _is_q4_1(base.tensors[names[0]]):
+            own_kind = GGMLQuantizationType.Q4_1
+            chunks = partial(_encode_packed, base, names, pooled, report)
         tensors.append(GgufTensor(own, shape, own_kind, chunks))
     return tensors
 
@@ -295,6 +318,27 @@ def _encode(
             rounded = encode(name, merged.float(), kind)
             report.add(block, merged, torch.from_numpy(gguf.dequantize(rounded, kind)))
             yield rounded.tobytes()
+
+
+def _encode_packed(
+    base: Base,
+    names: Sequence[str],
+    pooled: Mapping[str, Delta | Replacement],
+    report: MergeReport,
+) -> Iterator[bytes]:
+    """Yield the bytes of weights that stay packed, with the adapter in their biases."""
+    for name in names:
+        weight = base.tensors[name]
+        if not isinstance(weight, UnpackedTensor):
+            raise TypeError(name)
+        delta = pooled.get(weight.parts[2].name)
+        for index, rows, packed in weight.packed_blocks():
+            biases: Any = packed.biases
+            if delta is not None:
+                merged = delta.merge(biases, index, rows)
+                report.add(biases, merged, merged.half())
+                biases = merged
+            yield from tensor_bytes(encode_q4_1(name, weight.grid, packed._replace(biases=biases)))
 
 
 def _encode_padded(

@@ -19,14 +19,16 @@ from torch import Tensor
 from gemma_tuner.checkpoints.folders import new_file, progress_shown
 from gemma_tuner.checkpoints.weights import tensor_bytes
 from gemma_tuner.errors import CheckpointError
+from gemma_tuner.models.grids import Grid, Packed
 
-FileType = Literal["f32", "f16", "bf16", "q8_0"]
+FileType = Literal["f32", "f16", "bf16", "q8_0", "q4_1"]
 
 KINDS = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_1": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_Q4_1),  # what is not packed
 }
 DTYPES = {
     GGMLQuantizationType.F32: torch.float32,
@@ -86,6 +88,19 @@ def encode(name: str, weight: Tensor, kind: GGMLQuantizationType) -> np.ndarray:
             "file_type='bf16'"
         )
     return rounded.contiguous().view(torch.uint8).numpy()
+
+
+def encode_q4_1(name: str, grid: Grid, packed: Packed) -> Tensor:
+    """Put packed rows into blocks of Q4_1, whose steps and minima are float16."""
+    # Returns: ``[rows, in / 32, 20]`` uint8: step, minimum, and 32 numbers, halves side by side.
+    low, high = grid.split(packed.numbers).unflatten(-1, (-1, 2, 16)).unbind(-2)
+    ends = torch.stack([part.half() for part in packed[1:] if part is not None], dim=-1)
+    if not ends.isfinite().all():
+        raise CheckpointError(
+            f"{name} has steps or biases beyond float16's range, which Q4_1 has; use "
+            "file_type='bf16'"
+        )
+    return torch.cat([ends.view(torch.uint8), low | high << 4], dim=-1)
 
 
 def float32_tensor(name: str, tensor: Tensor) -> GgufTensor:

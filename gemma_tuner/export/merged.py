@@ -10,7 +10,12 @@ from pathlib import Path
 import torch
 
 from gemma_tuner.checkpoints.folders import new_folder
-from gemma_tuner.checkpoints.weights import Weight, tensor_bytes
+from gemma_tuner.checkpoints.weights import (
+    UnpackedTensor,
+    Weight,
+    list_stored,
+    tensor_bytes,
+)
 from gemma_tuner.checkpoints.writing import (
     SHARD_BYTES,
     NewTensor,
@@ -18,9 +23,9 @@ from gemma_tuner.checkpoints.writing import (
     write_processor,
 )
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.export.bases import HEAD, open_base
+from gemma_tuner.export.bases import HEAD, Base, open_base
 from gemma_tuner.export.cards import write_merged_card
-from gemma_tuner.export.deltas import Delta, Replacement, read_adapter
+from gemma_tuner.export.deltas import Adapter, Delta, Replacement, read_adapter
 from gemma_tuner.models.grids import PACKED
 
 
@@ -76,6 +81,10 @@ def export_merged(
     head was trained, and the base has one weight for both, the
     result has two (``tie_word_embeddings`` is false). Memory holds a part of one weight.
 
+    Of an adapter of the variant ``qalora`` and the packed base that it was trained on, the result
+    is as packed as the base: only biases differ, each computed in float32 and rounded once.
+    :func:`to_mlx` makes of it what mlx-lm opens.
+
     Args:
         adapter: The adapter's folder (PEFT).
         path: The new folder.
@@ -95,12 +104,16 @@ def export_merged(
     """
     read = read_adapter(adapter)
     found = open_base(read, base, revision, is_merged=True)
-    tensors, deltas, config = dict(found.tensors), found.deltas, found.config
-    if found.is_untied:
+    tensors: dict[str, Weight] = dict(found.tensors)
+    deltas, config = found.deltas, found.config
+    if biases := pool_deltas(read, found):
+        tensors, deltas = {**list_stored(found.folder)}, biases
+    elif found.is_untied:
         tensors[HEAD] = tensors[found.embedding]
         text = {**config.get("text_config", {}), "tie_word_embeddings": False}
         config = {**config, "tie_word_embeddings": False, "text_config": text}
-    config = {key: value for key, value in config.items() if key != PACKED}
+    if not biases:
+        config = {key: value for key, value in config.items() if key != PACKED}
     report = MergeReport(Path(path), len(deltas), len(tensors) - len(deltas))
     report.dtypes = tuple(
         sorted({str(tensors[key].dtype).removeprefix("torch.") for key in deltas})
@@ -121,6 +134,20 @@ def export_merged(
         into = found.other or (read.grid and f"packed as {read.grid}, as in training")
         write_merged_card(temporary, read, report.lost, report.dtypes, into)
     return report
+
+
+def pool_deltas(adapter: Adapter, base: Base) -> dict[str, Delta | Replacement]:
+    """What a QA-LoRA adds to the biases of its packed base, by their names in its files."""
+    # Returns: Nothing, where the adapter or the base is of another kind.
+    pooled: dict[str, Delta | Replacement] = {}
+    for name, delta in base.deltas.items():
+        weight = base.tensors.get(name)
+        if not (adapter.group and isinstance(delta, Delta) and isinstance(weight, UnpackedTensor)):
+            return {}
+        if not weight.grid.is_affine or weight.grid.group != adapter.group:
+            return {}
+        pooled[weight.parts[2].name] = delta.pool(adapter.group)
+    return pooled
 
 
 def _merge(stored: Weight, delta: Delta | Replacement, report: MergeReport) -> Iterator[bytes]:

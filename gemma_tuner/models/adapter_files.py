@@ -34,6 +34,12 @@ FINGERPRINT = "gemma_tuner.json"
 """Beside an adapter: ``base_norms_sha256`` of the release that it was trained on, the ``grid`` of
 that one's packed weights, the ``step`` of the run that saved it, and the ``collator``'s settings;
 beside a checkpoint with an adapter in it: ``merged``."""
+QALORA = "qalora"
+"""Beside an adapter of that variant in ``FINGERPRINT``: how its inputs are pooled."""
+_POOLING = (
+    "inputs are summed in groups and divided by the root of their size; gemma_tuner.load_adapter "
+    "opens this adapter, PEFT does not"
+)
 TEMPLATE = "chat_template.jinja"
 _HASH = "chat_template_sha256"
 
@@ -195,6 +201,8 @@ def write_adapter(model: PeftModel, folder: Path, *, step: int | None = None) ->
     more: dict[str, Any] = {"base_norms_sha256": hash_base(base)}
     if grid := name_grids(getattr(base.config, PACKED, None)):
         more["grid"] = grid
+    if config.get("use_qalora"):
+        more[QALORA] = _POOLING
     write_trained_with(
         folder, trained_with(model), **more, **({} if step is None else {"step": step})
     )

@@ -90,6 +90,10 @@ class Grid:
         low, high = numbers.chunk(2, dim=-1)
         return (low & 15) | (high << 4)
 
+    def split(self, numbers: Tensor) -> Tensor:
+        """Take numbers apart again, one a byte; of an affine grid, whose have no sign."""
+        return numbers if self.bits == 8 else torch.cat([numbers & 15, numbers >> 4], dim=-1)
+
     def unpack(self, packed: Packed, *, is_traced: bool = False) -> Tensor:
         """Return the weights, ``[..., in]`` in the scales' dtype."""
         return unpack(packed, self.bits, is_traced=is_traced)

@@ -29,8 +29,13 @@ from gemma_tuner.models.adapter_names import find_saved_module, find_unsupported
 from gemma_tuner.models.families import family_of
 from gemma_tuner.models.lora_config import TARGETS
 from gemma_tuner.models.lora_config import LoraConfig as LoraConfig
-from gemma_tuner.models.lora_linear import is_linear, register_layers, use_lean_adapters
-from gemma_tuner.models.packed import PackedLayer
+from gemma_tuner.models.lora_linear import (
+    is_linear,
+    pool_adapters,
+    register_layers,
+    use_lean_adapters,
+)
+from gemma_tuner.models.packed import PackedLayer, PackedLinear
 from gemma_tuner.models.packed_tables import PackedHead
 
 _DECODER_LAYER = r"{decoder}\.layers\.{layers}\."
@@ -195,6 +200,9 @@ def find_adapters(
         use_rslora=config.variant == "rslora",
         task_type="CAUSAL_LM",
     )
+    if config.variant == "qalora":
+        peft_config.use_qalora = True
+        peft_config.qalora_group_size = _find_group(model, sorted(linear_names))
     return peft_config, counts
 
 
@@ -221,6 +229,27 @@ def list_packed(model: nn.Module) -> list[str]:
     ]
 
 
+def _find_group(model: nn.Module, names: Sequence[str]) -> int:
+    """How many weights share a bias in all of some layers."""
+    groups: dict[int | None, str] = {}
+    for name in names:
+        layer = model.get_submodule(name)
+        is_affine = isinstance(layer, PackedLinear) and layer.grid.is_affine
+        groups.setdefault(layer.grid.group if is_affine else None, name)
+    if None in groups:
+        raise ConfigError(
+            f"the variant 'qalora' changes the biases of packed weights, and {groups[None]} has "
+            "none; load a checkpoint of pack(..., grid='affine'), and target its layers alone"
+        )
+    if len(groups) > 1:
+        raise ConfigError(
+            f"the variant 'qalora' needs one size of groups, and {' and '.join(groups.values())} "
+            f"have {' and '.join(map(str, groups))}; target the layers of one alone"
+        )
+    (group,) = groups
+    return int(group or 0)
+
+
 def list_targets(model: Any) -> list[str]:
     """Name the targets that a model has, of :data:`TARGETS`."""
     modules = {name for name, module in model.named_modules() if is_linear(module)}
@@ -245,6 +274,8 @@ def wrap_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int = 0) ->
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)  # see LINEAR
         wrapped = peft.get_peft_model(model, config)
+        if getattr(config, "use_qalora", False):
+            pool_adapters(wrapped, config.qalora_group_size)
     wrapped.train(training)
     for module in wrapped.modules():
         # PEFT rounds DoRA's magnitudes to the model's dtype, so that a bfloat16 model would change

@@ -9,7 +9,7 @@ from typing import Literal
 from gemma_tuner.checks import SEED, bounds, check_fields, is_whole_number, name_nearest, refuse
 from gemma_tuner.errors import ConfigError
 
-Variant = Literal["lora", "dora", "rslora", "full"]
+Variant = Literal["lora", "dora", "rslora", "qalora", "full"]
 TARGETS = ("language", "vision", "audio", "projectors", "experts")
 
 
@@ -29,10 +29,13 @@ class LoraConfig:
         layers: Decoder layers that ``language`` and ``experts`` mean: the last N, or
             ``(first, last)``, both included and counted from 0; None, on the command line -1,
             means all.
-        variant: ``lora``, ``dora``, ``rslora``, or ``full``: no adapters, but a float32 copy of
-            each targeted layer trains, beside the frozen original (PEFT's ``modules_to_save``).
-            Weight, copy and moments take 14 bytes a parameter above a bfloat16 weight's 2; rank
-            and alpha mean nothing then.
+        variant: ``lora``, ``dora``, ``rslora``, ``qalora`` or ``full``. ``qalora`` (QA-LoRA, arXiv
+            2309.14717) is for a base packed on an affine grid: adapters see the sum of each
+            group's inputs, so that a merge changes the grid's biases alone and what was learned
+            stays in a file of 4 bits; stock PEFT does not open such adapters. ``full`` has no
+            adapters, but a float32 copy of each targeted layer trains, beside the frozen original
+            (PEFT's ``modules_to_save``). Weight, copy and moments take 14 bytes a parameter above
+            a bfloat16 weight's 2; rank and alpha mean nothing then.
         seed: Decides the adapters' first weights.
 
     Raises:
@@ -57,9 +60,9 @@ class LoraConfig:
                 "variant 'full' trains linear layers themselves: it knows neither dropout nor "
                 "'experts'; leave these out, or use variant 'lora'"
             )
-        if "experts" in self.targets and (self.variant == "dora" or self.dropout):
+        if "experts" in self.targets and (self.variant in ("dora", "qalora") or self.dropout):
             raise ConfigError(
-                "adapters on experts know neither dora nor dropout; use variant 'lora' or "
+                "adapters on experts know neither dora, qalora nor dropout; use variant 'lora' or "
                 "'rslora' with dropout 0, or leave 'experts' out"
             )
 

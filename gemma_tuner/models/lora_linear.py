@@ -8,6 +8,7 @@ float32 weights are rounded where they are multiplied, as autocast would do.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.packed import PackedLinear
 
 
@@ -69,7 +71,7 @@ class LoraLinear(lora.Linear):
             x.flatten(0, -2),
             weight,
             base,
-            self.lora_A[name].weight,
+            _read_a(self.lora_A[name]),
             self.lora_B[name].weight,
             self.scaling[name],
         )
@@ -91,6 +93,47 @@ class RoundedLinear(nn.Linear):
         return F.linear(input, self.weight.to(input.dtype), bias)
 
 
+class PooledLinear(RoundedLinear):
+    """QA-LoRA's ``lora_A``: it multiplies the sum of each group of its input, by ``1 / sqrt``."""
+
+    def __init__(self, like: nn.Linear, group: int) -> None:
+        columns, rank = like.in_features, like.out_features
+        if columns % group:
+            raise ConfigError(
+                f"the adapter sees groups of {group} inputs, and a layer has {columns}; give the "
+                "packed base that it was trained on"
+            )
+        super().__init__(columns // group, rank, bias=False, device=like.weight.device)
+        self.group = group
+
+    def spread(self) -> Tensor:
+        """What multiplies the input itself, ``[rank, in]``: equal numbers within each group."""
+        return spread_groups(self.weight, self.group)
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch gives it
+        """Multiply ``[..., in]`` by the weights, rounded to its dtype."""
+        return F.linear(input, self.spread().to(input.dtype))
+
+
+def spread_groups(lora_a: Tensor, group: int) -> Tensor:
+    """Turn what multiplies pooled inputs, ``[rank, in / group]``, into what multiplies inputs."""
+    return (lora_a / math.sqrt(group)).unsqueeze(-1).expand(*lora_a.shape, group).flatten(-2)
+
+
+def _read_a(layer: Any) -> Tensor:
+    return layer.spread() if isinstance(layer, PooledLinear) else layer.weight
+
+
+def pool_adapters(model: nn.Module, group: int) -> None:
+    """Let new adapters see their inputs in groups, as QA-LoRA does."""
+    # Source: arXiv 2309.14717. By the root, sums are as large as single inputs, and the learning
+    # rate means what it means to LoRA; PEFT's own, for GPTQ alone, scales otherwise.
+    for layer in model.modules():
+        if isinstance(layer, lora.Linear):
+            for name, part in layer.lora_A.items():
+                layer.lora_A[name] = PooledLinear(part, group)
+
+
 def use_lean_adapters(model: nn.Module) -> None:
     """Let adapters compute as this module says; weights and gradients stay float32."""
     # DoRA is left to PEFT: its norms need float32.
@@ -109,7 +152,8 @@ def use_lean_adapters(model: nn.Module) -> None:
         if layer.get_base_layer().weight.dtype != torch.float32:
             layer.cast_input_dtype_enabled = False  # for PEFT's own forward
             for part in (*layer.lora_A.values(), *layer.lora_B.values()):
-                part.__class__ = RoundedLinear
+                if not isinstance(part, PooledLinear):
+                    part.__class__ = RoundedLinear
 
 
 class AdaptedLinear(torch.autograd.Function):

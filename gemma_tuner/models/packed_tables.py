@@ -114,7 +114,7 @@ class PackedEmbedding(PackedLayer):
             _take(scales, rows),
             None if biases is None else _take(biases, rows),
         )
-        return self.grid.unpack(few, in_blocks=not self.is_traced)
+        return self.grid.unpack(few, is_traced=self.is_traced)
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Look up ``[...]`` ids."""

@@ -25,7 +25,9 @@ from gemma_tuner.log import announce, logger
 from gemma_tuner.modalities import MEDIA, Modality
 from gemma_tuner.models.adapter_files import (
     CONFIG,
+    FINGERPRINT,
     MLX_WEIGHTS,
+    QALORA,
     WEIGHTS,
     TrainedWith,
     adapter_tensors,
@@ -140,9 +142,8 @@ def load_adapter(
     saved = _read_weights(folder)
     settings = _read_json(folder / CONFIG)
     what = f"the adapter {folder.resolve().name}"
-    if settings.get("peft_type") != "LORA" or settings.get("alora_invocation_tokens"):
-        kind = "aLoRA" if settings.get("peft_type") == "LORA" else settings.get("peft_type")
-        raise CheckpointError(f"{what} is of PEFT's type {kind}; only LORA can be used here")
+    known = read_fingerprint(folder)
+    _check_kind(settings, known, what)
     for field, value in settings.items():
         patterns = value if isinstance(value, list | dict) else [value]  # keys of the latter
         if field.endswith(("_modules", "_pattern")) and any(map(is_endless, patterns)):
@@ -152,7 +153,6 @@ def load_adapter(
             )
     base, own = settings.get("base_model_name_or_path"), portable_name(model.name_or_path)
     remedy = f"give the model that it was trained on, {base or 'which it does not name'}"
-    known = read_fingerprint(folder)
     if (expected := known.get("base_norms_sha256")) is not None:
         if expected != hash_base(model):
             raise CheckpointError(
@@ -202,6 +202,18 @@ def _compare_grids(what: str, trained: str | None, config: Any) -> None:
             what,
             as_trained,
             as_here,
+        )
+
+
+def _check_kind(settings: Mapping[str, Any], known: Mapping[str, Any], what: str) -> None:
+    """Refuse an adapter that is no LoRA, or computes otherwise than those here."""
+    if settings.get("peft_type") != "LORA" or settings.get("alora_invocation_tokens"):
+        kind = "aLoRA" if settings.get("peft_type") == "LORA" else settings.get("peft_type")
+        raise CheckpointError(f"{what} is of PEFT's type {kind}; only LORA can be used here")
+    if settings.get("use_qalora") and QALORA not in known:
+        raise CheckpointError(
+            f"{what} is a QA-LoRA that does not say in {FINGERPRINT} how it pools its inputs, as "
+            "those of Trainer.save and export_adapter do; PEFT's own pools otherwise"
         )
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import gemma_tuner as gt
-from gemma_tuner.checkpoints.mlx import dequantise, from_mlx
+from gemma_tuner.checkpoints.mlx import dequantise, from_mlx, to_mlx
 from gemma_tuner.export.merged import export_merged
 from gemma_tuner.export.mlx import export_mlx, import_mlx
 from gemma_tuner.models.adapter_files import save_adapter
@@ -225,3 +225,19 @@ def test_quantised_checkpoints_load(family, program, bits, tmp_path):
         convolutions = [name for name in stored if "conv" in name and stored[name].ndim > 2]
         assert convolutions
         assert all(torch.equal(plain[name], stored[name]) for name in convolutions)
+
+
+@pytest.mark.parametrize("family", ["gemma4-e2b", "gemma4-26b-a4b", "gemma3n"])
+def test_a_qalora_in_four_bits_says_in_mlx_lm_what_its_adapter_said(family, tmp_path):
+    save_base(family, tmp_path / "base")
+    packed = gt.pack(tmp_path / "base", tmp_path / "packed", grid="affine", group=32)
+    model, _ = gt.load_model(packed, device="cpu", dtype="float32", modalities=("text",))
+    model = add_trained_lora(model, variant="qalora")
+    save_adapter(model, tmp_path / "adapter")
+    export_merged(tmp_path / "adapter", tmp_path / "merged", base=packed)
+    to_mlx(tmp_path / "merged", tmp_path / "mlx")
+    inputs = text_inputs()
+    expected = logits(model, inputs)
+    found, _, _ = run_case(tmp_path, inputs, program="mlx-lm", model=tmp_path / "mlx")
+    assert (found - expected).abs().max() < 1e-3
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
