@@ -20,6 +20,8 @@ from huggingface_hub.errors import (
 from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from gemma_tuner.checkpoints.formats import find_format
+from gemma_tuner.checkpoints.sources import name_keys
 from gemma_tuner.checks import check_path
 from gemma_tuner.device import choose_device, choose_dtype
 from gemma_tuner.errors import CheckpointError, ConfigError
@@ -33,8 +35,6 @@ from gemma_tuner.models.families import Family, family_of, tokenizer_of
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
-
-_NAMES_SHOWN = 5
 
 
 class Placing(Protocol):
@@ -114,6 +114,7 @@ def load_model(
     device, device_reason = choose_device(device)
     config = read_config(source, revision)
     _refuse_adapter(source, revision)
+    _refuse_quantised(source, config)
     family = family_of(config)
     placement = embeddings.choose_placement(config, device, per_layer_embeddings)
     left_out = choose_left_out(name, family, config, modalities, placement)
@@ -186,6 +187,16 @@ def _refuse_adapter(source: str, revision: str | None) -> None:
             raise CheckpointError(f"{name} cannot be loaded: {_EXPLAIN_ADAPTER}")
 
 
+def _refuse_quantised(source: str, config: PreTrainedConfig) -> None:
+    """Refuse what ``pack`` writes as a checkpoint to load."""
+    if (found := find_format(config.to_dict(), Path(source))) is not None:
+        raise CheckpointError(
+            f"{name_without_path(source)} is quantised by {found}; write it once as a checkpoint "
+            "that is trained on, its numbers as they are, with gt.pack(SOURCE, FOLDER), and give "
+            "load_model that folder"
+        )
+
+
 def read_config(source: str, revision: str | None) -> PreTrainedConfig:
     """Read a checkpoint's configuration."""
     with _explained(source):
@@ -250,9 +261,9 @@ def _check_tokenizer(name: str, tokenizer: Any, family: Family, config: PreTrain
 def _check_loaded(name: str, info: Mapping[str, Collection[Any]]) -> None:
     """Refuse a checkpoint whose weights are not exactly the model's."""
     faults = [
-        _name_keys("missing", info["missing_keys"]),
-        _name_keys("unexpected", info["unexpected_keys"]),
-        _name_keys(
+        name_keys("missing", info["missing_keys"]),
+        name_keys("unexpected", info["unexpected_keys"]),
+        name_keys(
             "of another shape",
             [f"{key} {list(got)} for {list(want)}" for key, got, want in info["mismatched_keys"]],
         ),
@@ -263,13 +274,6 @@ def _check_loaded(name: str, info: Mapping[str, Collection[Any]]) -> None:
             f"{'; '.join(filter(None, faults))}. Download the checkpoint again, or use the "
             "original if this one was converted by another tool"
         )
-
-
-def _name_keys(what: str, keys: Collection[str]) -> str:
-    if not keys:
-        return ""
-    shown = ", ".join(sorted(keys)[:_NAMES_SHOWN])
-    return f"{len(keys)} {what} ({shown}{', ...' if len(keys) > _NAMES_SHOWN else ''})"
 
 
 @contextmanager

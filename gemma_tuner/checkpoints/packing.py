@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import transformers
 
 from gemma_tuner.checkpoints.folders import new_folder
+from gemma_tuner.checkpoints.formats import Format, find_format
+from gemma_tuner.checkpoints.mlx import read_mlx
+from gemma_tuner.checkpoints.sources import Source, check_sources, meet
 from gemma_tuner.checkpoints.weights import (
     StoredTensor,
     find_checkpoint,
@@ -21,17 +25,20 @@ from gemma_tuner.checkpoints.weights import (
 )
 from gemma_tuner.checkpoints.writing import NewTensor, write_checkpoint
 from gemma_tuner.checks import check_value
-from gemma_tuner.errors import CheckpointError
+from gemma_tuner.errors import CheckpointError, ConfigError
+from gemma_tuner.log import announce
 from gemma_tuner.models.grids import PACKED, Grid, Packed
 from gemma_tuner.models.meta import build_meta_model
 from gemma_tuner.models.packed import list_packable, list_parts
+
+_WEIGHTS = ("weight", "gate_up_proj", "down_proj")
 
 
 def pack(
     checkpoint: str | Path,
     path: str | Path,
     *,
-    bits: int = 4,
+    bits: int | None = None,
     grid: Literal["symmetric", "affine"] | None = None,
     group: int | None = None,
     revision: str | None = None,
@@ -44,9 +51,12 @@ def pack(
     Args:
         checkpoint: The folder of a checkpoint in bfloat16, float16 or float32, or its name on the
             Hub if it is in the local cache. Best is one of Google's ``-qat-q4_0-unquantized``,
-            whose weights lie on the symmetric grid already.
+            whose weights lie on the symmetric grid already. One that MLX quantised keeps its
+            numbers, scales and biases, each module on its own grid: nothing is rounded anew. What
+            is quantised and not packed here (embeddings, towers) is written in full.
         path: The new folder.
-        bits: Of a weight, 4 or 8.
+        bits: Of a weight, 4 or 8; by default 4. This, ``grid`` and ``group`` are the file's own
+            where it is quantised already.
         grid: ``symmetric``, a scale for each group of weights, its step searched; or ``affine``,
             a scale and a bias, as MLX has. By default symmetric in 4 bits, and affine in 8.
         group: Weights that share a scale, 32, 64 or 128; by default 32 symmetric, 64 affine.
@@ -56,48 +66,114 @@ def pack(
         The folder.
 
     Raises:
-        ConfigError: Another number of bits or of a group's weights.
-        CheckpointError: The checkpoint is quantised already or incomplete; the folder exists
-            already or cannot be written.
+        ConfigError: Another number of bits or of a group's weights, or any for a checkpoint that
+            is quantised already.
+        CheckpointError: The checkpoint is packed already, quantised in a way that is not taken,
+            or its tensors are not the model's; the folder exists already or cannot be written.
     """
     check_value("grid", grid, Literal["symmetric", "affine"] | None)
-    is_affine = grid == "affine" or (grid is None and bits == 8)
-    chosen = Grid(bits, group or (64 if is_affine else 32), is_affine=is_affine)
     folder = find_checkpoint(checkpoint, revision)
     config = read_json(folder / "config.json")
-    if any(config.get(key) for key in (PACKED, "quantization", "quantization_config")):
-        raise CheckpointError(
-            f"{folder.resolve().name} is quantised already; give the checkpoint in bfloat16 that "
-            "it was made from"
-        )
-    modules = _list_modules(folder, chosen)
-    tensors: list[NewTensor] = []
-    stored = list_stored(folder)
-    model_type = str(config.get("model_type"))
-    of_weight = {
-        stored_name(f"{module}.{weight}", model_type): list_parts(
-            stored_name(module, model_type), weight
-        )
-        for module in modules
-        for weight in ("weight", "gate_up_proj", "down_proj")
-    }
-    for name, tensor in stored.items():
-        if name in of_weight:
-            tensors += _Packing(tensor, chosen).list_parts(of_weight[name])
-        else:
-            tensors.append(NewTensor(name, tensor.dtype, tensor.shape, tensor.copy))
-    config[PACKED] = {module: str(chosen) for module in modules}
+    name = folder.resolve().name
+    if config.get(PACKED):
+        raise CheckpointError(f"{name} is packed already; load_model opens it")
+    quantised_by = find_format(config, folder)
+    model = _build_model(folder)
+    if quantised_by is None:
+        is_affine = grid == "affine" or (grid is None and bits == 8)
+        chosen = Grid(bits or 4, group or (64 if is_affine else 32), is_affine=is_affine)
+        grids = list_packable(model, chosen)
+        tensors = _pack_tensors(folder, str(config.get("model_type")), grids)
+    else:
+        sources = {"MLX": read_mlx}[quantised_by](folder, config)
+        check_sources(name, sources, model)
+        grids, tensors = _lay_out(sources, model)
+        _refuse_wishes(name, grids, {"bits": bits, "grid": grid, "group": group})
+        _announce(name, quantised_by, sources, grids)
+    for key in ("quantization", "quantization_config"):
+        config.pop(key, None)
+    config[PACKED] = {module: str(grid) for module, grid in grids.items()}
     with new_folder(path, sum(tensor.num_bytes for tensor in tensors)) as temporary:
         write_checkpoint(temporary, folder, config, tensors, "packing")
     return Path(path)
 
 
-def _list_modules(folder: Path, grid: Grid) -> dict[str, Grid]:
+def _build_model(folder: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model = build_meta_model(
+    return build_meta_model(
         config, modalities=("text",), dtype=torch.bfloat16, per_layer_embeddings=None
     )
-    return list_packable(model, grid)
+
+
+def _pack_tensors(folder: Path, model_type: str, grids: Mapping[str, Grid]) -> list[NewTensor]:
+    """Round what is to be packed to its grid, and copy the rest."""
+    tensors: list[NewTensor] = []
+    packed = {
+        stored_name(f"{module}.{weight}", model_type): (
+            grid,
+            list_parts(stored_name(module, model_type), weight),
+        )
+        for module, grid in grids.items()
+        for weight in _WEIGHTS
+    }
+    for name, tensor in list_stored(folder).items():
+        if name in packed:
+            grid, parts = packed[name]
+            tensors += _Packing(tensor, grid).list_parts(parts)
+        else:
+            tensors.append(NewTensor(name, tensor.dtype, tensor.shape, tensor.copy))
+    return tensors
+
+
+def _lay_out(sources: Mapping[str, Source], model: Any) -> tuple[dict[str, Grid], list[NewTensor]]:
+    """Take the numbers of what is quantised already; write in full what is not packed here."""
+    model_type = model.config.model_type
+    grids: dict[str, Grid] = {}
+    parts: dict[str, list[NewTensor]] = {}
+    for module in list_packable(model, Grid(8, 32)):
+        stored = stored_name(module, model_type)
+        names = {
+            weight: f"{stored}.{weight}" for weight in _WEIGHTS if f"{stored}.{weight}" in sources
+        }
+        found = [sources[name].quantised for name in names.values()]
+        # Experts' two piles have one grid.
+        grid = meet(found[0], found[-1])
+        if grid is None:
+            continue
+        grids[module] = grid
+        for (weight, name), quantised in zip(names.items(), found, strict=True):
+            if quantised is not None:
+                parts[name] = [
+                    *quantised.on(grid).list_parts(list_parts(stored, weight), sources[name].shape)
+                ]
+    tensors: list[NewTensor] = []
+    for name, source in sources.items():
+        tensors += parts.get(name) or [source.tensor(name)]
+    return grids, tensors
+
+
+def _refuse_wishes(name: str, grids: Mapping[str, Grid], wishes: Mapping[str, Any]) -> None:
+    for option, value in wishes.items():
+        if value is not None:
+            found = ", ".join(sorted({str(grid) for grid in grids.values()})) or "no packed layer"
+            raise ConfigError(
+                f"{option} is {value!r}, but {name} is quantised already ({found}) and keeps its "
+                f"numbers; leave {option} out, or give the checkpoint in bfloat16"
+            )
+
+
+def _announce(
+    name: str, quantised_by: Format, sources: Mapping[str, Source], grids: Mapping[str, Grid]
+) -> None:
+    counts = Counter(map(str, grids.values()))
+    kept = ", ".join(f"{count} on {grid}" for grid, count in sorted(counts.items())) or "none"
+    num_quantised = sum(source.quantised is not None for source in sources.values())
+    num_kept = sum(f"{module}.{weight}" in sources for module in grids for weight in _WEIGHTS)
+    num_others = num_quantised - num_kept
+    announce(
+        f"{name}: layers of {quantised_by} that keep their numbers: {kept}; {num_others} "
+        "other quantised tensors (embeddings, head, towers) are written in full"
+    )
 
 
 class _Packing:
