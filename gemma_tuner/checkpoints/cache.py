@@ -23,8 +23,11 @@ _VERSION = 1
 _BEGINNING_BYTES = 2**20
 
 
-def pack_once(source: str, commit: str | None, grid: Grid, fetch: Callable[[], Path]) -> Path:
+def pack_once(
+    source: str, commit: str | None, grid: Grid | None, fetch: Callable[[], Path]
+) -> Path:
     """Find the packed form of a checkpoint in the cache, or put it there."""
+    # grid: None for one that is quantised already, and keeps its numbers.
     # commit: Of a model on the Hub, whose files need not be here any more.
     # fetch: Finds the checkpoint's folder.
     name, state = portable_name(source) or "", commit or _fingerprint(fetch())
@@ -37,8 +40,8 @@ def pack_once(source: str, commit: str | None, grid: Grid, fetch: Callable[[], P
         return entry
     with disk_errors_explained(
         lambda reason: CheckpointError(
-            f"{name} cannot be packed in the cache: {reason}. Pack it elsewhere, with "
-            f"pack(..., bits={grid.bits}) or `gemma-tuner convert`, and load that folder"
+            f"{name} cannot be packed in the cache: {reason}. Pack it elsewhere, with pack or "
+            "`gemma-tuner convert`, and load that folder"
         )
     ):
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -50,7 +53,9 @@ def pack_once(source: str, commit: str | None, grid: Grid, fetch: Callable[[], P
                 return entry
             for killed in cache.glob(".*.tmp"):
                 shutil.rmtree(killed)
-            announce(f"{name}: is packed in {grid.bits} bits once, and kept in the cache")
+            announce(f"{name}: is packed once, and kept in the cache")
+            if grid is None:
+                return pack(fetch(), entry)
             return pack(fetch(), entry, bits=grid.bits, grid=grid.kind, group=grid.group)
 
 
@@ -60,7 +65,7 @@ def _fingerprint(folder: Path) -> str:
     # elsewhere is packed anew, which is slow and right.
     digest = hashlib.sha256()
     for file in sorted(folder.iterdir()):
-        if file.suffix in (*COPIED, ".safetensors"):
+        if file.suffix in (*COPIED, ".safetensors", ".gguf"):
             about = file.stat()
             digest.update(f"{file.name} {about.st_size} {about.st_mtime_ns}".encode())
             with file.open("rb") as content:

@@ -22,6 +22,8 @@ from transformers.utils.hub import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from gemma_tuner.checkpoints.cache import pack_once
+from gemma_tuner.checkpoints.formats import find_format
+from gemma_tuner.checkpoints.sources import name_keys
 from gemma_tuner.checkpoints.writing import COPIED
 from gemma_tuner.checks import check_path
 from gemma_tuner.device import choose_device, choose_dtype
@@ -38,8 +40,6 @@ from gemma_tuner.models.identity import find_commit
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
-
-_NAMES_SHOWN = 5
 
 
 class Placing(Protocol):
@@ -129,10 +129,13 @@ def load_model(
     config = read_config(source, revision)
     _refuse_adapter(source, revision)
     commit, weights = _find_commit(source, revision), source
-    if (grid := choose_grid(name, config, bits)) is not None:
+    is_quantised = find_format(config.to_dict(), Path(source)) is not None
+    grid = None if is_quantised else choose_grid(name, config, bits)
+    if is_quantised or grid is not None:
         fetch = partial(_fetch, source, commit or revision)
         weights, revision = str(pack_once(source, commit, grid, fetch)), None
         config = read_config(weights, None)
+        choose_grid(name, config, bits)  # refuses other bits than those of its file
     family = family_of(config)
     placement = embeddings.choose_placement(config, device, per_layer_embeddings)
     left_out = choose_left_out(name, family, config, modalities, placement)
@@ -293,9 +296,9 @@ def _check_tokenizer(name: str, tokenizer: Any, family: Family, config: PreTrain
 def _check_loaded(name: str, info: Mapping[str, Collection[Any]]) -> None:
     """Refuse a checkpoint whose weights are not exactly the model's."""
     faults = [
-        _name_keys("missing", info["missing_keys"]),
-        _name_keys("unexpected", info["unexpected_keys"]),
-        _name_keys(
+        name_keys("missing", info["missing_keys"]),
+        name_keys("unexpected", info["unexpected_keys"]),
+        name_keys(
             "of another shape",
             [f"{key} {list(got)} for {list(want)}" for key, got, want in info["mismatched_keys"]],
         ),
@@ -306,13 +309,6 @@ def _check_loaded(name: str, info: Mapping[str, Collection[Any]]) -> None:
             f"{'; '.join(filter(None, faults))}. Download the checkpoint again, or use the "
             "original if this one was converted by another tool"
         )
-
-
-def _name_keys(what: str, keys: Collection[str]) -> str:
-    if not keys:
-        return ""
-    shown = ", ".join(sorted(keys)[:_NAMES_SHOWN])
-    return f"{len(keys)} {what} ({shown}{', ...' if len(keys) > _NAMES_SHOWN else ''})"
 
 
 @contextmanager

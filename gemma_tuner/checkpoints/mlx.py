@@ -7,19 +7,18 @@ words. Every ``group_size`` of them share a scale and a bias of the checkpoint's
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from gemma_tuner.checkpoints.folders import new_folder
+from gemma_tuner.checkpoints.formats import refuse_format
 from gemma_tuner.checkpoints.mlx_names import mlx_name, transformers_name
+from gemma_tuner.checkpoints.sources import Quantised, Source, join, plain, read_stored
 from gemma_tuner.checkpoints.weights import (
     StoredTensor,
     find_checkpoint,
@@ -36,26 +35,7 @@ from gemma_tuner.models.packed import list_parts
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUP_SIZES = (32, 64, 128)
-# What is unpacked at once; int64 on the way.
-_BLOCK_ELEMENTS = 2**24
 _GATE, _UP = ".switch_glu.gate_proj.weight", ".switch_glu.up_proj.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """A tensor as transformers has it, read in parts along its first axis."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    read: Callable[[int, int], Tensor]
-
-    def chunks(self) -> Iterator[bytes]:
-        if not self.shape:
-            yield from tensor_bytes(self.read(0, 1))
-            return
-        rows = max(1, _BLOCK_ELEMENTS // max(1, math.prod(self.shape[1:])))
-        for start in range(0, self.shape[0], rows):
-            yield from tensor_bytes(self.read(start, min(start + rows, self.shape[0])))
 
 
 def dequantise(
@@ -65,12 +45,22 @@ def dequantise(
     # packed: ``[..., columns * bits / 32]`` uint32.
     # scales: ``[..., columns / group_size]``, of the checkpoint's dtype.
     # Returns: ``[..., columns]`` in the dtype of the scales.
-    # Eight numbers fill whole bytes whatever their bits are: as many bytes as each has bits.
-    in_bytes = packed.contiguous().view(torch.uint8).unflatten(-1, (-1, bits)).long()
-    words = (in_bytes << (8 * torch.arange(bits))).sum(-1, keepdim=True)
-    numbers = (words >> (bits * torch.arange(8))) & (2**bits - 1)
-    grouped = numbers.flatten(-2).unflatten(-1, (-1, group_size)).to(scales.dtype)
+    numbers = read_numbers(packed, bits)
+    grouped = numbers.unflatten(-1, (-1, group_size)).to(scales.dtype)
     return (scales[..., None] * grouped + biases[..., None]).flatten(-2)
+
+
+def read_numbers(packed: Tensor, bits: int) -> Tensor:
+    """Take a stream of numbers apart, one a byte."""
+    # packed: ``[..., columns * bits / 32]`` uint32. Returns: ``[..., columns]`` uint8.
+    in_bytes = packed.contiguous().view(torch.uint8)
+    if 8 % bits == 0:
+        places = torch.arange(0, 8, bits, dtype=torch.uint8)
+        return ((in_bytes[..., None] >> places) & (2**bits - 1)).flatten(-2)
+    # Eight numbers fill whole bytes whatever their bits are: as many bytes as each has bits.
+    in_bytes = in_bytes.unflatten(-1, (-1, bits)).long()
+    words = (in_bytes << (8 * torch.arange(bits))).sum(-1, keepdim=True)
+    return ((words >> (bits * torch.arange(8))) & (2**bits - 1)).flatten(-2).to(torch.uint8)
 
 
 def from_mlx(checkpoint: str | Path, path: str | Path, *, revision: str | None = None) -> Path:
@@ -95,18 +85,7 @@ def from_mlx(checkpoint: str | Path, path: str | Path, *, revision: str | None =
     """
     folder = find_checkpoint(checkpoint, revision)
     config = read_json(folder / "config.json")
-    model_type = str(config.get("model_type"))
-    settings = config.get("quantization") or config.get("quantization_config") or {}
-    sources = _translate(_read_sources(list_stored(folder), settings), model_type)
-    if model_type == "gemma3n" and not any("embed_vision" in name for name in sources):
-        raise CheckpointError(
-            f"{portable_name(str(folder))} has no projectors, without which transformers cannot "
-            "run Gemma 3n even on text (mlx-lm drops them); use a checkpoint that mlx-vlm made"
-        )
-    tensors = [
-        NewTensor(name, source.dtype, source.shape, source.chunks)
-        for name, source in sources.items()
-    ]
+    tensors = [source.tensor(name) for name, source in read_mlx(folder, config).items()]
     kept = {
         name: value
         for name, value in config.items()
@@ -205,44 +184,52 @@ def _join_pairs(grid: Grid, numbers: Tensor) -> Tensor:
     return low | high << 4
 
 
-def _read_sources(
-    tensors: Mapping[str, StoredTensor], settings: Mapping[str, Any]
-) -> dict[str, _Source]:
+def read_mlx(folder: Path, config: Mapping[str, Any]) -> dict[str, Source]:
+    """List a checkpoint's tensors as transformers has them."""
+    model_type = str(config.get("model_type"))
+    settings = config.get("quantization") or config.get("quantization_config") or {}
+    sources = _translate(_read_sources(folder, settings), model_type)
+    if model_type == "gemma3n" and not any("embed_vision" in name for name in sources):
+        raise CheckpointError(
+            f"{portable_name(str(folder))} has no projectors, without which transformers cannot "
+            "run Gemma 3n even on text (mlx-lm drops them); use a checkpoint that mlx-vlm made"
+        )
+    return sources
+
+
+def _read_sources(folder: Path, settings: Mapping[str, Any]) -> dict[str, Source]:
     """Dequantise what is quantised: a module is, if and only if it has scales."""
+    tensors = list_stored(folder)
     sources = {}
     for name, stored in tensors.items():
         module, _, part = name.rpartition(".")
         scales = tensors.get(f"{module}.scales")
         if scales is None or part not in ("weight", "scales", "biases"):
-            sources[name] = _Source(stored.dtype, stored.shape, partial(_read_plain, stored))
+            sources[name] = plain(stored)
         elif part == "weight":
-            sources[name] = _dequantised(name, stored, scales, tensors, settings)
+            own = settings.get(module)
+            own = {**settings, **own} if isinstance(own, Mapping) else settings
+            biases = tensors.get(f"{module}.biases")
+            if own.get("mode", "affine") != "affine" or biases is None:
+                mode = own.get("mode", "affine without biases")
+                refuse_format(folder, f"{mode} ({module})")
+            sources[name] = _quantised(module, (stored, scales, biases), own)
     return sources
 
 
-def _dequantised(
-    name: str,
-    packed: StoredTensor,
-    scales: StoredTensor,
-    tensors: Mapping[str, StoredTensor],
-    settings: Mapping[str, Any],
-) -> _Source:
-    module = name.rpartition(".")[0]
-    own = settings.get(module)
-    own = {**settings, **own} if isinstance(own, Mapping) else settings
+def _quantised(
+    module: str, parts: tuple[StoredTensor, StoredTensor, StoredTensor], own: Mapping[str, Any]
+) -> Source:
+    packed, scales, biases = parts
     bits, group_size = own.get("bits", 4), own.get("group_size", 64)
-    biases = tensors.get(f"{module}.biases")
-    if own.get("mode", "affine") != "affine" or biases is None:
-        raise CheckpointError(
-            f"{module} is quantised as {own.get('mode', 'affine without biases')!r}; only affine "
-            "quantisation can be read: use the checkpoint in 4 or 8 bits, or in bfloat16"
-        )
-    shape = (*packed.shape[:-1], scales.shape[-1] * group_size)
     if (
         bits not in _BITS
         or group_size not in _GROUP_SIZES
-        or packed.shape[-1] * 32 != shape[-1] * bits
+        or packed.shape[-1] * 32 != scales.shape[-1] * group_size * bits
+        or packed.shape[:-1] != scales.shape[:-1]
         or biases.shape != scales.shape
+        or biases.dtype != scales.dtype
+        or packed.dtype != torch.uint32
     ):
         raise CheckpointError(
             f"{module} does not fit its configuration ({bits} bits in groups of {group_size}; "
@@ -250,20 +237,20 @@ def _dequantised(
         )
 
     def read(start: int, stop: int) -> Tensor:
-        parts = (_read_plain(stored, start, stop) for stored in (packed, scales, biases))
-        return dequantise(*parts, bits=bits, group_size=group_size)
+        read_parts = (read_stored(part, start, stop) for part in parts)
+        return dequantise(*read_parts, bits=bits, group_size=group_size)
 
-    return _Source(scales.dtype, shape, read)
+    def read_one_a_byte(start: int, stop: int) -> Tensor:
+        return read_numbers(read_stored(packed, start, stop), bits)
+
+    # A number of 2 or 3 bits is one of 4 as well, and one of 5 or 6 one of 8.
+    grid = Grid(4 if bits <= 4 else 8, group_size, is_affine=True)
+    readers = (read_one_a_byte, partial(read_stored, scales), partial(read_stored, biases))
+    shape = (*packed.shape[:-1], scales.shape[-1] * group_size)
+    return Source(scales.dtype, shape, read, Quantised(grid, readers, scales.dtype))
 
 
-def _read_plain(stored: StoredTensor, start: int, stop: int) -> Tensor:
-    with safe_open(stored.path, "pt") as file:
-        if not stored.shape:
-            return file.get_tensor(stored.name)
-        return file.get_slice(stored.name)[start:stop]
-
-
-def _translate(sources: Mapping[str, _Source], model_type: str) -> dict[str, _Source]:
+def _translate(sources: Mapping[str, Source], model_type: str) -> dict[str, Source]:
     """Give tensors the names and layouts of transformers."""
     translated = {}
     for name, source in sources.items():
@@ -272,24 +259,14 @@ def _translate(sources: Mapping[str, _Source], model_type: str) -> dict[str, _So
             continue
         if target.endswith(_GATE):
             target = target.replace(_GATE, ".gate_up_proj")
-            translated[target] = _join(source, sources[name.replace(_GATE, _UP)])
+            translated[target] = join(source, sources[name.replace(_GATE, _UP)])
             continue
         target = target.replace(".switch_glu.down_proj.weight", ".down_proj")
         translated[target] = _transpose(target, source)
     return translated
 
 
-def _join(gate: _Source, up: _Source) -> _Source:
-    """Experts' gate and up, one above the other within each expert."""
-    experts, rows, columns = gate.shape
-
-    def read(start: int, stop: int) -> Tensor:
-        return torch.cat([gate.read(start, stop), up.read(start, stop)], dim=1)
-
-    return _Source(gate.dtype, (experts, rows + up.shape[1], columns), read)
-
-
-def _transpose(name: str, source: _Source) -> _Source:
+def _transpose(name: str, source: Source) -> Source:
     """Convolutions have their channels last in MLX, and second in torch."""
     if len(source.shape) == 4:
         order = (0, 3, 1, 2)
@@ -297,7 +274,7 @@ def _transpose(name: str, source: _Source) -> _Source:
         order = (0, 2, 1)
     else:
         return source
-    return _Source(
+    return Source(
         source.dtype,
         tuple(source.shape[axis] for axis in order),
         lambda start, stop: source.read(start, stop).permute(order),

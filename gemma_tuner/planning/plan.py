@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gemma_tuner.batch import Batch
+from gemma_tuner.checkpoints.formats import find_format
 from gemma_tuner.checkpoints.loading import name_without_path, read_config
 from gemma_tuner.checks import check_path, check_value
 from gemma_tuner.device import (
@@ -181,6 +182,11 @@ def plan(
     check_path("name_or_path", name_or_path)
     name = name_without_path(str(name_or_path))
     config = read_config(str(name_or_path), revision)
+    if (found := find_format(config.to_dict(), Path(name_or_path))) is not None:
+        raise CheckpointError(
+            f"{name} is quantised by {found}; write it as a checkpoint of packed weights with "
+            "gt.pack or `gemma-tuner convert`, and plan for that folder"
+        )
     asked = choose_grid(name, config, bits)
     placement = choose_placement(config, chosen, per_layer_embeddings)
     if dtype is None and not is_available(chosen):
