@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -300,6 +301,11 @@ def empty_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()
+
+
+def compile_shader(source: str) -> Any:
+    """Compile Metal's language; the kernels are the answer's attributes."""
+    return torch.mps.compile_shader(source)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

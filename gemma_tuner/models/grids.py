@@ -9,29 +9,20 @@ the last axis. In four bits a byte holds column ``j`` of ``in`` in its low half 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gemma_tuner.errors import CheckpointError, ConfigError
+from gemma_tuner.models.unpacking import Packed, unpack
 
 PACKED = "packed"
 """The key of config.json that names packed modules and their grids."""
 GROUPS = (32, 64, 128)
 _KINDS = ("symmetric", "affine")
-# Unpacked at a time on the CPU, so that what is in between stays in its cache.
-_BLOCK_ELEMENTS = 2**20
 # Numbers of which each is tried as that of a group's extreme, from the lowest.
 _TRIES = 8
-
-
-class Packed(NamedTuple):
-    """What stands for a weight ``[..., out, in]``."""
-
-    numbers: Tensor  # [..., out, in * bits / 8]: uint8 where affine, else int8
-    scales: Tensor  # [..., out, in / group], of the weight's dtype
-    biases: Tensor | None  # also; where affine
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,37 +79,9 @@ class Grid:
         low, high = numbers.chunk(2, dim=-1)
         return (low & 15) | (high << 4)
 
-    def unpack(self, packed: Packed, *, in_blocks: bool = True) -> Tensor:
-        """Return the weights, ``[..., in]`` in the scales' dtype; on the CPU block by block.
-
-        Multiplied, then added, each rounded, as MLX does: what is computed with equals to the bit
-        what is merged into.
-        """
-        numbers, scales, biases = packed
-        columns = scales.shape[-1] * self.group
-        weight = torch.empty(
-            *numbers.shape[:-1], columns, dtype=scales.dtype, device=numbers.device
-        )
-        rows = len(numbers)
-        if in_blocks and numbers.device.type == "cpu":
-            rows = max(1, _BLOCK_ELEMENTS * rows // max(1, weight.numel()))
-        for start in range(0, len(numbers), rows):
-            block = slice(start, start + rows)
-            self._write_numbers(numbers[block], weight[block])
-            grouped = weight[block].unflatten(-1, (-1, self.group))
-            grouped.mul_(scales[block].unsqueeze(-1))
-            if biases is not None:
-                grouped.add_(biases[block].unsqueeze(-1))
-        return weight
-
-    def _write_numbers(self, numbers: Tensor, into: Tensor) -> None:
-        if self.bits == 8:
-            into.copy_(numbers)
-            return
-        low, high = into.chunk(2, dim=-1)
-        # Shifts of int8 are arithmetic: the sign comes along.
-        low.copy_(numbers & 15 if self.is_affine else (numbers << 4) >> 4)
-        high.copy_(numbers >> 4)
+    def unpack(self, packed: Packed, *, is_traced: bool = False) -> Tensor:
+        """Return the weights, ``[..., in]`` in the scales' dtype."""
+        return unpack(packed, self.bits, is_traced=is_traced)
 
 
 def read_grids(packed: Any) -> dict[str, Grid]:

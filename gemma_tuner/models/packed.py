@@ -50,8 +50,8 @@ class PackedLayer(nn.Module):
     """Buffers of packed weights."""
 
     is_traced = False
-    """Whether tensors have no values: then experts share tokens evenly, and the CPU's way to
-    unpack does not stand for a device's."""
+    """Whether tensors have no values: then experts share tokens evenly, and torch's own
+    operators unpack."""
 
     def _register(self, name: str, packed: Packed) -> None:
         for part, tensor in zip(Packed._fields, packed, strict=True):
@@ -76,7 +76,7 @@ class PackedLinear(PackedLayer):
     @property
     def weight(self) -> Tensor:
         """``[out, in]``, of the scales' dtype."""
-        return self.grid.unpack(self._find(""), in_blocks=not self.is_traced)
+        return self.grid.unpack(self._find(""), is_traced=self.is_traced)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name that torch gives it
         """Multiply ``[..., in]`` by the weights."""
@@ -135,7 +135,7 @@ class PackedExperts(PackedLayer):
         """Unpack one matrix of a pile, ``[out, in]``."""
         numbers, scales, biases = self._find(name)
         one = Packed(numbers[expert], scales[expert], None if biases is None else biases[expert])
-        return self.grid.unpack(one, in_blocks=not self.is_traced)
+        return self.grid.unpack(one, is_traced=self.is_traced)
 
 
 class _Expert:

@@ -58,7 +58,7 @@ def test_unpacking_is_scale_times_number_plus_bias(grid, dtype):
 def test_blocks_of_rows_change_nothing(grid, monkeypatch):
     packed = grid.pack(make_weight(7, 256))
     whole = grid.unpack(packed)
-    monkeypatch.setattr("gemma_tuner.models.grids._BLOCK_ELEMENTS", 600)
+    monkeypatch.setattr("gemma_tuner.models.unpacking._BLOCK_ELEMENTS", 600)
     assert torch.equal(grid.unpack(packed), whole)
 
 
