@@ -58,7 +58,9 @@ class PackedLayer(nn.Module):
             self.register_buffer(name + part, tensor)
 
     def _find(self, name: str) -> Packed:
-        return Packed(*(getattr(self, name + part) for part in Packed._fields))
+        # Not as attributes, which torch looks for in several places, hundreds of times a step.
+        buffers: Any = self._buffers
+        return Packed(*[buffers[name + part] for part in Packed._fields])
 
 
 class PackedLinear(PackedLayer):

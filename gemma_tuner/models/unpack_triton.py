@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK = 1024  # bytes of a row, for each program
+# Neither a half of a row nor a group ends within so many numbers: all of them have one scale.
+_UNIT = 16
+_NUM_UNITS = 64  # for each program
 
 
 @triton.jit
 def _unpack(
-    out: Any,
-    numbers: Any,
-    scales: Any,
-    biases: Any,
-    row_bytes: Any,
+    out: tl.tensor,
+    numbers: tl.tensor,
+    scales: tl.tensor,
+    biases: tl.tensor,
+    row_bytes: tl.tensor,
     group: tl.constexpr,
     bits: tl.constexpr,
     is_affine: tl.constexpr,
-    block: tl.constexpr,
+    num_units: tl.constexpr,
+    unit: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    byte = tl.program_id(1) * block + tl.arange(0, block)
-    is_inside = byte < row_bytes
-    both = tl.load(numbers + row * row_bytes + byte, mask=is_inside).to(tl.int32)
+    row = tl.program_id(0).to(tl.int64) * row_bytes
+    start = (tl.program_id(1) * num_units + tl.arange(0, num_units)) * unit
+    within = tl.arange(0, unit)[None, :]
+    has_start = start < row_bytes
+    is_inside = has_start[:, None] & (within < unit)
+    both = tl.load(numbers + (row + start)[:, None] + within, mask=is_inside).to(tl.int32)
     for side in tl.static_range(8 // bits):
         if bits == 8:
             number = both
@@ -36,30 +39,46 @@ def _unpack(
             number = both & 15
         else:
             number = ((both & 15) ^ 8) - 8
-        weight = row * row_bytes * (8 // bits) + byte + side * row_bytes
-        scale = tl.load(scales + weight // group, mask=is_inside)
+        weight = row * (8 // bits) + start + side * row_bytes
+        scale = tl.load(scales + weight // group, mask=has_start)[:, None]
         value = (number.to(tl.float32) * scale.to(tl.float32)).to(scale.dtype)
         if is_affine:
-            bias = tl.load(biases + weight // group, mask=is_inside)
+            bias = tl.load(biases + weight // group, mask=has_start)[:, None]
             value = (value.to(tl.float32) + bias.to(tl.float32)).to(scale.dtype)
-        tl.store(out + weight, value, mask=is_inside)
+        tl.store(out + weight[:, None] + within, value, mask=is_inside)
 
 
 def fill(
-    weight: Tensor, numbers: Tensor, scales: Tensor, biases: Tensor | None, *, bits: int
+    weight: Tensor,
+    numbers: Tensor,
+    scales: Tensor,
+    biases: Tensor,
+    *,
+    bits: int,
+    is_affine: bool,
 ) -> None:
-    """Write into ``weight`` ``[..., in]`` what its contiguous parts stand for."""
+    """Write into ``weight`` ``[..., in]`` what contiguous parts stand for.
+
+    Args:
+        weight: What is written, contiguous.
+        numbers: ``[..., in * bits / 8]``.
+        scales: ``[..., in / group]``, of ``weight``'s dtype.
+        biases: As ``scales``; read where ``is_affine``.
+        bits: 4 or 8.
+        is_affine: Whether biases are added.
+    """
     row_bytes = numbers.shape[-1]
-    grid = (numbers.numel() // row_bytes, triton.cdiv(row_bytes, _BLOCK))
+    grid = (numbers.numel() // row_bytes, triton.cdiv(row_bytes, _UNIT * _NUM_UNITS))
     _unpack[grid](
         weight,
         numbers,
         scales,
-        scales if biases is None else biases,
+        biases,
         row_bytes,
         group=weight.shape[-1] // scales.shape[-1],
         bits=bits,
-        is_affine=biases is not None,
-        block=_BLOCK,
+        is_affine=is_affine,
+        num_units=_NUM_UNITS,
+        unit=_UNIT,
         enable_fp_fusion=False,  # products and sums are rounded each, as torch rounds them
     )

@@ -122,7 +122,16 @@ def _make_triton(variant: Variant) -> Unpack:
 
     def unpack_by_triton(packed: Packed) -> Tensor:
         weight = _make_room(packed, variant.bits)
-        fill(weight, *_make_contiguous(packed), bits=variant.bits)
+        numbers, scales, biases = packed
+        biases = scales if biases is None else biases.contiguous()
+        fill(
+            weight,
+            numbers.contiguous(),
+            scales.contiguous(),
+            biases,
+            bits=variant.bits,
+            is_affine=variant.is_affine,
+        )
         return weight
 
     return unpack_by_triton
@@ -135,7 +144,7 @@ def _make_metal(variant: Variant) -> Unpack:
 
     def unpack_by_metal(packed: Packed) -> Tensor:
         weight = _make_room(packed, variant.bits)
-        parts = [part for part in _make_contiguous(packed) if part is not None]
+        parts = [part.contiguous() for part in packed if part is not None]
         row_bytes = packed.numbers.shape[-1]
         group = weight.shape[-1] // packed.scales.shape[-1]
         threads = (row_bytes // 4, packed.numbers.numel() // row_bytes)
@@ -148,10 +157,6 @@ def _make_metal(variant: Variant) -> Unpack:
 @cache
 def _compile_metal() -> Any:
     return compile_shader(_SHADER.read_text(encoding="utf-8"))
-
-
-def _make_contiguous(packed: Packed) -> Packed:
-    return Packed(*(None if part is None else part.contiguous() for part in packed))
 
 
 @cache
