@@ -17,12 +17,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gemma_tuner.device import choose_dtype, empty_cache, is_out_of_memory, synchronize
 from gemma_tuner.doctor.checks import REFUSALS, describe_error
+from gemma_tuner.models.grids import Grid
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.modes import begin_training
+from gemma_tuner.models.unpacking import unpack, unpack_plainly
 
 # E2B's: queries, the MLP's two, the double-wide MLP of layers that share keys. (inner, columns)
 # Source: its config.json.
 _MATMULS = ((1_536, 2_048), (1_536, 6_144), (6_144, 1_536), (1_536, 12_288))
+_E2B_WIDEST = (12_288, 1_536)  # of its weights, ``[out, in]``
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _E2B_LAYER = {
     "hidden_size": 1_536,
@@ -58,6 +61,7 @@ def calibrate(device: torch.device) -> dict[str, Any]:
         ("matmuls", lambda: list(_measure_matmuls(device, rows))),
         ("copy_gb_per_second", lambda: _measure_copy(device)),
         ("small_op_seconds", lambda: _measure_small_op(device)),
+        ("unpacking", lambda: _measure_unpacking(device)),
         ("layer", lambda: _measure_layer(device, tokens)),
     ):
         try:
@@ -119,6 +123,24 @@ def _measure_small_op(device: torch.device) -> float:
             x.add_(1.0)
 
     return _time(add_often, device) / _NUM_SMALL_OPS
+
+
+def _measure_unpacking(device: torch.device) -> dict[str, Any]:
+    """E2B's widest matrix out of four bits, as training does it and by torch's operators."""
+    dtype, _ = choose_dtype(device)
+    rows, columns = _E2B_WIDEST
+    grid = Grid(4, 32)
+    packed = grid.empty(rows, columns, dtype=dtype, device=device)
+    packed.numbers.random_()
+    packed.scales.fill_(0.02)
+    return {
+        "rows": rows,
+        "columns": columns,
+        "grid": str(grid),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": _time(lambda: unpack(packed, grid.bits), device),
+        "plain_seconds": _time(lambda: unpack_plainly(packed, grid.bits), device),
+    }
 
 
 def _measure_layer(device: torch.device, tokens: int) -> dict[str, Any]:

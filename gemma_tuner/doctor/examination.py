@@ -17,6 +17,7 @@ from gemma_tuner.doctor.machine import describe_device, describe_machine, find_e
 from gemma_tuner.doctor.memory import TABLE, check_large_table, check_memory
 from gemma_tuner.doctor.parity import check_family
 from gemma_tuner.doctor.report import Report
+from gemma_tuner.doctor.unpacking import UNPACKING, check_unpacking
 from gemma_tuner.testing import FAMILIES
 
 
@@ -54,6 +55,7 @@ def _list_steps(
     if Part.KERNELS in report.parts:
         for kernel in KERNELS:
             yield kernel.name, lambda kernel=kernel: [check_kernel(kernel, device)]
+        yield UNPACKING, lambda: [check_unpacking(device)]
     if Part.PARITY in report.parts:
         for family in FAMILIES:
             yield f"steps of {family}", partial(check_family, family, device)

@@ -137,6 +137,12 @@ def _render_speeds(report: Report) -> Iterator[RenderableType]:
         yield f"  copy: {measured['copy_gb_per_second']:.3g} GB/s, read and written"
     if measured["small_op_seconds"] is not None:
         yield f"  a small operator: {1e6 * measured['small_op_seconds']:.3g} microseconds"
+    if (unpacking := measured["unpacking"]) is not None:
+        yield (
+            f"  unpacking {unpacking['rows']} x {unpacking['columns']}, {unpacking['grid']}, "
+            f"{unpacking['dtype']}: {1e3 * unpacking['seconds']:.3g} ms as training does it, "
+            f"{1e3 * unpacking['plain_seconds']:.3g} ms by torch's operators"
+        )
     if (layer := measured["layer"]) is not None:
         speed = measured["e2b_tokens_per_second"]
         yield (

@@ -17,6 +17,7 @@ from gemma_tuner.doctor.kernels import Kernel
 from gemma_tuner.doctor.machine import find_evidence, is_pretend
 from gemma_tuner.doctor.memory import judge_refusal
 from gemma_tuner.doctor.report import SCHEMA, render_report
+from gemma_tuner.doctor.unpacking import UNPACKING
 from gemma_tuner.errors import ConfigError
 from tests.limits import files_limited_to
 
@@ -85,8 +86,8 @@ def test_the_names_of_the_json_are_those_of_its_schema(examined):
 
 def test_every_check_is_there_and_right(examined):
     report, written, announced = examined
-    assert announced == [*(kernel.name for kernel in QUICK), "memory"]
-    assert written["counts"] == {"ok": len(QUICK), "wrong": 0, "skipped": 1}
+    assert announced == [*(kernel.name for kernel in QUICK), UNPACKING, "memory"]
+    assert written["counts"] == {"ok": len(QUICK) + 1, "wrong": 0, "skipped": 1}
     assert written["unfinished"] is None
     assert written["parts"] == ["kernels", "memory"]
     assert report.exit_status == 0
@@ -109,7 +110,7 @@ def test_a_person_reads_what_it_is_worth_and_what_was_skipped_and_why(examined):
     text = " ".join(console.export_text().split())
     assert "nothing of Metal or CUDA" in text
     assert "skipped: running out is recognised: a system may promise more memory" in text
-    assert f"{len(QUICK)} ok, 0 WRONG, 1 skipped" in text
+    assert f"{len(QUICK) + 1} ok, 0 WRONG, 1 skipped" in text
 
 
 def test_something_wrong_is_loud(examined):
