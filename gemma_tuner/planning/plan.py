@@ -25,7 +25,7 @@ from gemma_tuner.device import (
     memory_budget_bytes,
     parse_device,
 )
-from gemma_tuner.errors import MemoryPlanError
+from gemma_tuner.errors import CheckpointError, MemoryPlanError
 from gemma_tuner.modalities import Modality
 from gemma_tuner.models.embeddings import Placement, choose_placement
 from gemma_tuner.models.families import loaded_modalities

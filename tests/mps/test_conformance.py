@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gemma_tuner.testing.mps.pretend_device import supported_operators, why_not_pretend
-from tests.mps.conformance_runs import CASES
+from tests.mps.conformance_runs import CASES, PACKED
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -130,6 +130,21 @@ def test_the_loop_uses_only_what_mps_has(fast, case):
 @pytest.mark.parametrize("case", CASES["slow"], ids="-".join)
 def test_the_loop_uses_only_what_mps_has_in_every_case(slow, case):
     check_case(case, slow[" ".join(case)])
+
+
+@pytest.mark.parametrize("grid", PACKED, ids=str)
+def test_weights_of_few_bits_are_unpacked_there_without_a_wait(fast, grid):
+    """By torch's operators, and by the shader, whose file is compiled as C++."""
+    ways = fast[f"packed {grid}"]
+    for result in ways.values():
+        assert result["unsupported"] == []
+        assert set(result["operators"]) - {"copy_", "linear_backward"} - OVERRIDEABLE <= SUPPORTED
+        assert result["syncs"] == []
+        assert result["held"][1] == result["held"][2]
+    assert ways["shader"]["losses"] == ways["torch"]["losses"]
+    shifts = {name for name in ways["torch"]["operators"] if "shift" in name}
+    assert bool(shifts) == (grid.bits == 4)
+    assert not shifts & set(ways["shader"]["operators"]), "the shader was not used"
 
 
 def test_a_full_vocabulary_is_reduced_in_blocks(fast):
