@@ -29,6 +29,8 @@ from gemma_tuner.checkpoints.weights import (
 )
 from gemma_tuner.checkpoints.writing import NewTensor, write_checkpoint
 from gemma_tuner.errors import CheckpointError
+from gemma_tuner.log import announce
+from gemma_tuner.models.families import family_of_type
 from gemma_tuner.models.grids import PACKED, Grid, read_grids
 from gemma_tuner.models.identity import portable_name
 from gemma_tuner.models.packed import list_parts
@@ -97,10 +99,11 @@ def from_mlx(checkpoint: str | Path, path: str | Path, *, revision: str | None =
 
 
 def to_mlx(checkpoint: str | Path, path: str | Path, *, revision: str | None = None) -> Path:
-    """Write a checkpoint that is packed on affine grids as mlx-lm and mlx-vlm have it.
+    """Write the decoder of a checkpoint that is packed on affine grids as mlx-lm has it.
 
     Every number, scale and bias stays as it is. What :func:`export_merged` makes of an adapter of
-    the variant ``qalora`` becomes so a quantised model with what was learned in it.
+    the variant ``qalora`` becomes so a quantised model with what was learned in it. Towers and
+    projectors are left out, as mlx-lm leaves them out.
 
     Args:
         checkpoint: The folder that ``pack(..., grid="affine")`` or ``export_merged`` wrote, or its
@@ -127,10 +130,13 @@ def to_mlx(checkpoint: str | Path, path: str | Path, *, revision: str | None = N
     first = next(iter(grids.values()))
     settings: dict[str, Any] = _describe_grid(first)
     tensors = list_stored(folder)
+    kept = (f"{family_of_type(model_type).decoder}.", "lm_head.")
     new: dict[str, NewTensor] = {
         name: NewTensor(name, stored.dtype, stored.shape, stored.copy)
         for name, stored in tensors.items()
+        if name.startswith(kept)
     }
+    num_left = len(tensors) - len(new)
     for module, grid in grids.items():
         own = stored_name(module, model_type)
         if grid != first:
@@ -147,6 +153,10 @@ def to_mlx(checkpoint: str | Path, path: str | Path, *, revision: str | None = N
     config["quantization"] = settings
     with new_folder(path, sum(tensor.num_bytes for tensor in new.values())) as temporary:
         write_checkpoint(temporary, folder, config, list(new.values()), "writing for MLX")
+    announce(
+        f"{Path(path).name}: the decoder for mlx-lm; {num_left} tensors of towers and projectors "
+        "are not in it"
+    )
     return Path(path)
 
 
