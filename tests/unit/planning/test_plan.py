@@ -205,6 +205,7 @@ def test_what_does_not_fit_names_the_bits_that_would(checkpoint, bits):
         plan(checkpoint, device="mps", max_tokens=64, memory_gib=budget_for(least + 4096))
 
 
+@pytest.mark.slow
 def test_bits_are_not_named_where_weights_are_trained_themselves(checkpoint):
     with pytest.raises(MemoryPlanError) as caught:
         plan(checkpoint, lora=LoraConfig(variant="full"), memory_gib=1e-3, max_tokens=64)
