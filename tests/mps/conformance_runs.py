@@ -68,7 +68,6 @@ CASES["slow"] = [
     for modality in MODALITIES[family]
     if (case := (family, modality, dtype)) not in CASES["fast"]
 ]
-CASES["slow"].append(("gemma4-26b-a4b packed", "text", "bfloat16"))
 
 
 class RecordingStepper(Stepper):
