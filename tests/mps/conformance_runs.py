@@ -70,7 +70,6 @@ CASES["slow"] = [
     for modality in MODALITIES[family]
     if (case := (family, modality, dtype)) not in CASES["fast"]
 ]
-CASES["slow"].append(("gemma4-26b-a4b packed", "text", "bfloat16"))
 
 PACKED = [Grid(4, 32), Grid(4, 32, is_affine=True), Grid(8, 32, is_affine=True)]
 

@@ -25,6 +25,7 @@ SYNCS = {
     ("gemma4-12b", "image"): 2,
     ("gemma4-26b-a4b", "image"): 38,
     ("gemma4-e2b", "image"): 2,
+    ("gemma4-e2b packed", "image"): 2,
     ("gemma4-31b", "image"): 2,
     ("gemma3n", "image"): 3,
     ("gemma3n", "audio"): 3,
