@@ -56,7 +56,7 @@ def test_what_is_loaded_is_what_pack_writes(family, bits, tmp_path, home, caplog
     assert found.config.packed == expected.config.packed
     (entry,) = list_entries(home)
     assert entry.name.startswith(f"base-{'symmetric' if bits == 4 else 'affine'}-{bits}-")
-    assert f"base: is packed once, and kept in the cache" in caplog.text
+    assert "base: is packed once, and kept in the cache" in caplog.text
     assert str(home) not in caplog.text
 
 
