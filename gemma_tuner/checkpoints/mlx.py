@@ -257,7 +257,9 @@ def _quantised(
     grid = Grid(4 if bits <= 4 else 8, group_size, is_affine=True)
     readers = (read_one_a_byte, partial(read_stored, scales), partial(read_stored, biases))
     shape = (*packed.shape[:-1], scales.shape[-1] * group_size)
-    return Source(scales.dtype, shape, read, Quantised(grid, readers, scales.dtype))
+    return Source(
+        scales.dtype, shape, read, Quantised(grid, readers, scales.dtype), is_quantised=True
+    )
 
 
 def _translate(sources: Mapping[str, Source], model_type: str) -> dict[str, Source]:

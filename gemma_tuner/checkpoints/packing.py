@@ -11,8 +11,10 @@ from typing import Any, Literal
 import torch
 import transformers
 
+from gemma_tuner.checkpoints.compressed import read_compressed
 from gemma_tuner.checkpoints.folders import new_folder
 from gemma_tuner.checkpoints.formats import Format, find_format
+from gemma_tuner.checkpoints.gguf import read_gguf
 from gemma_tuner.checkpoints.mlx import read_mlx
 from gemma_tuner.checkpoints.sources import Source, check_sources, meet
 from gemma_tuner.checkpoints.weights import (
@@ -59,9 +61,11 @@ def pack(
     Args:
         checkpoint: The folder of a checkpoint in bfloat16, float16 or float32, or its name on the
             Hub if it is in the local cache. Best is one of Google's ``-qat-q4_0-unquantized``,
-            whose weights lie on the symmetric grid already. One that MLX quantised keeps its
-            numbers, scales and biases, each module on its own grid: nothing is rounded anew. What
-            is quantised and not packed here (embeddings, towers) is written in full.
+            whose weights lie on the symmetric grid already. One that MLX,
+            compressed-tensors (``pack-quantized``) or llama.cpp (a GGUF file beside its
+            configuration and tokenizer; Q4_0, Q8_0) quantised keeps its numbers, each module on
+            its own grid: nothing is rounded anew. What is quantised otherwise, or is not packed
+            here (embeddings, towers), is written in full.
         path: The new folder.
         bits: Of a weight, 4 or 8; by default 4. This, ``grid`` and ``group`` are the file's own
             where it is quantised already.
@@ -97,7 +101,7 @@ def pack(
         tensors = _pack_tensors(folder, str(config.get("model_type")), grids)
         _warn_of_merged(name, folder, chosen)
     else:
-        sources = {"MLX": read_mlx}[quantised_by](folder, config)
+        sources = _read_sources(quantised_by, folder, config, model)
         check_sources(name, sources, model)
         grids, tensors = _lay_out(sources, model)
         wishes = {"bits": bits, "grid": grid, "group": group, "head_bits": head_bits}
@@ -114,6 +118,18 @@ def pack(
     with new_folder(path, num_bytes) as temporary:
         write_checkpoint(temporary, folder, config, tensors, "packing")
     return Path(path)
+
+
+def _read_sources(
+    quantised_by: Format, folder: Path, config: Mapping[str, Any], model: Any
+) -> dict[str, Source]:
+    match quantised_by:
+        case "MLX":
+            return read_mlx(folder, config)
+        case "compressed-tensors":
+            return read_compressed(folder, config)
+        case "GGUF":
+            return read_gguf(folder, model)
 
 
 def _build_model(folder: Path) -> Any:
@@ -215,7 +231,7 @@ def _announce(
 ) -> None:
     counts = Counter(map(str, grids.values()))
     kept = ", ".join(f"{count} on {grid}" for grid, count in sorted(counts.items())) or "none"
-    num_quantised = sum(source.quantised is not None for source in sources.values())
+    num_quantised = sum(source.is_quantised for source in sources.values())
     num_kept = sum(f"{module}.{weight}" in sources for module in grids for weight in _WEIGHTS)
     num_others = num_quantised - num_kept
     announce(

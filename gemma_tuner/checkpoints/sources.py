@@ -71,6 +71,8 @@ class Source:
     shape: tuple[int, ...]
     read: Reader
     quantised: Quantised | None = None
+    is_quantised: bool = False
+    """Whether its file has it in fewer bits than ``dtype`` has."""
 
     def tensor(self, name: str) -> NewTensor:
         """Have it written in full."""
@@ -108,7 +110,7 @@ def join(first: Source, second: Source) -> Source:
         readers = tuple(map(both, above.readers, below.readers))
         quantised = Quantised(grid, readers, above.dtype)
     shape = (experts, rows + second.shape[1], columns)
-    return Source(first.dtype, shape, both(first.read, second.read), quantised)
+    return Source(first.dtype, shape, both(first.read, second.read), quantised, first.is_quantised)
 
 
 def read_stored(stored: StoredTensor, start: int, stop: int) -> Tensor:

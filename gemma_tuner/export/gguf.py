@@ -16,6 +16,7 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType, GGUFWriter
 
+from gemma_tuner.checkpoints.gguf_names import Names
 from gemma_tuner.checkpoints.weights import UnpackedTensor, Weight, tensor_bytes
 from gemma_tuner.checkpoints.writing import complete_config
 from gemma_tuner.checks import check_path
@@ -23,7 +24,7 @@ from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.bases import Base, open_base
 from gemma_tuner.export.deltas import Adapter, Delta, Replacement, read_adapter
 from gemma_tuner.export.gguf_metadata import add_sizes, add_tokenizer, rope_factors
-from gemma_tuner.export.gguf_names import Names, check_runs, is_adaptable
+from gemma_tuner.export.gguf_names import check_runs, is_adaptable
 from gemma_tuner.export.gguf_tensors import (
     DTYPES,
     KINDS,

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 import gemma_tuner as gt
 from gemma_tuner.checkpoints.mlx import dequantise, from_mlx, to_mlx
+from gemma_tuner.checkpoints.weights import list_tensors
 from gemma_tuner.export.merged import export_merged
 from gemma_tuner.export.mlx import export_mlx, import_mlx
 from gemma_tuner.models.adapter_files import save_adapter
@@ -214,6 +215,10 @@ def test_quantised_checkpoints_load(family, program, bits, tmp_path):
         if not (tmp_path / "mlx" / file.name).exists():
             shutil.copy(file, tmp_path / "mlx")
     from_mlx(tmp_path / "mlx", tmp_path / "plain")
+    packed = list_tensors(gt.pack(tmp_path / "mlx", tmp_path / "packed"))
+    dense = list_tensors(tmp_path / "plain")
+    assert packed.keys() == dense.keys()
+    assert all(torch.equal(packed[name].read(), dense[name].read()) for name in dense)
     modalities = ("text", "image", "audio") if program == "mlx-vlm" else ("text",)
     model, _ = gt.load_model(tmp_path / "plain", modalities=modalities, device="cpu")
     torch.testing.assert_close(logits(model, inputs), expected, rtol=0, atol=1e-4)

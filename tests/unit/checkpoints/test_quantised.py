@@ -3,15 +3,18 @@
 import json
 import shutil
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import gemma_tuner as gt
+from gemma_tuner.checkpoints.gguf_names import Names
 from gemma_tuner.checkpoints.mlx import from_mlx
 from gemma_tuner.checkpoints.weights import UnpackedTensor, list_tensors
 from gemma_tuner.errors import CheckpointError, ConfigError
-from gemma_tuner.models.grids import Grid
+from gemma_tuner.models.grids import Grid, Packed
+from gemma_tuner.models.packed import PackedLinear
 from gemma_tuner.testing import tiny_model
 
 
@@ -67,18 +70,12 @@ def make_mlx(folder, base, choose):
             wanted = choose(module, matrix)
             if wanted is None:
                 found[key] = matrix if matrix.ndim < 4 else matrix.permute(0, 2, 3, 1)
-                if "conv1d" in key:
+                if "conv1d" in key and matrix.ndim == 3:
                     found[key] = matrix.transpose(1, 2)
                 continue
             own[module] = dict(zip(("bits", "group_size"), wanted, strict=True))
-            parts = quantise_mlx(matrix, *wanted)
-            found |= dict(
-                zip(
-                    (f"{module}.{part}" for part in ("weight", "scales", "biases")),
-                    parts,
-                    strict=True,
-                )
-            )
+            names = [f"{module}.{part}" for part in ("weight", "scales", "biases")]
+            found |= dict(zip(names, quantise_mlx(matrix, *wanted), strict=True))
     settings = {"bits": 4, "group_size": 64, **own}
     return write(folder, base, found, config | {"quantization": settings})
 
@@ -101,7 +98,7 @@ def mixed(module, matrix):
     return (2, 3, 4, 5, 6, 8)[number % 6], group
 
 
-@pytest.mark.parametrize("choose", [uniform, mixed])
+@pytest.mark.parametrize("choose", [pytest.param(uniform, marks=pytest.mark.slow), mixed])
 def test_mlx_is_packed_without_rounding(base, tmp_path, choose):
     folder = make_mlx(tmp_path / "mlx", base, choose)
     packed = list_tensors(gt.pack(folder, tmp_path / "packed"))
@@ -180,3 +177,120 @@ def test_what_is_not_taken_is_refused_with_what_to_use(base, tmp_path, settings,
             call(folder)
         assert f"'{what}'" in str(error.value)
         assert "google/gemma-4-E4B-it-qat-q4_0-unquantized" in str(error.value)
+
+
+def make_compressed(folder, base, choose):
+    """As ``pack_to_int32`` packs: the same stream, of numbers from 0."""
+    tensors, config = read(base)
+    found = {}
+    for name, tensor in tensors.items():
+        module = name.removesuffix(".weight")
+        wanted = choose(module, tensor)
+        if wanted is None or ".layers." not in name or tensor.ndim != 2:
+            found[name] = tensor
+            continue
+        bits, group = wanted
+        columns = tensor.shape[-1]
+        numbers = torch.randint(0, 2**bits, tensor.shape, dtype=torch.uint8)
+        found[f"{module}.weight_packed"] = write_stream(numbers, bits).view(torch.int32)
+        scales = torch.rand(len(tensor), columns // (group or columns))
+        found[f"{module}.weight_scale"] = scales.to(torch.bfloat16)
+        found[f"{module}.weight_shape"] = torch.tensor(tensor.shape)
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {
+            "group_0": {"weights": {"num_bits": 4, "group_size": 32}},
+            "group_1": {"weights": {"num_bits": 8, "strategy": "channel"}},
+        },
+    }
+    return write(folder, base, found, config | {"quantization_config": settings})
+
+
+def four_or_eight(module, matrix):
+    if uniform(module, matrix) is None:
+        return None
+    return (8, None) if "mlp" in module else (4, 32)
+
+
+def test_compressed_tensors_are_packed_without_rounding(base, tmp_path):
+    folder = make_compressed(tmp_path / "ct", base, four_or_eight)
+    packed = list_tensors(gt.pack(folder, tmp_path / "packed"))
+    tensors, _ = read(folder)
+    compared = set()
+    for name in (name for name in tensors if name.endswith("weight_packed")):
+        module = name.removesuffix(".weight_packed")
+        scales, shape = (tensors[f"{module}.weight_{part}"] for part in ("scale", "shape"))
+        bits = 32 * tensors[name].shape[-1] // int(shape[1])
+        places = torch.arange(0, 32, bits)
+        numbers = (tensors[name].long()[..., None] >> places) & (2**bits - 1)
+        numbers = (numbers.flatten(-2) - 2 ** (bits - 1)).to(torch.bfloat16)
+        expected = numbers * scales.repeat_interleave(int(shape[1]) // scales.shape[1], dim=-1)
+        weight = packed[f"{module}.weight"]
+        assert torch.equal(weight.read(), expected)
+        compared.add(str(weight.grid)[:-2])
+    assert compared >= {"symmetric-4-", "symmetric-8-"} or "symmetric-8-1" in compared
+    gt.load_model(tmp_path / "packed", device="cpu")
+
+    tensors[name] = tensors[name][:, :-1]
+    config = json.loads((folder / "config.json").read_text())
+    with pytest.raises(CheckpointError, match="does not fit"):
+        gt.pack(write(tmp_path / "wrong", base, tensors, config), tmp_path / "again")
+
+
+KINDS = [gguf.GGMLQuantizationType[name] for name in ("Q4_0", "Q8_0", "BF16", "F32", "Q4_1")]
+
+
+def make_gguf(folder, base):
+    """Kinds in turn, as in files that llama.cpp mixes; the configuration beside them."""
+    tensors, config = read(base)
+    names = Names(config["model_type"], config["text_config"]["num_hidden_layers"])
+    shutil.copytree(base, folder)
+    (folder / "model.safetensors").unlink()
+    writer = gguf.GGUFWriter(folder / "model.gguf", names.architecture)
+    expected = {}
+    for index, (name, tensor) in enumerate(sorted(tensors.items())):
+        if (own := names.translate(name)) is None:
+            continue
+        fits = is_quantised(name.removesuffix(".weight"), tensor) and tensor.shape[-1] % 32 == 0
+        kind = KINDS[index % len(KINDS)] if fits else KINDS[3]
+        data = gguf.quantize(tensor.float().numpy(), kind)
+        writer.add_tensor(own, data, raw_dtype=kind)
+        expected[name] = kind, torch.from_numpy(gguf.dequantize(data, kind).copy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return folder, expected
+
+
+def test_gguf_is_packed_without_rounding(base, tmp_path, caplog):
+    folder, expected = make_gguf(tmp_path / "file", base)
+    with pytest.raises(CheckpointError, match=r"quantised by GGUF.*gt\.pack"):
+        gt.load_model(folder, device="cpu")
+    caplog.clear()
+    packed = list_tensors(gt.pack(folder, tmp_path / "packed"))
+    others = [
+        name
+        for name, (kind, _) in expected.items()
+        if kind not in KINDS[2:4] and not isinstance(packed[name], UnpackedTensor)
+    ]
+    assert f"; {len(others)} other quantised tensors" in caplog.text
+    assert packed.keys() == expected.keys()
+    num_packed = 0
+    for name, (kind, weight) in expected.items():
+        if isinstance(packed[name], UnpackedTensor):
+            num_packed += 1
+            numbers, steps = (part.read() for part in packed[name].parts)
+            assert steps.dtype == torch.float16
+            exact = packed[name].grid.unpack(Packed(numbers, steps.float(), None))
+            assert torch.equal(exact, weight)
+        elif kind in (KINDS[2], KINDS[3]):
+            assert torch.equal(packed[name].read().float(), weight)
+        else:
+            assert torch.equal(packed[name].read(), weight.to(torch.bfloat16))
+    assert num_packed > 10
+    model, _ = gt.load_model(tmp_path / "packed", device="cpu", dtype="float32")
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            assert torch.equal(module.weight, expected[f"{name}.weight"][1])
