@@ -77,6 +77,7 @@ _INSTEAD = {
     _AFTERWARDS: "test test_batches",
     "say it as variant='rslora'": "use_rslora",
     "say it as variant='dora'": "use_dora",
+    "say it as variant='qalora'": "use_qalora",
     "all that is held out is measured; hold out less with held_out": "val_batches",
     "say it as trackers=('wandb',)": "wandb",
     "give steps: warmup_steps is the ratio times the steps of the run": "warmup_ratio",
