@@ -16,6 +16,7 @@ import random
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -60,11 +61,11 @@ NF4 = (
 class Rows:
     """Questions and answers, as ids of a tokenizer."""
 
-    def __init__(self, folder, manifest, steps, device):
+    def __init__(self, folder: str, manifest: str, steps: int, device: str):
         tokenizer = AutoTokenizer.from_pretrained(folder)
         rows = [json.loads(line) for line in Path(manifest).read_text().splitlines()]
 
-        def encode(row):
+        def encode(row: Any):
             prompt = tokenizer(row["prompt"] + "\nA: ").input_ids
             answer = [*tokenizer(row["response"], add_special_tokens=False).input_ids, 1]
             return prompt, answer
@@ -76,7 +77,7 @@ class Rows:
         self.valid = sorted(map(encode, of["valid"][:100]), key=lambda row: len(row[0]))
         self.device = device
 
-    def loss_sum(self, model, rows):
+    def loss_sum(self, model: Any, rows: Any):
         """Sum the losses of the answers' tokens; return how many there are."""
         length = max(len(prompt) + len(answer) for prompt, answer in rows)
         ids, labels, mask = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
@@ -93,13 +94,13 @@ class Rows:
         return F.cross_entropy(scores, labels[:, 1:][at], reduction="sum"), int(at.sum())
 
     @torch.no_grad()
-    def evaluate(self, model):
+    def evaluate(self, model: Any):
         """Mean loss of a held-out target token."""
         parts = [self.loss_sum(model, self.valid[i : i + 10]) for i in range(0, 100, 10)]
         return round(sum(float(loss) for loss, _ in parts) / sum(n for _, n in parts), 4)
 
 
-def round_nf4(weight):
+def round_nf4(weight: torch.Tensor):
     """The values that bitsandbytes keeps in blocks of 64, steps in float32."""
     table = torch.tensor(NF4, device=weight.device)
     middles = (table[1:] + table[:-1]) / 2
@@ -108,7 +109,7 @@ def round_nf4(weight):
     return (table[torch.bucketize(grouped / top, middles)] * top).flatten(-2).to(weight.dtype)
 
 
-def list_layers(model):
+def list_layers(model: Any):
     """The decoder's linear layers by name."""
     return {
         name: module
@@ -117,14 +118,14 @@ def list_layers(model):
     }
 
 
-def requantise(name, weight):
+def requantise(name: str, weight: torch.Tensor):
     """What a grid makes of a weight."""
     if name == "nf4-64":
         return round_nf4(weight)
     return GRIDS[name].unpack(GRIDS[name].pack(weight))
 
 
-def set_dense(model, weights):
+def set_dense(model: Any, weights: Any):
     """Give each layer a weight of its own, in the model's dtype."""
     for name, weight in weights.items():
         layer = nn.Linear(*weight.T.shape, bias=False, device="meta")
@@ -132,7 +133,7 @@ def set_dense(model, weights):
         model.set_submodule(name, layer)
 
 
-def read_deltas(model, names):
+def read_deltas(model: Any, names: Any):
     """What each adapter adds to its layer's weight, in float32; and the same where pooled."""
     deltas, pooled = {}, {}
     for name in names:
@@ -145,7 +146,7 @@ def read_deltas(model, names):
     return deltas, pooled
 
 
-def run(folder, rows, grid, seed, steps, rank, device):
+def run(folder: str, rows: Any, grid: str, seed: int, steps: int, rank: int, device: str):
     """Train and merge once."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(
@@ -207,7 +208,8 @@ def run(folder, rows, grid, seed, steps, rank, device):
         set_dense(model, merged)
         row[what] = rows.evaluate(model)
     for dtype in (torch.float16, torch.bfloat16) if pooled else ():
-        for name, layer in layers.items():
+        for name, each in layers.items():
+            layer: Any = each
             biases = (layer.biases.float() + pooled[name]).to(dtype)
             packed = Packed(layer.numbers, layer.scales.to(dtype), biases)
             model.set_submodule(name, PackedLinear(packed, layer.grid))
@@ -219,7 +221,10 @@ def run(folder, rows, grid, seed, steps, rank, device):
 
 def check_nf4():
     """Compare the table here with bitsandbytes, bit for bit."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import (  # pyright: ignore[reportMissingImports]
+        dequantize_4bit,
+        quantize_4bit,
+    )
 
     weight = torch.randn(640, 2048, generator=torch.Generator().manual_seed(0)).bfloat16()
     peer = dequantize_4bit(*quantize_4bit(weight, blocksize=64, quant_type="nf4"))
@@ -234,7 +239,7 @@ def main():
     if "--check-nf4" in sys.argv:
         check_nf4()
         return
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("model")
     parser.add_argument("manifest")
     parser.add_argument("out")

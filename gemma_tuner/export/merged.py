@@ -107,7 +107,7 @@ def export_merged(
     tensors: dict[str, Weight] = dict(found.tensors)
     deltas, config = found.deltas, found.config
     if biases := pool_deltas(read, found):
-        tensors, deltas = {**list_stored(found.folder)}, biases
+        tensors, deltas = dict[str, Weight](list_stored(found.folder)), biases
     elif found.is_untied:
         tensors[HEAD] = tensors[found.embedding]
         text = {**config.get("text_config", {}), "tie_word_embeddings": False}

@@ -233,7 +233,7 @@ def _find_group(model: nn.Module, names: Sequence[str]) -> int:
     """How many weights share a bias in all of some layers."""
     groups: dict[int | None, str] = {}
     for name in names:
-        layer = model.get_submodule(name)
+        layer: Any = model.get_submodule(name)
         is_affine = isinstance(layer, PackedLinear) and layer.grid.is_affine
         groups.setdefault(layer.grid.group if is_affine else None, name)
     if None in groups:
@@ -275,7 +275,7 @@ def wrap_peft(model: PreTrainedModel, config: peft.PeftConfig, seed: int = 0) ->
         warnings.filterwarnings("ignore", "Unsupported layer type", UserWarning)  # see LINEAR
         wrapped = peft.get_peft_model(model, config)
         if getattr(config, "use_qalora", False):
-            pool_adapters(wrapped, config.qalora_group_size)
+            pool_adapters(wrapped, config.to_dict()["qalora_group_size"])
     wrapped.train(training)
     for module in wrapped.modules():
         # PEFT rounds DoRA's magnitudes to the model's dtype, so that a bfloat16 model would change

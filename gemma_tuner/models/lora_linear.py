@@ -96,7 +96,7 @@ class RoundedLinear(nn.Linear):
 class PooledLinear(RoundedLinear):
     """QA-LoRA's ``lora_A``: it multiplies the sum of each group of its input, by ``1 / sqrt``."""
 
-    def __init__(self, like: nn.Linear, group: int) -> None:
+    def __init__(self, like: Any, group: int) -> None:
         columns, rank = like.in_features, like.out_features
         if columns % group:
             raise ConfigError(
