@@ -57,16 +57,8 @@ def fill(
     bits: int,
     is_affine: bool,
 ) -> None:
-    """Write into ``weight`` ``[..., in]`` what contiguous parts stand for.
-
-    Args:
-        weight: What is written, contiguous.
-        numbers: ``[..., in * bits / 8]``.
-        scales: ``[..., in / group]``, of ``weight``'s dtype.
-        biases: As ``scales``; read where ``is_affine``.
-        bits: 4 or 8.
-        is_affine: Whether biases are added.
-    """
+    """Write into ``weight`` ``[..., in]`` what contiguous parts stand for."""
+    # biases: As scales; read where is_affine alone.
     row_bytes = numbers.shape[-1]
     grid = (numbers.numel() // row_bytes, triton.cdiv(row_bytes, _UNIT * _NUM_UNITS))
     _unpack[grid](
