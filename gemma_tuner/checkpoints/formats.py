@@ -16,18 +16,9 @@ _SIZE = re.compile(r"gemma-?(4|3n)[-_]?(e2b|e4b|12b|26b-a4b|31b)", re.IGNORECASE
 
 
 def find_format(config: Mapping[str, Any], folder: Path) -> Format | None:
-    """Tell which program quantised a checkpoint; None where ``load_model`` reads it as it is.
-
-    Args:
-        config: What its ``config.json`` holds.
-        folder: Where it lies, or its name on the Hub, of which GGUF is not recognised.
-
-    Returns:
-        A format that ``pack`` takes without rounding anew, or None.
-
-    Raises:
-        CheckpointError: It is quantised in a way that is not taken; the checkpoint to use instead.
-    """
+    """Tell which program quantised a checkpoint; None where ``load_model`` reads it as it is."""
+    # folder: Where it lies, or its name on the Hub, of which GGUF is not recognised.
+    # Returns: A format that ``pack`` takes without rounding anew; what is not taken is refused.
     of_mlx = config.get("quantization")
     settings = of_mlx or config.get("quantization_config")
     if settings is None:

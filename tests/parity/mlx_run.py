@@ -113,6 +113,7 @@ def dequantise(path):
                 name = f"{dtype} {bits} {group_size}"
                 for part, tensor in zip(("packed", "scales", "biases"), parts, strict=True):
                     tensors[f"{name} {part}"] = tensor
+                tensors[f"{name} original"] = weight
                 tensors[f"{name} weight"] = mx.dequantize(*parts, group_size=group_size, bits=bits)
     mx.save_safetensors(path, tensors)
 

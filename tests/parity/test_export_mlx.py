@@ -12,11 +12,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import gemma_tuner as gt
-from gemma_tuner.checkpoints.mlx import dequantise, from_mlx, to_mlx
+from gemma_tuner.checkpoints.mlx import dequantise, from_mlx, read_numbers, to_mlx
 from gemma_tuner.checkpoints.weights import list_tensors
 from gemma_tuner.export.merged import export_merged
 from gemma_tuner.export.mlx import export_mlx, import_mlx
 from gemma_tuner.models.adapter_files import save_adapter
+from gemma_tuner.models.grids import Grid, Packed
 from tests.export_parts import TARGETS, add_trained_lora, logits, save_base, text_inputs
 
 ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-mlx"
@@ -190,9 +191,15 @@ def test_tensors_of_every_kind_are_dequantised_bit_equal(tmp_path):
     assert len(names) == 3 * 6 * 3
     for name in names:
         _, bits, group_size = name.split()
-        parts = (tensors[f"{name} {part}"] for part in ("packed", "scales", "biases"))
+        parts = [tensors[f"{name} {part}"] for part in ("packed", "scales", "biases")]
         weight = dequantise(*parts, bits=int(bits), group_size=int(group_size))
         assert torch.equal(weight, tensors[f"{name} weight"]), name
+        if bits in ("4", "8") and not name.startswith("float16"):
+            grid = Grid(int(bits), int(group_size), is_affine=True)
+            laid_out = Packed(grid.join(read_numbers(parts[0], grid.bits)), *parts[1:])
+            own = grid.pack(tensors[f"{name} original"])
+            assert all(map(torch.equal, own, laid_out)), name
+            assert torch.equal(grid.unpack(laid_out), weight), name
 
 
 @pytest.mark.parametrize(
