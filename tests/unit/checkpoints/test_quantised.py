@@ -133,7 +133,7 @@ def test_what_is_wrong_with_a_quantised_file_is_named(base, tmp_path):
             gt.pack(folder, tmp_path / "packed", **wish)
     with pytest.raises(ConfigError, match="bits is 8, and the weights of mlx are packed in 4"):
         gt.load_model(folder, device="cpu", bits=8)
-    with pytest.raises(CheckpointError, match="quantised by MLX.* plan for that folder"):
+    with pytest.raises(CheckpointError, match=r"quantised by MLX.* plan for that folder"):
         gt.plan(folder, device="cpu", memory_gib=4)
     tensors, config = read(folder)
     name = next(name for name in tensors if name.endswith("layers.0.self_attn.q_proj.weight"))
