@@ -228,7 +228,7 @@ def run_dropout(folder):
 
 def run_packed(folder, grid, compiler=compile_shader, num_steps=3):
     """Steps on a packed base of which each is recorded; what is held after each."""
-    # 4,000 steps have been run by hand, with torch's operators: they take minutes
+    # 4,000 steps of eight layers have been run by hand on CUDA, and held no more at their end
     unpacking._choose.cache_clear()
     unpacking._compile_metal.cache_clear()
     with patch.object(unpacking, "compile_shader", compiler):
