@@ -104,7 +104,7 @@ def test_what_is_missing_or_of_another_shape_is_named(base, tmp_path):
 
 def test_what_is_packed_is_not_packed_again_and_wrong_settings_are_refused(base, tmp_path):
     folder = gt.pack(base, tmp_path / "packed", bits=8)
-    with pytest.raises(CheckpointError, match="quantised already"):
+    with pytest.raises(CheckpointError, match="packed already"):
         gt.pack(folder, tmp_path / "again")
     with pytest.raises(ConfigError, match="bits is 3"):
         gt.pack(base, tmp_path / "new", bits=3)
