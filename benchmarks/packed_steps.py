@@ -26,13 +26,13 @@ from benchmarks.compare_steps.models import build_random
 from gemma_tuner.batch import Batch, Row, pad_rows
 from gemma_tuner.device import choose_device, synchronize
 from gemma_tuner.models.attention import use_attention
-from gemma_tuner.models.grids import Grid
+from gemma_tuner.models.few_bits.grids import Grid
+from gemma_tuner.models.few_bits.layers import PackedLinear, list_packable, replace_packed
+from gemma_tuner.models.few_bits.unpacking import unpack_plainly
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.models.modes import begin_training
 from gemma_tuner.models.norms import use_lean_norms
-from gemma_tuner.models.packed import PackedLinear, list_packable, replace_packed
-from gemma_tuner.models.unpacking import unpack_plainly
 
 CHUNK = 256
 

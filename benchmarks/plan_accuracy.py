@@ -23,14 +23,14 @@ import transformers
 from benchmarks.compare_steps.models import build_random
 from gemma_tuner.batch import Batch, Row, pad_rows
 from gemma_tuner.models.attention import use_attention
-from gemma_tuner.models.grids import Grid
+from gemma_tuner.models.few_bits.grids import Grid
+from gemma_tuner.models.few_bits.layers import list_packable, replace_packed
+from gemma_tuner.models.few_bits.tables import name_table, replace_table
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.models.meta import build_meta_copy
 from gemma_tuner.models.modes import begin_training
 from gemma_tuner.models.norms import use_lean_norms
-from gemma_tuner.models.packed import list_packable, replace_packed
-from gemma_tuner.models.packed_tables import name_table, replace_table
 from gemma_tuner.planning.trace import StepTracer
 
 SHAPES = ("1x2048x512", "4x850x80", "2x1024x1023", "8x400x40")

@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gemma_tuner.models.grids import Grid, Packed
+from gemma_tuner.models.few_bits.grids import Grid, Packed
+from gemma_tuner.models.few_bits.layers import PackedLinear, replace_packed
 from gemma_tuner.models.lora import wrap_peft
-from gemma_tuner.models.packed import PackedLinear, replace_packed
 
 GRIDS = {
     "base": None,

@@ -14,7 +14,7 @@ from gemma_tuner.checkpoints.writing import COPIED
 from gemma_tuner.disk import CACHE, disk_errors_explained, file_locked
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.log import announce
-from gemma_tuner.models.grids import Grid
+from gemma_tuner.models.few_bits.grids import Grid
 from gemma_tuner.models.identity import portable_name
 
 # Of what packing writes: one more where the same source would give other numbers or files.

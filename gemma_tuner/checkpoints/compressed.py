@@ -19,7 +19,7 @@ from gemma_tuner.checkpoints.mlx import read_numbers
 from gemma_tuner.checkpoints.sources import Quantised, Source, plain, read_stored
 from gemma_tuner.checkpoints.weights import StoredTensor, list_stored
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.models.grids import GROUPS, Grid
+from gemma_tuner.models.few_bits.grids import GROUPS, Grid
 
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")
 

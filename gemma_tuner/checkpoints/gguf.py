@@ -21,7 +21,7 @@ from gemma_tuner.checkpoints.sources import Quantised, Reader, Source
 from gemma_tuner.checkpoints.weights import stored_name
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.log import announce
-from gemma_tuner.models.grids import Grid
+from gemma_tuner.models.few_bits.grids import Grid
 
 _PLAIN = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 _BITS = {Kind.Q4_0: 4, Kind.Q8_0: 8}

@@ -34,7 +34,7 @@ from gemma_tuner.models import embeddings
 from gemma_tuner.models.adapter_files import read_trained_with, set_trained_with
 from gemma_tuner.models.building import choose_left_out, finish_model, make_partial_class
 from gemma_tuner.models.families import Family, family_of, tokenizer_of
-from gemma_tuner.models.grids import PACKED, choose_grid, name_grids
+from gemma_tuner.models.few_bits.grids import PACKED, choose_grid, name_grids
 from gemma_tuner.models.identity import find_commit
 
 if TYPE_CHECKING:

@@ -31,9 +31,9 @@ from gemma_tuner.checkpoints.writing import NewTensor, write_checkpoint
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.log import announce
 from gemma_tuner.models.families import family_of_type
-from gemma_tuner.models.grids import PACKED, Grid, read_grids
+from gemma_tuner.models.few_bits.grids import PACKED, Grid, read_grids
+from gemma_tuner.models.few_bits.layers import list_parts
 from gemma_tuner.models.identity import portable_name
-from gemma_tuner.models.packed import list_parts
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _GROUP_SIZES = (32, 64, 128)

@@ -32,11 +32,11 @@ from gemma_tuner.display import show_bytes
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.log import announce, logger
 from gemma_tuner.models.adapter_files import read_fingerprint
-from gemma_tuner.models.grids import PACKED, Grid, Packed, name_grids
+from gemma_tuner.models.few_bits.grids import PACKED, Grid, Packed, name_grids
+from gemma_tuner.models.few_bits.layers import list_packable, list_parts
+from gemma_tuner.models.few_bits.tables import name_table
 from gemma_tuner.models.identity import portable_name
 from gemma_tuner.models.meta import build_meta_model
-from gemma_tuner.models.packed import list_packable, list_parts
-from gemma_tuner.models.packed_tables import name_table
 
 _TABLE = Grid(8, 64, is_affine=True)
 _WEIGHTS = ("weight", "gate_up_proj", "down_proj")

@@ -17,7 +17,7 @@ from gemma_tuner.checkpoints.weights import StoredTensor, stored_name, tensor_by
 from gemma_tuner.checkpoints.writing import NewTensor
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.models.families import family_of
-from gemma_tuner.models.grids import Grid
+from gemma_tuner.models.few_bits.grids import Grid
 
 Reader: TypeAlias = Callable[[int, int], Tensor]
 """Reads a part of a tensor along its first axis, from a row to before another."""

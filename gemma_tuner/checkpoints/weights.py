@@ -20,8 +20,8 @@ from torch import Tensor
 from gemma_tuner.checks import check_path
 from gemma_tuner.errors import MALFORMED, CheckpointError
 from gemma_tuner.models.families import family_of_type
-from gemma_tuner.models.grids import PACKED, Grid, Packed, read_grids
-from gemma_tuner.models.packed import list_parts
+from gemma_tuner.models.few_bits.grids import PACKED, Grid, Packed, read_grids
+from gemma_tuner.models.few_bits.layers import list_parts
 
 INDEX = "model.safetensors.index.json"
 HEAD = "lm_head.weight"

@@ -210,7 +210,7 @@ def load_with_adapter(
     if run is None:
         return load(settings)
     from gemma_tuner.models.adapter_files import MLX_WEIGHTS, read_fingerprint
-    from gemma_tuner.models.grids import find_bits
+    from gemma_tuner.models.few_bits.grids import find_bits
     from gemma_tuner.training.adapters import (
         find_adapter,
         follow_training,

@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gemma_tuner.device import choose_dtype, empty_cache, is_out_of_memory, synchronize
 from gemma_tuner.doctor.checks import REFUSALS, describe_error
-from gemma_tuner.models.grids import Grid
+from gemma_tuner.models.few_bits.grids import Grid
+from gemma_tuner.models.few_bits.unpacking import unpack, unpack_plainly
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.modes import begin_training
-from gemma_tuner.models.unpacking import unpack, unpack_plainly
 
 # E2B's: queries, the MLP's two, the double-wide MLP of layers that share keys. (inner, columns)
 # Source: its config.json.

@@ -16,7 +16,7 @@ import torch
 from gemma_tuner.doctor import kernels_indexing as indexing
 from gemma_tuner.doctor import kernels_reductions as reductions
 from gemma_tuner.doctor.checks import Check, Finding, Tensors, find_difference, judge, run_check
-from gemma_tuner.models.packed_tables import MAX_REDUCTION
+from gemma_tuner.models.few_bits.tables import MAX_REDUCTION
 
 Compute = Callable[[Tensors], Tensors]
 

@@ -8,7 +8,7 @@ import torch
 
 from gemma_tuner.device import is_out_of_memory
 from gemma_tuner.doctor.checks import Check, Finding, describe_error, run_check
-from gemma_tuner.models.unpacking import (
+from gemma_tuner.models.few_bits.unpacking import (
     VARIANTS,
     Packed,
     Variant,

@@ -25,9 +25,9 @@ from gemma_tuner.export.deltas import Adapter, Delta, Replacement, read_adapter
 from gemma_tuner.log import logger
 from gemma_tuner.models.adapter_names import full_name
 from gemma_tuner.models.families import family_of_type
-from gemma_tuner.models.grids import PACKED, Grid, name_grids
+from gemma_tuner.models.few_bits.grids import PACKED, Grid, name_grids
+from gemma_tuner.models.few_bits.tables import name_table
 from gemma_tuner.models.identity import find_commit, hash_decoder_norms, portable_name
-from gemma_tuner.models.packed_tables import name_table
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ from gemma_tuner.export.gguf_tensors import (
 )
 from gemma_tuner.export.merged import MergeReport, pool_deltas
 from gemma_tuner.log import announce
-from gemma_tuner.models.grids import Grid
+from gemma_tuner.models.few_bits.grids import Grid
 from gemma_tuner.models.identity import portable_name
 
 _EMBEDDING = "model.language_model.embed_tokens.weight"

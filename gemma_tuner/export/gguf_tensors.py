@@ -19,7 +19,7 @@ from torch import Tensor
 from gemma_tuner.checkpoints.folders import new_file, progress_shown
 from gemma_tuner.checkpoints.weights import tensor_bytes
 from gemma_tuner.errors import CheckpointError
-from gemma_tuner.models.grids import Grid, Packed
+from gemma_tuner.models.few_bits.grids import Grid, Packed
 
 FileType = Literal["f32", "f16", "bf16", "q8_0", "q4_1"]
 

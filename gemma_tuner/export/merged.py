@@ -26,7 +26,7 @@ from gemma_tuner.errors import CheckpointError
 from gemma_tuner.export.bases import HEAD, Base, open_base
 from gemma_tuner.export.cards import write_merged_card
 from gemma_tuner.export.deltas import Adapter, Delta, Replacement, read_adapter
-from gemma_tuner.models.grids import PACKED
+from gemma_tuner.models.few_bits.grids import PACKED
 
 
 @dataclass

@@ -24,7 +24,7 @@ from gemma_tuner.disk import (
     temporary_sibling,
 )
 from gemma_tuner.errors import MALFORMED, CheckpointError, ConfigError, DivergedError
-from gemma_tuner.models.grids import PACKED, Grid, name_grids
+from gemma_tuner.models.few_bits.grids import PACKED, Grid, name_grids
 from gemma_tuner.models.identity import active_adapter, hash_decoder_norms, portable_name
 
 CONFIG = "adapter_config.json"

@@ -17,10 +17,10 @@ from gemma_tuner.modalities import MEDIA, MODALITIES, Modality
 from gemma_tuner.models.attention import use_attention
 from gemma_tuner.models.embeddings import NAME, Placement
 from gemma_tuner.models.families import Family, family_of
-from gemma_tuner.models.grids import PACKED, read_grids
+from gemma_tuner.models.few_bits.grids import PACKED, read_grids
+from gemma_tuner.models.few_bits.layers import replace_packed
+from gemma_tuner.models.few_bits.tables import replace_table
 from gemma_tuner.models.norms import use_lean_norms
-from gemma_tuner.models.packed import replace_packed
-from gemma_tuner.models.packed_tables import replace_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.models.packed import PackedLayer
+from gemma_tuner.models.few_bits.layers import PackedLayer
 
 # In every family, loaded with towers or without, and trained by no adapter; also under the names
 # that other programs have for them.

@@ -27,6 +27,8 @@ from gemma_tuner.errors import ConfigError
 from gemma_tuner.log import announce
 from gemma_tuner.models.adapter_names import find_saved_module, find_unsupported
 from gemma_tuner.models.families import family_of
+from gemma_tuner.models.few_bits.layers import PackedLayer, PackedLinear
+from gemma_tuner.models.few_bits.tables import PackedHead
 from gemma_tuner.models.lora_config import TARGETS
 from gemma_tuner.models.lora_config import LoraConfig as LoraConfig
 from gemma_tuner.models.lora_linear import (
@@ -35,8 +37,6 @@ from gemma_tuner.models.lora_linear import (
     register_layers,
     use_lean_adapters,
 )
-from gemma_tuner.models.packed import PackedLayer, PackedLinear
-from gemma_tuner.models.packed_tables import PackedHead
 
 _DECODER_LAYER = r"{decoder}\.layers\.{layers}\."
 _PATTERNS = {

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.models.packed import PackedLinear
+from gemma_tuner.models.few_bits.layers import PackedLinear
 
 
 @register_flop_formula(torch.ops.aten.addmm_, get_raw=True)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from gemma_tuner.batch import IGNORED, Batch
 from gemma_tuner.errors import ConfigError
+from gemma_tuner.models.few_bits.tables import PackedHead, PackedRows, list_blocks
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.lora_linear import is_linear
-from gemma_tuner.models.packed_tables import PackedHead, PackedRows, list_blocks
 from gemma_tuner.models.target_only import target_only_of
 
 if TYPE_CHECKING:

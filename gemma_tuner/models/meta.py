@@ -17,10 +17,10 @@ from gemma_tuner.modalities import Modality
 from gemma_tuner.models import embeddings
 from gemma_tuner.models.building import choose_left_out, finish_model, make_partial_class
 from gemma_tuner.models.families import family_of, loaded_modalities
-from gemma_tuner.models.grids import PACKED, Grid
+from gemma_tuner.models.few_bits.grids import PACKED, Grid
+from gemma_tuner.models.few_bits.layers import PackedLayer, list_packable, replace_packed
 from gemma_tuner.models.identity import active_adapter
 from gemma_tuner.models.lora import unwrap_peft, wrap_peft
-from gemma_tuner.models.packed import PackedLayer, list_packable, replace_packed
 
 if TYPE_CHECKING:
     from peft import PeftModel

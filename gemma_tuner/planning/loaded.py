@@ -9,7 +9,7 @@ from gemma_tuner.batch import Batch
 from gemma_tuner.checkpoints.loading import name_without_path
 from gemma_tuner.models.embeddings import Placement, choose_placement, find_mapped_embedding
 from gemma_tuner.models.families import loaded_modalities
-from gemma_tuner.models.grids import stored_bits
+from gemma_tuner.models.few_bits.grids import stored_bits
 from gemma_tuner.models.lora import unwrap_peft
 from gemma_tuner.models.lora_linear import is_linear
 from gemma_tuner.models.meta import build_meta_copy

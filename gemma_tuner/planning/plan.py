@@ -29,7 +29,7 @@ from gemma_tuner.errors import CheckpointError, MemoryPlanError
 from gemma_tuner.modalities import Modality
 from gemma_tuner.models.embeddings import Placement, choose_placement
 from gemma_tuner.models.families import loaded_modalities
-from gemma_tuner.models.grids import Grid, choose_grid, stored_bits
+from gemma_tuner.models.few_bits.grids import Grid, choose_grid, stored_bits
 from gemma_tuner.models.identity import active_adapter
 from gemma_tuner.models.lora import LoraConfig, find_adapters, unwrap_peft, wrap_peft
 from gemma_tuner.models.meta import build_meta_model

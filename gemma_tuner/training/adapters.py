@@ -45,7 +45,7 @@ from gemma_tuner.models.adapter_names import (
     pin_config,
 )
 from gemma_tuner.models.families import family_of, loaded_modalities
-from gemma_tuner.models.grids import PACKED, name_grids
+from gemma_tuner.models.few_bits.grids import PACKED, name_grids
 from gemma_tuner.models.identity import active_adapter, portable_name
 from gemma_tuner.models.lora import check_model, list_packed, refuse_adapters, wrap_peft
 from gemma_tuner.training.checkpoint import latest_checkpoint, read_state

@@ -20,14 +20,14 @@ from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.collators.text import TextCollator
 from gemma_tuner.device import compile_shader, is_out_of_memory
 from gemma_tuner.errors import ConfigError, MemoryPlanError
-from gemma_tuner.models import unpacking
 from gemma_tuner.models.attention import set_query_chunk
-from gemma_tuner.models.grids import Grid
+from gemma_tuner.models.few_bits import unpacking
+from gemma_tuner.models.few_bits.grids import Grid
+from gemma_tuner.models.few_bits.layers import list_packable, replace_packed
+from gemma_tuner.models.few_bits.tables import name_table, replace_table
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.loss import FrozenHeadCrossEntropy, target_loss_sum
 from gemma_tuner.models.modes import begin_training, checkpoint_layers
-from gemma_tuner.models.packed import list_packable, replace_packed
-from gemma_tuner.models.packed_tables import name_table, replace_table
 from gemma_tuner.planning.choice import widen
 from gemma_tuner.planning.loaded import plan_training
 from gemma_tuner.records import Example, Text, Turn

@@ -17,7 +17,7 @@ from gemma_tuner.checkpoints.weights import list_tensors
 from gemma_tuner.export.merged import export_merged
 from gemma_tuner.export.mlx import export_mlx, import_mlx
 from gemma_tuner.models.adapter_files import save_adapter
-from gemma_tuner.models.grids import Grid, Packed
+from gemma_tuner.models.few_bits.grids import Grid, Packed
 from tests.export_parts import TARGETS, add_trained_lora, logits, save_base, text_inputs
 
 ENVIRONMENT = Path(__file__).resolve().parents[2] / ".venv-mlx"

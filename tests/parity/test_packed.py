@@ -13,17 +13,17 @@ from safetensors.torch import load
 from torch import nn
 
 from gemma_tuner.collators.multimodal import MultimodalCollator
-from gemma_tuner.models.grids import Grid
-from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
-from gemma_tuner.models.loss import target_loss_sum
-from gemma_tuner.models.modes import begin_training
-from gemma_tuner.models.packed import PackedExperts, PackedLayer, replace_packed
-from gemma_tuner.models.packed_tables import (
+from gemma_tuner.models.few_bits.grids import Grid
+from gemma_tuner.models.few_bits.layers import PackedExperts, PackedLayer, replace_packed
+from gemma_tuner.models.few_bits.tables import (
     PackedEmbedding,
     PackedHead,
     name_table,
     replace_table,
 )
+from gemma_tuner.models.lora import LoraConfig, add_lora, unwrap_peft
+from gemma_tuner.models.loss import target_loss_sum
+from gemma_tuner.models.modes import begin_training
 from gemma_tuner.testing import FAMILIES, tiny_model
 from gemma_tuner.testing.models import tiny
 from tests import runs

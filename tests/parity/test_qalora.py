@@ -18,10 +18,10 @@ from gemma_tuner.export.adapter import export_adapter
 from gemma_tuner.export.gguf import export_gguf
 from gemma_tuner.export.merged import export_merged
 from gemma_tuner.models.adapter_files import save_adapter
-from gemma_tuner.models.grids import Grid
+from gemma_tuner.models.few_bits.grids import Grid
+from gemma_tuner.models.few_bits.layers import replace_packed
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.lora_linear import PooledLinear
-from gemma_tuner.models.packed import replace_packed
 from gemma_tuner.testing import FAMILIES, tiny_model
 from gemma_tuner.training.adapters import load_adapter
 from tests import runs

@@ -205,7 +205,7 @@ def test_a_packing_that_is_killed_leaves_nothing(tmp_path, home):
     base = save_base(tmp_path / "base")
     stuck = (
         "import time\n"
-        "from gemma_tuner.models.grids import Grid\n"
+        "from gemma_tuner.models.few_bits.grids import Grid\n"
         "pack = Grid.pack\n"
         "Grid.pack = lambda *given: (time.sleep(0.5), pack(*given))[1]\n"
     )

@@ -11,15 +11,15 @@ from safetensors.torch import load_file, save_file
 import gemma_tuner as gt
 from gemma_tuner.checkpoints.weights import list_tensors
 from gemma_tuner.errors import CheckpointError, ConfigError
-from gemma_tuner.models.grids import Grid
-from gemma_tuner.models.packed import (
+from gemma_tuner.models.few_bits.grids import Grid
+from gemma_tuner.models.few_bits.layers import (
     PackedExperts,
     PackedLayer,
     PackedLinear,
     list_packable,
     replace_packed,
 )
-from gemma_tuner.models.packed_tables import (
+from gemma_tuner.models.few_bits.tables import (
     PackedEmbedding,
     PackedHead,
     name_table,

@@ -13,8 +13,8 @@ from gemma_tuner.checkpoints.gguf_names import Names
 from gemma_tuner.checkpoints.mlx import from_mlx
 from gemma_tuner.checkpoints.weights import UnpackedTensor, list_tensors
 from gemma_tuner.errors import CheckpointError, ConfigError
-from gemma_tuner.models.grids import Grid, Packed
-from gemma_tuner.models.packed import PackedLinear
+from gemma_tuner.models.few_bits.grids import Grid, Packed
+from gemma_tuner.models.few_bits.layers import PackedLinear
 from gemma_tuner.testing import tiny_model
 
 

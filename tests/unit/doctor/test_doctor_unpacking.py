@@ -6,7 +6,7 @@ import torch
 from gemma_tuner.doctor import unpacking
 from gemma_tuner.doctor.calibration import _measure_unpacking
 from gemma_tuner.doctor.unpacking import check_unpacking
-from gemma_tuner.models.unpacking import unpack_plainly
+from gemma_tuner.models.few_bits.unpacking import unpack_plainly
 
 CPU = torch.device("cpu")
 

@@ -8,7 +8,7 @@ import torch
 
 from gemma_tuner.checkpoints.mlx import dequantise
 from gemma_tuner.errors import ConfigError
-from gemma_tuner.models.grids import Grid, Packed
+from gemma_tuner.models.few_bits.grids import Grid, Packed
 
 GRIDS = [
     Grid(bits, group, is_affine=a) for bits in (4, 8) for group in (32, 64, 128) for a in (0, 1)
@@ -58,7 +58,7 @@ def test_unpacking_is_scale_times_number_plus_bias(grid, dtype):
 def test_blocks_of_rows_change_nothing(grid, monkeypatch):
     packed = grid.pack(make_weight(7, 256))
     whole = grid.unpack(packed)
-    monkeypatch.setattr("gemma_tuner.models.unpacking._BLOCK_ELEMENTS", 600)
+    monkeypatch.setattr("gemma_tuner.models.few_bits.unpacking._BLOCK_ELEMENTS", 600)
     assert torch.equal(grid.unpack(packed), whole)
 
 

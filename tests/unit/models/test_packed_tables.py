@@ -13,12 +13,12 @@ import gemma_tuner as gt
 from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.evaluation.samples import target_probabilities
-from gemma_tuner.models import packed_tables
-from gemma_tuner.models.grids import Grid
+from gemma_tuner.models.few_bits import tables as packed_tables
+from gemma_tuner.models.few_bits.grids import Grid
+from gemma_tuner.models.few_bits.layers import replace_packed
+from gemma_tuner.models.few_bits.tables import PackedHead, name_table, replace_table
 from gemma_tuner.models.lora import LoraConfig, add_lora
 from gemma_tuner.models.loss import target_loss_sum
-from gemma_tuner.models.packed import replace_packed
-from gemma_tuner.models.packed_tables import PackedHead, name_table, replace_table
 from gemma_tuner.testing import FAMILIES, tiny_model
 from tests.examples import example, picture
 from tests.parity.test_exactness import gradients, randomize_adapters

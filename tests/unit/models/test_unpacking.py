@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-from gemma_tuner.models import unpacking
-from gemma_tuner.models.grids import Grid
-from gemma_tuner.models.unpacking import (
+from gemma_tuner.models.few_bits import unpacking
+from gemma_tuner.models.few_bits.grids import Grid
+from gemma_tuner.models.few_bits.unpacking import (
     VARIANTS,
     agrees,
     make_kernel,
@@ -120,7 +120,7 @@ def test_a_shader_that_does_not_compile_is_done_without(metal, choose, caplog):
 
 def test_cuda_without_triton_is_unpacked_by_torch(choose, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, "gemma_tuner.models.unpack_triton", raising=False)
+    monkeypatch.delitem(sys.modules, "gemma_tuner.models.few_bits.unpack_triton", raising=False)
     with caplog.at_level(logging.INFO, logger="gemma_tuner"):
         unpack = choose(CUDA, VARIANTS[0])
     sample = next(make_samples(VARIANTS[0]))
@@ -149,7 +149,7 @@ def test_the_samples_tell_kernels_apart():
 
 TRITON = """
 import torch
-from gemma_tuner.models.unpacking import VARIANTS, agrees, make_kernel
+from gemma_tuner.models.few_bits.unpacking import VARIANTS, agrees, make_kernel
 
 for variant in VARIANTS:
     if variant.dtype != torch.float32:

@@ -9,7 +9,7 @@ from benchmarks.live_bytes import LiveBytes
 from gemma_tuner.checkpoints.loading import read_config
 from gemma_tuner.errors import ConfigError, MemoryPlanError
 from gemma_tuner.models.embeddings import choose_placement, find_mapped_embedding
-from gemma_tuner.models.grids import Grid
+from gemma_tuner.models.few_bits.grids import Grid
 from gemma_tuner.models.lora import LoraConfig, add_lora, find_adapters, wrap_peft
 from gemma_tuner.models.loss import target_loss_sum
 from gemma_tuner.models.meta import build_meta_copy, build_meta_model

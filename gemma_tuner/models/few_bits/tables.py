@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gemma_tuner.errors import ConfigError
 from gemma_tuner.models.families import family_of_type
-from gemma_tuner.models.grids import Grid, Packed
-from gemma_tuner.models.packed import FrozenLinear, PackedLayer, make_parts
+from gemma_tuner.models.few_bits.grids import Grid, Packed
+from gemma_tuner.models.few_bits.layers import FrozenLinear, PackedLayer, make_parts
 
 MAX_REDUCTION = 32_000
 """The longest inner dimension of a matmul. On M1 and M2 a longer one is summed wrongly by torch

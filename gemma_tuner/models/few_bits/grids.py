@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gemma_tuner.errors import CheckpointError, ConfigError
-from gemma_tuner.models.unpacking import Packed, unpack
+from gemma_tuner.models.few_bits.unpacking import Packed, unpack
 
 PACKED = "packed"
 """The key of config.json that names packed modules and their grids."""

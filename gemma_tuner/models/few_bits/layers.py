@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gemma_tuner.errors import CheckpointError
 from gemma_tuner.models.families import family_of
-from gemma_tuner.models.grids import Grid, Packed
+from gemma_tuner.models.few_bits.grids import Grid, Packed
 
 _PILES = ("gate_up_proj", "down_proj")
 _PACKABLE = re.compile(

@@ -118,7 +118,7 @@ def make_kernel(device: torch.device, variant: Variant) -> Unpack | None:
 
 
 def _make_triton(variant: Variant) -> Unpack:
-    from gemma_tuner.models.unpack_triton import fill  # noqa: PLC0415 - not on Macs
+    from gemma_tuner.models.few_bits.unpack_triton import fill  # noqa: PLC0415 - not on Macs
 
     def unpack_by_triton(packed: Packed) -> Tensor:
         weight = _make_room(packed, variant.bits)
