@@ -149,13 +149,14 @@ def read_deltas(model: Any, names: Any):
 def run(folder: str, rows: Any, grid: str, seed: int, steps: int, rank: int, device: str):
     """Train and merge once."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.bfloat16, attn_implementation="eager"
-    ).to(device)
+    )
+    model.to(device)
     model.requires_grad_(requires_grad=False)
     kept = {name: layer.weight.data for name, layer in list_layers(model).items()}
-    if GRIDS[grid] is not None:
-        replace_packed(model, dict.fromkeys(kept, GRIDS[grid]))
+    if (packed_on := GRIDS[grid]) is not None:
+        replace_packed(model, {name: packed_on for name in kept})
     elif grid == "nf4-64":
         set_dense(model, {name: round_nf4(weight) for name, weight in kept.items()})
     layers = list_layers(model)

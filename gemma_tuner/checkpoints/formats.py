@@ -42,7 +42,7 @@ def find_format(config: Mapping[str, Any], folder: Path) -> Format | None:
 
 def refuse_format(folder: Path, what: str) -> NoReturn:
     """Refuse a way to quantise, with the checkpoint to use instead."""
-    name = portable_name(str(folder))
+    name = portable_name(str(folder)) or ""
     size = _SIZE.search(name)
     if size is None:
         instead = "google/gemma-4-SIZE-it-qat-q4_0-unquantized (SIZE as E2B or 12B)"

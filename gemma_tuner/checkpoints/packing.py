@@ -89,7 +89,7 @@ def pack(
     check_value("head_bits", head_bits, Literal[8] | None)
     check_value("grid", grid, Literal["symmetric", "affine"] | None)
     folder = find_checkpoint(checkpoint, revision)
-    name = portable_name(str(folder))
+    name = portable_name(str(folder)) or ""
     config = read_json(folder / "config.json")
     if config.get(PACKED):
         raise CheckpointError(f"{name} is packed already; load_model opens it")
@@ -140,7 +140,7 @@ def _build_model(folder: Path) -> Any:
 
 
 def _choose_grids(
-    name: str | None, model: Any, folder: Path, grid: Grid, head_bits: int | None
+    name: str, model: Any, folder: Path, grid: Grid, head_bits: int | None
 ) -> dict[str, Grid]:
     """Name what is to be packed, and on which grid."""
     grids = list_packable(model, grid)
@@ -159,7 +159,7 @@ def _choose_grids(
     return grids
 
 
-def _warn_of_merged(name: str | None, folder: Path, grid: Grid) -> None:
+def _warn_of_merged(name: str, folder: Path, grid: Grid) -> None:
     if grid.bits == 4 and read_fingerprint(folder).get("merged"):
         logger.warning(
             "%s has an adapter merged in, and 4 bits undo most of a short training (a held-out "

@@ -10,7 +10,6 @@ from gemma_tuner.device import is_out_of_memory
 from gemma_tuner.doctor.checks import Check, Finding, describe_error, run_check
 from gemma_tuner.models.few_bits.unpacking import (
     VARIANTS,
-    Packed,
     Variant,
     agrees,
     make_kernel,
@@ -52,8 +51,7 @@ def _compare(device: torch.device) -> Finding:
 def _is_right(device: torch.device, variant: Variant) -> bool:
     """Whether torch's operators give on the device what the CPU gives."""
     for sample in make_samples(variant):
-        moved = Packed(*(None if part is None else part.to(device) for part in sample))
-        found = unpack_plainly(moved, variant.bits)
+        found = unpack_plainly(sample.change(lambda part: part.to(device)), variant.bits)
         if not torch.equal(found.cpu(), unpack(sample, variant.bits)):
             return False
     return True

@@ -30,7 +30,7 @@ def _unpack(
     has_start = start < row_bytes
     is_inside = has_start[:, None] & (within < unit)
     both = tl.load(numbers + (row + start)[:, None] + within, mask=is_inside).to(tl.int32)
-    for side in tl.static_range(8 // bits):
+    for side in tl.static_range(8 // bits):  # pyright: ignore[reportGeneralTypeIssues]
         if bits == 8:
             number = both
         elif side == 1:
@@ -72,5 +72,6 @@ def fill(
         is_affine=is_affine,
         num_units=_NUM_UNITS,
         unit=_UNIT,
-        enable_fp_fusion=False,  # products and sums are rounded each, as torch rounds them
+        # Products and sums are rounded each, as torch rounds them.
+        enable_fp_fusion=False,  # pyright: ignore[reportCallIssue]
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,11 @@ class Packed(NamedTuple):
     numbers: Tensor  # [..., out, in * bits / 8]: uint8 where affine, else int8
     scales: Tensor  # [..., out, in / group], of the weight's dtype
     biases: Tensor | None  # also; where affine
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> Packed:
+        """Have each part changed."""
+        biases = None if self.biases is None else change(self.biases)
+        return Packed(change(self.numbers), change(self.scales), biases)
 
 
 class Variant(NamedTuple):
@@ -101,7 +107,7 @@ def _unpack_in_blocks(packed: Packed, bits: int) -> Tensor:
     step = max(1, _BLOCK_ELEMENTS * len(weight) // max(1, weight.numel()))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
-        block = Packed(*(None if part is None else part[rows] for part in packed))
+        block = packed.change(itemgetter(rows))
         _fill_plainly(weight[rows], block, bits)
     return weight
 
@@ -182,7 +188,7 @@ def _choose(device: torch.device, variant: Variant) -> Unpack:
 def agrees(kernel: Unpack, device: torch.device, variant: Variant) -> bool:
     """Whether a kernel gives what plain torch gives on the device, bit for bit."""
     for sample in make_samples(variant):
-        packed = Packed(*(None if part is None else part.to(device) for part in sample))
+        packed = sample.change(lambda part: part.to(device))
         if not torch.equal(kernel(packed), unpack_plainly(packed, variant.bits)):
             return False
     return True
