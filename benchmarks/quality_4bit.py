@@ -156,7 +156,7 @@ def run(folder: str, rows: Any, grid: str, seed: int, steps: int, rank: int, dev
     model.requires_grad_(requires_grad=False)
     kept = {name: layer.weight.data for name, layer in list_layers(model).items()}
     if (packed_on := GRIDS[grid]) is not None:
-        replace_packed(model, {name: packed_on for name in kept})
+        replace_packed(model, dict.fromkeys(kept, packed_on))
     elif grid == "nf4-64":
         set_dense(model, {name: round_nf4(weight) for name, weight in kept.items()})
     layers = list_layers(model)

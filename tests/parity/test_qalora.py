@@ -1,5 +1,6 @@
 """QA-LoRA: adapters on pooled inputs, whose merge changes the biases of a packed base alone."""
 
+import copy
 import json
 
 import gguf
@@ -12,7 +13,6 @@ from torch import nn
 import gemma_tuner as gt
 from gemma_tuner.checkpoints.mlx import from_mlx, to_mlx
 from gemma_tuner.checkpoints.weights import list_tensors
-from gemma_tuner.collators.multimodal import MultimodalCollator
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.export.adapter import export_adapter
 from gemma_tuner.export.gguf import export_gguf
@@ -28,10 +28,15 @@ from tests import runs
 from tests.export_parts import add_trained_lora, logits, save_base, text_inputs
 from tests.parity.test_exactness import (
     assert_equal_gradients,
-    make_examples,
     randomize_adapters,
 )
-from tests.parity.test_packed import list_packed, make_pair, take_gradients
+from tests.parity.test_packed import (
+    list_packed,
+    make_batch,
+    make_packed,
+    take_gradients,
+    unpack_in_place,
+)
 
 AFFINE = Grid(4, 32, is_affine=True)
 
@@ -54,9 +59,9 @@ class Pooled(nn.Module):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_are_those_of_a_dense_model_with_pooled_adapters(family):
-    packed, dense, processor = make_pair(family, AFFINE, torch.float32)
-    dense.set_experts_implementation("eager")
-    batch = MultimodalCollator(processor)(make_examples(family))
+    packed, batch = make_packed(family, AFFINE), make_batch(family)
+    dense = copy.deepcopy(packed)
+    unpack_in_place(dense, family)
     packed = add_lora(packed, LoraConfig(rank=4, variant="qalora"))
     randomize_adapters(packed)
     names = {}
