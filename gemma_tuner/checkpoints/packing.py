@@ -14,7 +14,6 @@ import transformers
 from gemma_tuner.checkpoints.compressed import read_compressed
 from gemma_tuner.checkpoints.folders import new_folder
 from gemma_tuner.checkpoints.formats import Format, find_format
-from gemma_tuner.checkpoints.gguf import read_gguf
 from gemma_tuner.checkpoints.mlx import read_mlx
 from gemma_tuner.checkpoints.sources import Source, check_sources, meet
 from gemma_tuner.checkpoints.weights import (
@@ -129,6 +128,8 @@ def _read_sources(
         case "compressed-tensors":
             return read_compressed(folder, config)
         case "GGUF":
+            from gemma_tuner.checkpoints.gguf import read_gguf  # noqa: PLC0415 - loads gguf
+
             return read_gguf(folder, model)
 
 
