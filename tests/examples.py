@@ -1,9 +1,17 @@
 """Small conversations with every kind of content, for tests."""
 
 import numpy as np
+import pytest
 from PIL import Image as PILImage
 
 from gemma_tuner.records import Audio, Example, Image, Text, Turn
+from gemma_tuner.testing import FAMILIES
+
+_FAST = ("gemma4-e2b", "gemma4-26b-a4b")
+EVERY_FAMILY = [
+    pytest.param(family, marks=() if family in _FAST else pytest.mark.slow) for family in FAMILIES
+]
+"""Of which those with layers of their own are fast: of shared keys and values, of experts."""
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (60, 48)) -> PILImage.Image:

@@ -18,7 +18,8 @@ from gemma_tuner.checkpoints.loading import load_model
 from gemma_tuner.device import memory_private_bytes
 from gemma_tuner.errors import CheckpointError, ConfigError
 from gemma_tuner.models.adapter_files import CONFIG
-from gemma_tuner.testing import FAMILIES, tiny_model
+from gemma_tuner.testing import tiny_model
+from tests.examples import EVERY_FAMILY
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -45,7 +46,7 @@ def load(source, **options):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY_FAMILY)
 def test_what_is_loaded_is_what_pack_writes(family, bits, tmp_path, home, caplog):
     base = save_base(tmp_path / "base", family)
     found = load(base, bits=bits, dtype="bfloat16")
