@@ -28,7 +28,7 @@ from gemma_tuner.models.few_bits.grids import Grid, Packed
 from gemma_tuner.models.few_bits.layers import PackedLinear, replace_packed
 from gemma_tuner.models.lora import wrap_peft
 
-GRIDS = {
+GRIDS: dict[str, Any] = {
     "base": None,
     "affine-8-64": Grid(8, 64, is_affine=True),
     "affine-4-64": Grid(4, 64, is_affine=True),
@@ -155,7 +155,8 @@ def run(folder: str, rows: Any, grid: str, seed: int, steps: int, rank: int, dev
     model.to(device)
     model.requires_grad_(requires_grad=False)
     kept = {name: layer.weight.data for name, layer in list_layers(model).items()}
-    if (packed_on := GRIDS[grid]) is not None:
+    packed_on: Grid | None = GRIDS[grid]
+    if packed_on is not None:
         replace_packed(model, dict.fromkeys(kept, packed_on))
     elif grid == "nf4-64":
         set_dense(model, {name: round_nf4(weight) for name, weight in kept.items()})

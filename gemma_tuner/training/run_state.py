@@ -223,6 +223,8 @@ class RunState:
         }
         if not resume:
             refuse_second_run(self._config.output_dir)
+        # The main process may be writing the checkpoint of an attempt that ended in another one.
+        self._processes.sum_counts([0])
         checkpoint = latest_checkpoint(self._config.output_dir)
         if checkpoint is not None:
             self._resume(checkpoint)
