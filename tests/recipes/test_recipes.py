@@ -6,6 +6,7 @@ import json
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -64,14 +65,19 @@ def short_run(name, steps, out):
 
 
 def write_few_rows(samples, path):
-    """Write nine rows to train on and two to hold out, beside media that stay where they are."""
+    """Write nine rows to train on and two to hold out, beside their media."""
     folder = sample_data(samples)
     lines = (folder / "manifest.jsonl").read_text().splitlines()
     rows = [json.loads(line) for line in lines]
-    for row in rows:
-        row.update({kind: str(folder / row[kind]) for kind in ("image", "audio") if kind in row})
     train, test = ([row for row in rows if row["split"] == split] for split in ("train", "test"))
-    path.write_text("".join(json.dumps(row) + "\n" for row in train[:9] + test[:2]))
+    few = train[:9] + test[:2]
+    for row in few:
+        for kind in ("image", "audio"):
+            if kind in row:
+                medium = (folder / row[kind]).resolve()
+                row[kind] = f"{medium.parent.name}-{medium.name}"
+                shutil.copy(medium, path.with_name(row[kind]))
+    path.write_text("".join(json.dumps(row) + "\n" for row in few))
 
 
 def read_losses(out):
