@@ -10,7 +10,6 @@ import io
 import json
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -21,16 +20,6 @@ import pyarrow.parquet
 from tests.hostile_media import read_status
 
 GOOD = '{"prompt": "a", "response": "b"}\n'
-
-
-def _tar(num_members, size):
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for number in range(num_members):
-            info = tarfile.TarInfo(f"one.{number}.txt")
-            info.size = size
-            tar.addfile(info, io.BytesIO(bytes(size)))
-    return stream.getvalue()
 
 
 def _parquet(value, num_rows, **options):
@@ -73,8 +62,6 @@ CASES = {
         lambda: _parquet("a" * 1_000_000, 300, use_dictionary=True),
     ),
     "a text of 200 MB": ("x.parquet", lambda: _parquet("a" * 200_000_000, 1)),
-    "a sample of 30,000 members": ("x.tar", lambda: _tar(30_000, 10)),
-    "a sample of 100 MB of text": ("x.tar", lambda: _tar(10, 10_000_000)),
 }
 
 
